@@ -1,0 +1,169 @@
+"""The promises that a result is held to, as data, and their evaluation. The only place they live.
+
+Figures are ratios of medians within one run. A bar whose conditions (device, dtype, pairs) a result
+does not meet, or whose case it lacks, is "not measured"; a case where our own method was wrong or
+failed is "missed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One promise.
+
+    Attributes:
+        suite: "kernels" or "step".
+        case: the case's name, or "*": all of them, the worst one counts.
+        metric: "speedup" (rival's median / ours; at least ``bar``), "slowdown" (ours / rival's; at
+            most ``bar``) or "memory" (extra bytes beyond the result over the bytes of 3 float32
+            inputs and D^2; at most ``bar``).
+        rival: the method compared with.
+        bar, goal: what must hold, and what we would like.
+        pairs: fewest alternating pairs.
+        needs: a further method that must have been measured in the same run, or "".
+        device, dtype: where it holds.
+    """
+
+    suite: str
+    case: str
+    metric: str
+    rival: str
+    bar: float
+    goal: float | None = None
+    pairs: int = 9
+    needs: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def text(self) -> str:
+        what = "every case" if self.case == "*" else self.case
+        sign = ">=" if self.metric == "speedup" else "<="
+        against = "3 inputs + D^2" if self.metric == "memory" else self.rival
+        return f"{what}: {self.metric} against {against} {sign} {self.bar:g}"
+
+
+def _speedup(case: str, bar: float, goal: float | None = None) -> Bar:
+    return Bar("kernels", case, "speedup", "unfold", bar, goal)
+
+
+BARS: tuple[Bar, ...] = (
+    _speedup("3x3 64@56 b32", 4, 6),
+    _speedup("3x3 128@28 b32", 4, 6),
+    _speedup("3x3 256@14 b32", 4, 6),
+    _speedup("3x3 512@7 b32", 2.5, 4),
+    _speedup("5x5 64@27 b16", 6, 10),
+    _speedup("7x7 s2 3@224 b32", 2),
+    _speedup("*", 0.95),
+    Bar("kernels", "*", "memory", "", 1.0),
+    Bar("step", "convnet 32x32 b128", "slowdown", "bp", 1.25, 1.10, pairs=25, needs="published"),
+)
+
+OURS = "dbp"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bar's outcome: its figure, if there is one, and ``where``, the case that decided."""
+
+    bar: Bar
+    status: str
+    figure: float | None = None
+    where: str = ""
+    goal_met: bool | None = None
+    why: str = ""
+
+    def as_dict(self) -> dict:
+        figure = None if self.figure is None else round(self.figure, 3)
+        record = {"text": self.bar.text, "status": self.status, "figure": figure}
+        record.update(goal=self.bar.goal, goal_met=self.goal_met, where=self.where, why=self.why)
+        return {key: value for key, value in record.items() if value not in (None, "")}
+
+
+def evaluate(result: dict, bars: tuple[Bar, ...] = BARS) -> list[Verdict]:
+    """Holds a result (as saved) to the bars, in their order."""
+    return [_evaluate(result, bar) for bar in bars]
+
+
+def _evaluate(result: dict, bar: Bar) -> Verdict:
+    settings = result.get("settings", {})
+    for key in ("device", "dtype"):
+        if settings.get(key) != getattr(bar, key):
+            return Verdict(bar, NOT_MEASURED, why=f"holds for {key} {getattr(bar, key)}")
+    if bar.suite == "kernels" and bar.case == "*" and not settings.get("whole_registry"):
+        return Verdict(bar, NOT_MEASURED, why="not the whole registry")
+    records = [r for r in result.get(bar.suite, ()) if bar.case in ("*", r["name"])]
+    if not records:
+        return Verdict(bar, NOT_MEASURED, why="case not run")
+    worst: tuple[float, str] | None = None
+    for record in records:
+        figure = figure_of(record, bar)
+        if isinstance(figure, str):
+            ours_right = record["methods"].get(OURS, {}).get("status") == "ok"
+            status = NOT_MEASURED if ours_right else MISSED
+            return Verdict(bar, status, where=record["name"], why=figure)
+        pick = min if bar.metric == "speedup" else max
+        worst = (figure, record["name"]) if worst is None else pick(worst, (figure, record["name"]))
+    figure, where = worst
+    return Verdict(
+        bar,
+        MET if _holds(bar, figure, bar.bar) else MISSED,
+        figure,
+        where,
+        None if bar.goal is None else _holds(bar, figure, bar.goal),
+    )
+
+
+def _holds(bar: Bar, figure: float, limit: float) -> bool:
+    return figure >= limit if bar.metric == "speedup" else figure <= limit
+
+
+def figure_of(record: dict, bar: Bar) -> float | str:
+    """The bar's figure on one case record, or a sentence why there is none."""
+    methods = record["methods"]
+    for name in filter(None, (OURS, bar.rival, bar.needs)):
+        method = methods.get(name, {"status": "not run"})
+        if method["status"] != "ok":
+            reason = f": {method['reason']}" if "reason" in method else ""
+            return f"{name} {method['status']}{reason}"
+        if method["seconds"]["samples"] < bar.pairs:
+            return f"{method['seconds']['samples']} pairs, {bar.pairs} needed"
+    if bar.metric == "memory":
+        allowance = memory_allowance(record)
+        return methods[OURS]["extra_bytes"] / allowance
+    ratio = speedup(record, bar.rival)
+    return ratio if bar.metric == "speedup" else 1 / ratio
+
+
+def memory_allowance(record: dict) -> int:
+    """Bytes of 3 float32 inputs and of one float32 S."""
+    return 4 * (3 * record["input_elements"] + record["groups"] * record["D"] ** 2)
+
+
+def speedup(record: dict, rival: str, ours: str = OURS) -> float | None:
+    """The rival's median over ours; None unless both were measured."""
+    pair = [record["methods"].get(name, {}).get("seconds") for name in (rival, ours)]
+    if None in pair:
+        return None
+    return pair[0]["median"] / pair[1]["median"]
+
+
+def thresholds(case: str, rival: str) -> Iterator[Bar]:
+    """The speed-up bars of one kernel case."""
+    return (
+        bar
+        for bar in BARS
+        if bar.suite == "kernels" and bar.metric == "speedup" and bar.rival == rival
+        if bar.case == case
+    )
+
+
+def as_records(verdicts: list[Verdict]) -> list[dict]:
+    """For a result file."""
+    return [verdict.as_dict() for verdict in verdicts]

@@ -1,0 +1,251 @@
+"""The command line of ``python -m bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from . import bars, machine, registry, report
+from .kernels import DEFAULT_PAIRS, Settings, run_case
+from .steps import STEP_CASES, run_step_case
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+QUICK_BATCH, QUICK_PAIRS = 4, 3
+_EPILOG = """\
+python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
+"""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable here: {first}") from None
+    return device
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of a measuring run."""
+    out = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures dbp_kernels against its rivals; a wrong kernel gets no number.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument(
+        "--suite",
+        choices=("kernels", "step", "all"),
+        default="kernels",
+        help="kernels: patch_gram on layer shapes; step: whole training steps (default: kernels)",
+    )
+    out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
+    out.add_argument(
+        "--filter", metavar="REGEX", help='on "name tags", e.g. "^3x3", resnet50, "64@56", convnet'
+    )
+    out.add_argument("--batch", type=_positive, help="replaces every case's batch size")
+    out.add_argument(
+        "--pairs",
+        type=_positive,
+        help=f"alternating rounds (default: kernels {DEFAULT_PAIRS}, steps 25 or 9 by network)",
+    )
+    out.add_argument("--sample", type=float, default=0.1, help="step suite (default: 0.1)")
+    out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    out.add_argument("--dtype", choices=DTYPES, default="float32", help="steps: autocast to it")
+    out.add_argument("--channels-last", action="store_true", help="memory format of the images")
+    out.add_argument(
+        "--matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="torch.set_float32_matmul_precision (default: highest)",
+    )
+    out.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"the core cases, batch {QUICK_BATCH} and {QUICK_PAIRS} rounds: a smoke test",
+    )
+    out.add_argument(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="write the result (default path: bench/results/<device>-<commit>.json); "
+        "an existing file is never overwritten",
+    )
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (1: some method of ours was wrong)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
+    options = parser().parse_args(arguments)
+    target = _target(options)
+    if target is not None and target.exists():
+        print(f"{target} exists and is not overwritten; name another with --save", file=sys.stderr)
+        return 2
+    if not 0 < options.sample <= 1:
+        print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
+        return 2
+    try:
+        jobs = _jobs(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not jobs:
+        print(f"no case matches --filter {options.filter!r}", file=sys.stderr)
+        return 2
+
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    try:
+        result = _measure(options, arguments, jobs)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+    print(report.text_report(result))
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save(result, target)
+        print(f"\nsaved {target}")
+    records = result["kernels"] + result["step"]
+    right = all(record["methods"][bars.OURS]["status"] == "ok" for record in records)
+    return 0 if right and result["complete"] else 1
+
+
+def _target(options: argparse.Namespace) -> Path | None:
+    if options.save is None:
+        return None
+    if options.save:
+        return Path(options.save)
+    commit = machine.commit()
+    return RESULTS / f"{options.device.type}-{commit[:10] if commit else 'unknown'}.json"
+
+
+Job = tuple[str, str, Callable[[Callable[[], object]], dict], int]
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """(suite, name, tick -> record, rounds) of everything that is to be measured."""
+    pairs = options.pairs or (QUICK_PAIRS if options.quick else None)
+    settings = Settings(
+        device=options.device,
+        dtype=DTYPES[options.dtype],
+        pairs=pairs,
+        warmup=1 if options.quick else 2,
+        channels_last=options.channels_last,
+    )
+    batch = options.batch or (QUICK_BATCH if options.quick else None)
+    jobs: list[Job] = []
+    if options.suite in ("kernels", "all"):
+        tag = "core" if options.quick and not options.filter else None
+        for case in registry.select(options.filter, batch, tag):
+            run = lambda tick, case=case: run_case(case, settings, tick=tick)  # noqa: E731
+            jobs.append(("kernels", case.name, run, pairs or DEFAULT_PAIRS))
+    if options.suite in ("step", "all"):
+        pattern = registry.compile_filter(options.filter)
+        networks = STEP_CASES[:1] if options.quick and not options.filter else STEP_CASES
+        for case in networks:
+            if not pattern.search(case.name):
+                continue
+            run = lambda tick, case=case: run_step_case(  # noqa: E731
+                case, settings, batch=batch, sample=options.sample, tick=tick
+            )
+            jobs.append(("step", case.name, run, pairs or case.pairs))
+    return jobs
+
+
+def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: list[Job]) -> dict:
+    """Runs the jobs; an interrupt ends the run early and keeps what is there."""
+    from tqdm import tqdm
+
+    begin = time.perf_counter()
+    whole = not (options.filter or options.batch or options.quick)
+    result: dict = {
+        "format": 1,
+        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": False,
+        "machine": machine.describe(options.device),
+        "settings": {
+            "suite": options.suite,
+            "device": options.device.type,
+            "dtype": options.dtype,
+            "channels_last": options.channels_last,
+            "whole_registry": whole and options.suite in ("kernels", "all"),
+        },
+        "kernels": [],
+        "step": [],
+    }
+    with tqdm(total=sum(job[3] for job in jobs), unit="round", leave=False) as progress:
+        try:
+            for suite, name, run, rounds in jobs:
+                progress.set_description(name)
+                done = progress.n
+                result[suite].append(run(progress.update))
+                progress.update(done + rounds - progress.n)
+            result["complete"] = True
+        except KeyboardInterrupt:
+            result["settings"]["whole_registry"] = False
+    result["took_seconds"] = round(time.perf_counter() - begin)
+    result["bars"] = bars.as_records(bars.evaluate(result))
+    return result
+
+
+def save(result: dict, path: Path) -> None:
+    """Writes a result as JSON, one case a line; raises FileExistsError rather than overwrite."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            items = ",\n  ".join(json.dumps(item) for item in value)
+            lines.append(f'"{key}": [\n  {items}\n]' if value else f'"{key}": []')
+        else:
+            lines.append(f'"{key}": {json.dumps(value)}')
+    with path.open("x") as file:
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _report(arguments: Sequence[str]) -> int:
+    out = argparse.ArgumentParser(
+        prog="python -m bench report", description="Tables and plot from a saved result."
+    )
+    out.add_argument("file", type=Path, help="a result that --save wrote")
+    out.add_argument("--plot", type=Path, metavar="PNG", help="default: beside FILE")
+    options = out.parse_args(arguments)
+    try:
+        result = json.loads(options.file.read_text())
+        text = report.text_report(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{options.file}: not a result file: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    picture = options.plot or options.file.with_suffix(".png")
+    if report.plot(result, picture):
+        print(f"\ndrew {picture}")
+    return 0

@@ -1,0 +1,134 @@
+"""Suite "kernels": patch_gram against its rivals on the registry's cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import check
+from .memory import extra_bytes
+from .registry import Case
+from .rivals import RIVALS, Rival
+from .timing import time_interleaved
+
+OURS = "dbp"
+PLAIN = "unfold"  # what correctness bounds and most bars refer to
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is run; ``pairs=None`` is each suite's own default."""
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    pairs: int | None = None
+    warmup: int = 2
+    channels_last: bool = False
+
+
+DEFAULT_PAIRS = 9
+
+
+def patch_gram(x: Tensor, case: Case) -> Tensor:
+    """The library's second moment, called as its user would."""
+    import dbp_kernels as dbp
+
+    return dbp.patch_gram(x, case.kernel, case.stride, case.padding, case.dilation, case.groups)
+
+
+def default_methods() -> dict[str, Rival]:
+    """Ours first, then the rivals."""
+    return {OURS: Rival("dbp.patch_gram", patch_gram, lambda case: ""), **RIVALS}
+
+
+def run_case(
+    case: Case,
+    settings: Settings,
+    methods: Mapping[str, Rival] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> dict:
+    """Checks, times and weighs every method on one case; returns the case's result record.
+
+    Each method's record has "status": "ok" (with "seconds", "error", "extra_bytes"), "wrong" or
+    "failed" (with a reason and no number), or "n/a".
+    """
+    methods = default_methods() if methods is None else methods
+    x = make_input(case, settings)
+    exact = check.oracle(x, case)
+    records: dict[str, dict] = {}
+    plain = methods.get(PLAIN, RIVALS[PLAIN])
+    plain_error = check.error(plain.compute(x, case), exact)
+    for name, method in methods.items():
+        records[name] = _judge(name, method, x, case, exact, plain_error)
+    del exact
+
+    right = [name for name, record in records.items() if record["status"] == "ok"]
+    calls = {name: (lambda compute=methods[name].compute: compute(x, case)) for name in right}
+    with torch.no_grad():
+        for name in right:
+            records[name]["extra_bytes"] = extra_bytes(calls[name], settings.device)
+        times = time_interleaved(
+            calls,
+            settings.pairs or DEFAULT_PAIRS,
+            device=settings.device,
+            warmup=settings.warmup,
+            tick=tick,
+        )
+    for name in right:
+        records[name]["seconds"] = times[name].as_dict()
+    return {
+        "name": case.name,
+        "tags": list(case.tags),
+        "n": case.n,
+        "D": case.D,
+        "groups": case.groups,
+        "kernel": list(case.kernel),
+        "stride": list(case.stride),
+        "input_elements": case.input_elements,
+        "choice": planner_choice(case, x),
+        "methods": records,
+    }
+
+
+def make_input(case: Case, settings: Settings) -> Tensor:
+    """Random normal data, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.input_shape, generator=generator).to(settings.device, settings.dtype)
+    if settings.channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _judge(
+    name: str, method: Rival, x: Tensor, case: Case, exact: Tensor, plain_error: float
+) -> dict:
+    reason = method.why_not(case)
+    if reason:
+        return {"status": "n/a", "reason": reason}
+    try:
+        with torch.no_grad():
+            err = check.error(method.compute(x, case), exact)
+    except Exception as failure:  # whatever it is, the other methods get their numbers
+        return failed(failure)
+    limit = check.bound(name == OURS, plain_error, x)
+    if name == PLAIN:
+        limit = check.plain_cap(x)
+    if not err <= limit:
+        return {"status": "wrong", "reason": f"error {err:.2e} above the bound {limit:.2e}"}
+    return {"status": "ok", "error": float(f"{err:.2e}")}
+
+
+def failed(failure: Exception) -> dict:
+    """The record of a method that raised."""
+    return {"status": "failed", "reason": f"{type(failure).__name__}: {failure}"[:200]}
+
+
+def planner_choice(case: Case, x: Tensor) -> str | None:
+    """The algorithm that the library's planner picks for the case; None where it does not say."""
+    return None

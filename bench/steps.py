@@ -1,0 +1,158 @@
+"""Suite "step": whole training steps of one network, plain, decorrelated and as published."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.models import ConvNet, resnet18
+
+from .kernels import Settings, failed
+from .published import publish_model, publish_update
+from .timing import time_interleaved
+
+BP, OURS, PUBLISHED = "bp", "dbp", "published"
+LR, DECOR_LR, KAPPA = 1.6e-4, 1e-5, 0.5  # the paper's setting
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A network to train on random images of shape (batch, 3, size, size).
+
+    ``pairs`` is the default number of alternating pairs.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+    classes: int
+    pairs: int
+
+
+STEP_CASES = (
+    StepCase("convnet 32x32", lambda: ConvNet(3, (64, 64, 128)), 128, 32, 10, 25),
+    StepCase("resnet18 32x32", lambda: resnet18(10, stem="cifar"), 128, 32, 10, 9),
+)
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain_step(model: nn.Module) -> Step:
+    """One step of backpropagation with Adam on the cross entropy; returns the loss."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def decorrelated_step(model: nn.Module, sample: float) -> Step:
+    """The library's: the same step, then ``DecorUpdate.step()``, every step."""
+    import dbp_kernels as dbp
+
+    dbp.decorrelate_model(model)
+    update = dbp.DecorUpdate(model, lr=DECOR_LR, kappa=KAPPA, sample=sample)
+    return _followed_by(plain_step(model), update.step)
+
+
+def published_step(model: nn.Module, sample: float) -> Step:
+    """The published algorithm: the same step, then its update, every step."""
+    publish_model(model)
+    update = lambda: publish_update(model, DECOR_LR, KAPPA, sample)  # noqa: E731
+    return _followed_by(plain_step(model), update)
+
+
+def _followed_by(step: Step, update: Callable[[], object]) -> Step:
+    def both(images: Tensor, labels: Tensor) -> Tensor:
+        loss = step(images, labels)
+        update()
+        return loss
+
+    return both
+
+
+def variants(sample: float) -> dict[str, Callable[[nn.Module], Step]]:
+    """{name: what turns a network into its training step}."""
+    return {
+        BP: plain_step,
+        OURS: lambda model: decorrelated_step(model, sample),
+        PUBLISHED: lambda model: published_step(model, sample),
+    }
+
+
+def run_step_case(
+    case: StepCase,
+    settings: Settings,
+    *,
+    batch: int | None = None,
+    sample: float = 0.1,
+    tick: Callable[[], object] = lambda: None,
+) -> dict:
+    """Times one step of every variant, interleaved; returns the case's result record.
+
+    All variants start from one and the same network. First a step of each on the same data: with R
+    at the identity their losses must agree (1e-3 relative), else the variant is "wrong" and gets
+    no number.
+    """
+    batch = batch or case.batch
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, case.size, case.size, generator=generator)
+    labels = torch.randint(case.classes, (batch,), generator=generator)
+    images, labels = images.to(settings.device), labels.to(settings.device)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    model = case.build().to(settings.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+
+    def call(step: Step) -> Tensor:
+        if settings.dtype == torch.float32:
+            return step(images, labels)
+        with torch.autocast(settings.device.type, dtype=settings.dtype):
+            return step(images, labels)
+
+    records: dict[str, dict] = {}
+    steps: dict[str, Step] = {}
+    expected = None
+    for name, make in variants(sample).items():
+        try:
+            steps[name] = make(copy.deepcopy(model))
+            loss = float(call(steps[name]).detach())
+        except Exception as failure:  # whatever it is, the other variants get their numbers
+            records[name] = failed(failure)
+            continue
+        expected = loss if expected is None else expected
+        if abs(loss - expected) <= 1e-3 * abs(expected):
+            records[name] = {"status": "ok"}
+        else:
+            reason = f"first loss {loss:.6g}, plain backpropagation's {expected:.6g}"
+            records[name] = {"status": "wrong", "reason": reason}
+    right = [name for name, record in records.items() if record["status"] == "ok"]
+    times = time_interleaved(
+        {name: (lambda step=steps[name]: call(step)) for name in right},
+        settings.pairs or case.pairs,
+        device=settings.device,
+        warmup=settings.warmup,
+        tick=tick,
+    )
+    for name in right:
+        records[name]["seconds"] = times[name].as_dict()
+    return {
+        "name": f"{case.name} b{batch}",
+        "batch": batch,
+        "sample": sample,
+        "update_every": 1,
+        "methods": records,
+    }

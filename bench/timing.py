@@ -1,0 +1,104 @@
+"""Interleaved timing: every variant in turn, in alternating order, medians with their spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+SHORTEST_SAMPLE = 2e-3  # seconds; faster calls are repeated within a sample
+_SPIN_CYCLES = 200_000  # about 0.1 ms of device work in front of a CUDA sample
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds per call over the samples of one variant.
+
+    ``calls`` is the number of calls that each sample averages.
+    """
+
+    median: float
+    min: float
+    q1: float
+    q3: float
+    max: float
+    samples: int
+    calls: int = 1
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Plain numbers, seconds to four significant digits: result files stay small."""
+        return {
+            key: value if isinstance(value, int) else float(f"{value:.4g}")
+            for key, value in asdict(self).items()
+        }
+
+
+def spread(seconds: Sequence[float], calls: int = 1) -> Spread:
+    """Summarises samples. Raises ValueError when there are none."""
+    if not seconds:
+        raise ValueError("seconds must hold at least one sample, got none")
+    ordered = sorted(seconds)
+    if len(ordered) == 1:
+        q1 = q3 = ordered[0]
+    else:
+        q1, _, q3 = statistics.quantiles(ordered, n=4, method="inclusive")
+    return Spread(statistics.median(ordered), ordered[0], q1, q3, ordered[-1], len(ordered), calls)
+
+
+def time_once(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call of ``calls`` calls in a row.
+
+    On CUDA between two events, with device work queued in front so that launches are hidden.
+    """
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        if hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        for _ in range(calls):
+            call()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) * 1e-3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
+
+
+def time_interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    pairs: int,
+    *,
+    device: torch.device | str = "cpu",
+    warmup: int = 2,
+    shortest_sample: float = SHORTEST_SAMPLE,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, Spread]:
+    """Times every variant ``pairs`` times; each round runs all of them, every other one backwards.
+
+    So a drift of the machine's speed touches all variants alike. ``warmup`` rounds come first; the
+    last of them sets how many calls a sample averages (``shortest_sample`` seconds at least).
+    ``tick`` is called after every round. Raises ValueError for ``pairs`` or ``warmup`` below 1.
+    """
+    if pairs < 1 or warmup < 1:
+        raise ValueError(f"pairs and warmup must be at least 1, got {pairs} and {warmup}")
+    device = torch.device(device)
+    calls: dict[str, int] = {}
+    for name, call in variants.items():
+        for _ in range(warmup):
+            once = time_once(call, device)
+        calls[name] = max(1, math.ceil(shortest_sample / max(once, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for _ in range(pairs):
+        for name in order:
+            samples[name].append(time_once(variants[name], device, calls[name]))
+        order.reverse()
+        tick()
+    return {name: spread(seconds, calls[name]) for name, seconds in samples.items()}
