@@ -1,0 +1,39 @@
+"""Decorrelated backpropagation made nearly free: ops, layers, update rule.
+
+Start with ``decorrelate_model`` and ``DecorUpdate``, or with ``torch.ops.dbp`` (``functional``).
+``reference`` states the definitions.
+"""
+
+from .version import __version__
+
+_OLDEST_TORCH = (2, 11)
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        "dbp-kernels needs PyTorch 2.11 or newer, and none is installed: see pytorch.org for the "
+        "build that fits your machine"
+    ) from error
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+    raise ImportError(
+        f"dbp-kernels needs PyTorch 2.11 or newer, and {torch.__version__} is installed"
+    )
+
+from . import nn, ops, reference  # noqa: E402
+from .backends import backend  # noqa: E402
+from .functional import *  # noqa: E402, F403
+from .functional import __all__ as _functional  # noqa: E402
+from .surgery import decorrelate_model, fuse_model  # noqa: E402
+from .update import DecorUpdate  # noqa: E402
+
+__all__ = [
+    "DecorUpdate",
+    "__version__",
+    "backend",
+    "decorrelate_model",
+    "fuse_model",
+    "nn",
+    "ops",
+    "reference",
+    *_functional,
+]

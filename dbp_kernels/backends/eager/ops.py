@@ -1,0 +1,93 @@
+"""The opaque ops on checked arguments. Shapes as in ``schemas.txt``; R always (groups, D, D)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import plans
+from ...geometry import ConvGeometry
+from ...planner import Choice, gram_choices, update_choices
+from .matmul import accumulation_dtype
+from .self_wgrad import patch_gram_self_wgrad
+from .shift import patch_gram_shift
+from .unfold import patch_gram_unfold, rows, windows
+
+
+def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
+    """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+    choice = choice or gram_choices(geometry, x.device.type, _itemsize(x))[0]
+    if choice.name == "shift":
+        return patch_gram_shift(x, geometry, choice.unfolded)
+    if choice.name == "self_wgrad":
+        return patch_gram_self_wgrad(x, geometry)
+    return patch_gram_unfold(x, geometry)
+
+
+def _itemsize(x: Tensor) -> int:
+    return accumulation_dtype(x.dtype).itemsize
+
+
+def patch_mean(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """m (groups, D): the images are summed first, then each tap's window. At least one sample."""
+    dtype = accumulation_dtype(x.dtype)
+    dims = len(geometry.axes)
+    if dims == 0:
+        return x.reshape(-1, geometry.groups, geometry.dim).mean(0, dtype=dtype)
+    summed = windows(x.sum(0, keepdim=True, dtype=dtype), geometry, tuple(range(dims)))
+    total = summed.sum(dim=tuple(range(2, 2 + dims)))  # (1, C, *taps)
+    return total.reshape(geometry.groups, geometry.dim) / geometry.samples
+
+
+def _centred_gram(x: Tensor, geometry: ConvGeometry, demean: bool, choice: Choice | None) -> Tensor:
+    S = patch_gram(x, geometry, choice)
+    if demean:
+        m = patch_mean(x, geometry)
+        S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+    return S
+
+
+def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    choice = update_choices(geometry, x.device.type, _itemsize(x))[0]
+    if choice.name == "gram":
+        M = R @ patch_gram(x, geometry, choice.gram) @ R.mT
+    else:
+        X = rows(x, geometry, R.dtype) @ R.mT
+        M = (X.mT @ X).div_(geometry.samples)
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    V = diagonal - 1
+    diagonal.zero_()
+    return M, V
+
+
+def decor_update(
+    x: Tensor,
+    R: Tensor,
+    geometry: ConvGeometry,
+    lr: float,
+    kappa: float,
+    rule: str,
+    demean: bool,
+    choice: Choice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
+    choice = choice or update_choices(geometry, x.device.type, _itemsize(x))[0]
+    if choice.name == "gram":
+        S = _centred_gram(x, geometry, demean, choice.gram)
+        return plans.update_from_gram(S, R, lr, kappa, rule)
+    Z = rows(x, geometry, R.dtype)
+    if demean:
+        Z = Z - Z.mean(1, keepdim=True)
+    plan = plans.update_direct if choice.name == "direct" else plans.update_from_samples
+    return plan(Z, R, lr, kappa, rule)
+
+
+def update_dtype(x: Tensor, R: Tensor) -> torch.dtype:
+    """The dtype one update is computed in: float64 if either operand is, else float32."""
+    return torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(R.dtype))
+
+
+def unusable(device_type: str) -> str | None:
+    """Always usable."""
+    return None

@@ -1,0 +1,87 @@
+"""The second moment from weight-gradient convolutions of the input with itself.
+
+The weight gradient of a convolution of kernel 2K-1 with x as input and (a box of) x as output
+gradient is the sum over that box of x(q) x(q + dilation*m)^T for every tap difference m, which is
+all that S consists of. Tap k of the left operand reads a box of lattice indices (its window); the
+windows of different taps share their interior and differ by border strips, so each *segment* of
+the windows costs one convolution and every tap adds up the segments it covers.
+The libraries' weight gradient is hard to beat on few channels. It computes both halves of a
+symmetric result, so on many channels the shifted products win.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...geometry import Axis, ConvGeometry, Window, cut
+from .matmul import accumulation_dtype
+
+_WEIGHT_GRADIENT = {
+    1: torch.nn.grad.conv1d_weight,
+    2: torch.nn.grad.conv2d_weight,
+    3: torch.nn.grad.conv3d_weight,
+}
+
+
+@lru_cache(maxsize=1024)
+def tap_windows(axis: Axis, phase: int) -> dict[int, Window]:
+    """Non-empty lattice windows of the taps that read ``phase``."""
+    windows = {}
+    for k in range(axis.kernel):
+        tap_phase, shift = axis.tap(k)
+        start, stop = axis.valid(k)
+        if tap_phase == phase and start < stop:
+            windows[k] = (start + shift, stop + shift)
+    return windows
+
+
+def convolutions(geometry: ConvGeometry) -> int:
+    """How many weight-gradient convolutions ``patch_gram_self_wgrad`` runs."""
+    total = 1
+    for axis in geometry.axes:
+        total *= sum(len(cut(tap_windows(axis, p).values())) for p in axis.phases)
+    return total
+
+
+def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """S (groups, D, D) of x (N, C, *spatial) with at least one spatial axis and one sample."""
+    axes, g, cg = geometry.axes, geometry.groups, geometry.group_channels
+    x = x.to(accumulation_dtype(x.dtype))
+    reach = [a.dilation * (a.kernel - 1) for a in axes]  # how far from its partner a tap may read
+    padded = F.pad(x, [r for axis_reach in reversed(reach) for r in (axis_reach, axis_reach)])
+    weight_size = (geometry.channels, cg, *(2 * a.kernel - 1 for a in axes))
+    out = x.new_zeros(g, cg, *geometry.kernel_size, cg, *geometry.kernel_size)
+    for phases in itertools.product(*(a.phases for a in axes)):
+        windows = [tap_windows(a, p) for a, p in zip(axes, phases)]
+        segments = [cut(w.values()) for w in windows]
+        for box in itertools.product(*segments):
+            left, right = x, padded
+            for d, (a, phase, (start, stop)) in enumerate(zip(axes, phases, box), start=2):
+                first, length = a.stride * start + phase, a.stride * (stop - start - 1) + 1
+                left = left.narrow(d, first, length)
+                right = right.narrow(d, first, length + 2 * reach[d - 2])
+            left = left[(..., *(slice(None, None, a.stride) for a in axes))]
+            blocks = _WEIGHT_GRADIENT[len(axes)](
+                right,
+                weight_size,
+                left,
+                stride=[a.stride for a in axes],
+                dilation=[a.dilation for a in axes],
+                groups=g,
+            ).view(g, cg, *weight_size[1:])
+            covering = [
+                [k for k, (lo, hi) in w.items() if lo <= start and stop <= hi]
+                for w, (start, stop) in zip(windows, box)
+            ]
+            for taps in itertools.product(*covering):
+                # tap difference m is at index m + K - 1
+                differences = (
+                    slice(a.kernel - 1 - k, 2 * a.kernel - 1 - k) for a, k in zip(axes, taps)
+                )
+                out[(slice(None), slice(None), *taps)] += blocks[(..., *differences)]
+    return out.view(g, geometry.dim, geometry.dim).mul_(1 / geometry.samples)

@@ -1,0 +1,91 @@
+"""Plain im2col: the patches as rows, and their second moment a few images at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...geometry import ConvGeometry
+from .matmul import accumulation_dtype, mirror, symmetric_product
+
+
+def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
+    """A view of x (N, C, *spatial) with each of ``axes`` replaced by its output positions.
+
+    The taps of those axes are appended as last dimensions, in order. Copies only to pad.
+    """
+    pads = [0] * (2 * len(geometry.axes))
+    for axis in axes:
+        pads[-2 * axis - 2] = pads[-2 * axis - 1] = geometry.axes[axis].padding
+    if any(pads):
+        x = F.pad(x, pads)
+    for axis in axes:
+        a = geometry.axes[axis]
+        x = x.unfold(2 + axis, a.span, a.stride)[..., :: a.dilation]
+    return x
+
+
+def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) -> Tensor:
+    """The patches Z (groups, n, D) of x, contiguous where a copy is needed at all."""
+    dtype = dtype or accumulation_dtype(x.dtype)
+    g, dims = geometry.groups, len(geometry.axes)
+    if dims == 0:
+        return x.reshape(-1, g, geometry.group_channels).transpose(0, 1).to(dtype)
+    if geometry.pointwise:  # every patch is one pixel: channels-last inputs need no copy
+        x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
+        x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
+        return x.transpose(0, 1)
+    if dims == 2 and x.dtype == dtype:
+        a, b = geometry.axes
+        z = F.unfold(
+            x,
+            (a.kernel, b.kernel),
+            (a.dilation, b.dilation),
+            (a.padding, b.padding),
+            (a.stride, b.stride),
+        )
+        z = z.view(x.shape[0], g, geometry.dim, -1).permute(1, 0, 3, 2)
+        return z.reshape(g, -1, geometry.dim)
+    z = windows(x, geometry, tuple(range(dims)))
+    z = z.unflatten(1, (g, geometry.group_channels))
+    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    z = z.permute(order)
+    out = torch.empty(z.shape, dtype=dtype, device=x.device)
+    return out.copy_(z).view(g, -1, geometry.dim)
+
+
+def images_per_chunk(geometry: ConvGeometry, expansion: float) -> int:
+    """Images to handle at a time so that a buffer ``expansion`` times the input stays near it."""
+    return max(1, min(geometry.batch, int(geometry.batch / max(1.0, expansion))))
+
+
+def chunks(x: Tensor, geometry: ConvGeometry, expansion: float) -> list[tuple[Tensor, ConvGeometry]]:
+    """x split over images for a buffer ``expansion`` times its size."""
+    size = images_per_chunk(geometry, expansion)
+    return [(part, geometry.with_batch(part.shape[0])) for part in x.split(size)]
+
+
+def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
+    dtype = accumulation_dtype(x.dtype)
+    out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
+    if geometry.pointwise and len(geometry.axes) and geometry.positions >= 4 * geometry.dim:
+        _sum_over_images(x, geometry, out)
+    elif geometry.pointwise:
+        symmetric_product(rows(x, geometry), out, accumulate=False)
+    else:
+        expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
+        for i, (part, g) in enumerate(chunks(x, geometry, expansion)):
+            symmetric_product(rows(part, g), out, accumulate=i > 0)
+    mirror(out)
+    return out.mul_(1 / geometry.samples)
+
+
+def _sum_over_images(x: Tensor, geometry: ConvGeometry, out: Tensor) -> None:
+    """One product per image: many pixels to an image make packing into rows not worth its copy."""
+    strides = (slice(None, None, a.stride) for a in geometry.axes)
+    x = x[(slice(None), slice(None), *strides)]
+    for i, image in enumerate(x):
+        pixels = image.to(out.dtype).reshape(geometry.groups, geometry.group_channels, -1)
+        symmetric_product(pixels.mT, out, accumulate=i > 0)

@@ -1,0 +1,371 @@
+"""The operators of ``torch.ops.dbp``: definitions, fake kernels, autograd, dispatch to a backend.
+
+Two kinds, never mixed in one. *Composites* (decorrelate, decor_conv*, decor_linear) are aten calls
+without a kernel of their own, so that autograd and every torch.func transform see through them.
+*Opaque* ops (patch_gram, patch_mean, decor_stats, decor_update) have backend kernels; a composite
+with a kernel of its own would lose its gradient silently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .geometry import ConvGeometry, make_geometry
+from .plans import UpdateRule
+
+_lib = torch.library.Library("dbp", "DEF")
+SCHEMAS = tuple(
+    line
+    for line in files(__package__).joinpath("schemas.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+for _schema in SCHEMAS:
+    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Statistics, updates and A = W R keep their precision under autocast."""
+    device = x.device.type
+    if device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a floating-point dtype")
+
+
+def _check_R(R: Tensor, groups: int, dim: int) -> None:
+    _check_floating(R=R)
+    expected = [(groups, dim, dim)] + ([(dim, dim)] if groups == 1 else [])
+    if tuple(R.shape) not in expected:
+        shapes = " or ".join(map(str, expected))
+        raise ValueError(
+            f"R has shape {tuple(R.shape)}: expected {shapes} for {groups} group(s) and patches of "
+            f"length D={dim}"
+        )
+
+
+def _check_same_device(x: Tensor, R: Tensor) -> None:
+    if x.device != R.device:
+        raise ValueError(f"R is on {R.device}: expected the input's device {x.device}")
+
+
+def _check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> None:
+    if R.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"R has dtype {R.dtype}: expected float32 or float64, below which an update vanishes"
+        )
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr={lr}: expected a finite number of at least 0")
+    UpdateRule.make(rule, kappa, max(1, dim))
+
+
+# --------------------------------------------------------------------------- opaque ops
+
+
+def _prepare(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
+    _check_floating(input=input)
+    return make_geometry(input.shape, *geometry)
+
+
+def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
+    """S: see ``functional.patch_gram``."""
+    g = _prepare(input, *geometry)
+    if g.samples == 0 or g.dim == 0:
+        dtype = _statistics_dtype(input.dtype)
+        return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
+    with _without_autocast(input), torch.no_grad():
+        return backends.select(input.device.type).patch_gram(input, g)
+
+
+def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
+    """m: see ``functional.patch_mean``."""
+    g = _prepare(input, *geometry)
+    if g.samples == 0 or g.dim == 0:
+        return input.new_zeros((g.groups, g.dim), dtype=_statistics_dtype(input.dtype))
+    with _without_autocast(input), torch.no_grad():
+        return backends.select(input.device.type).patch_mean(input, g)
+
+
+def _promote(input: Tensor, R: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Both operands in the dtype of the arithmetic; half-precision inputs are left to the backend."""
+    dtype = torch.promote_types(_statistics_dtype(input.dtype), _statistics_dtype(R.dtype))
+    R = R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1])
+    return (input.to(dtype) if dtype == torch.float64 else input), R
+
+
+def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """C and V: see ``functional.decor_stats``."""
+    g = _prepare(input, *geometry)
+    _check_R(R, g.groups, g.dim)
+    _check_same_device(input, R)
+    with _without_autocast(input), torch.no_grad():
+        input, R = _promote(input, R, g.groups)
+        if g.samples == 0 or g.dim == 0:
+            return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
+        return backends.select(input.device.type).decor_stats(input, R, g)
+
+
+def decor_update(
+    input: Tensor,
+    R: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lr: float,
+    kappa: float,
+    rule: str = "standard",
+    demean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """R_new and loss: see ``functional.decor_update``."""
+    g = _prepare(input, kernel_size, stride, padding, dilation, groups)
+    _check_R(R, g.groups, g.dim)
+    _check_same_device(input, R)
+    _check_update(R, lr, kappa, rule, g.dim)
+    with _without_autocast(input), torch.no_grad():
+        if g.samples == 0 or g.dim == 0:
+            return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
+        x, Rg = _promote(input, R, g.groups)
+        kernel = backends.select(input.device.type).decor_update
+        R_new, loss = kernel(x, Rg, g, lr, kappa, rule, demean)
+        return R_new.to(R.dtype).reshape(R.shape), loss.mean().to(R.dtype)
+
+
+# --------------------------------------------------------------------------- fake kernels
+
+
+def _fake_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
+    if len(kernel_size) == 0:
+        return input.shape[-1] // groups
+    return input.shape[1] // groups * math.prod(kernel_size)
+
+
+def _fake_gram(input, kernel_size, stride, padding, dilation, groups):
+    d = _fake_dim(input, kernel_size, groups)
+    return input.new_empty((groups, d, d), dtype=_statistics_dtype(input.dtype))
+
+
+def _fake_mean(input, kernel_size, stride, padding, dilation, groups):
+    d = _fake_dim(input, kernel_size, groups)
+    return input.new_empty((groups, d), dtype=_statistics_dtype(input.dtype))
+
+
+def _fake_stats(input, R, kernel_size, stride, padding, dilation, groups):
+    dtype = torch.promote_types(_statistics_dtype(input.dtype), _statistics_dtype(R.dtype))
+    d = R.shape[-1]
+    return input.new_empty((groups, d, d), dtype=dtype), input.new_empty((groups, d), dtype=dtype)
+
+
+def _fake_update(input, R, *rest, **named):
+    return torch.empty_like(R, memory_format=torch.contiguous_format), R.new_empty(())
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
+    """col2im, the adjoint of im2col: y (N, groups*D, *output) -> the shape of ``like``."""
+    kernel_size, stride, padding, dilation, groups = geometry
+    dims = len(kernel_size)
+    d = _fake_dim(like, kernel_size, groups)
+    # a convolution with this weight is im2col
+    one_hot = torch.eye(d, dtype=y.dtype, device=y.device).repeat(groups, 1)
+    weight = one_hot.view(groups * d, like.shape[1] // groups, *kernel_size)
+    stride, padding, dilation = (
+        list(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation)
+    )
+    lost = [
+        (size + 2 * p - r * (k - 1) - 1) % s
+        for size, k, s, p, r in zip(like.shape[2:], kernel_size, stride, padding, dilation)
+    ]
+    transpose = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
+    return transpose(y, weight, None, stride, padding, lost, groups, dilation)
+
+
+def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry) -> Tensor:
+    """dL/dinput from dL/dS: dZ = Z (G + G^T) / n, scattered back to the pixels."""
+    kernel_size, _, _, _, groups = geometry
+    x = input.to(grad_S.dtype)
+    symmetric = grad_S + grad_S.mT
+    dz = decorrelate(x, symmetric, *geometry)
+    n = dz.numel() // max(1, symmetric.shape[0] * symmetric.shape[-1])
+    dz = dz / max(1, n)
+    if len(kernel_size):
+        dz = _scatter_patches(dz, input, *geometry)
+    return dz.to(input.dtype)
+
+
+def _save_for_gram(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.geometry = inputs[1:]
+
+
+def _gram_backward(ctx, grad_S):
+    (input,) = ctx.saved_tensors
+    with _without_autocast(input):
+        return _gram_gradient(input, grad_S, *ctx.geometry), *[None] * 5
+
+
+def _mean_backward(ctx, grad_m):
+    (input,) = ctx.saved_tensors
+    kernel_size, stride, padding, dilation, groups = ctx.geometry
+    with _without_autocast(input):
+        flat = grad_m.reshape(-1)
+        if len(kernel_size) == 0:
+            rows = max(1, input.numel() // max(1, input.shape[-1]))
+            grad = (flat / rows).expand(input.shape)
+        else:
+            g = make_geometry(input.shape, *ctx.geometry)
+            y = (flat / max(1, g.samples)).view(1, -1, *[1] * len(kernel_size))
+            y = y.expand(1, -1, *g.output_size)
+            grad = _scatter_patches(y, input, *ctx.geometry).expand(input.shape)
+        return grad.to(input.dtype), *[None] * 5
+
+
+def _save_for_stats(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
+
+
+def _stats_backward(ctx, grad_C, grad_V):
+    input, R = ctx.saved_tensors
+    groups = ctx.geometry[-1]
+    with _without_autocast(input):
+        # C and V are the two parts of M = R S R^T
+        grad_M = grad_C - torch.diag_embed(grad_C.diagonal(dim1=-2, dim2=-1))
+        grad_M = grad_M + torch.diag_embed(grad_V)
+        Rg = R.to(grad_M.dtype).reshape(groups, R.shape[-2], R.shape[-1])
+        grad_input = grad_R = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _gram_gradient(input, Rg.mT @ grad_M @ Rg, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            S = torch.ops.dbp.patch_gram(input, *ctx.geometry).to(grad_M.dtype)
+            grad_R = ((grad_M + grad_M.mT) @ Rg @ S).reshape(R.shape).to(R.dtype)
+    return grad_input, grad_R, *[None] * 5
+
+
+def _no_gradient(ctx, inputs, output) -> None:
+    # R learns by its own rule: no gradient flows into or through the update (paper, section 2.1)
+    ctx.mark_non_differentiable(*output)
+
+
+def _never(ctx, *grads):
+    raise NotImplementedError("dbp::decor_update has no gradient")
+
+
+# --------------------------------------------------------------------------- composites
+
+
+def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
+    """A = W R, the weight of the plain convolution or linear map equal to the decorrelated one.
+
+    Args:
+        weight: (out, Cin/groups, *kernel) or (out, D).
+        R: (groups, D, D), or (D, D) when groups = 1.
+
+    Formed in R's precision with autocast off, then cast: the shape and dtype of ``weight``.
+    Raises ValueError if R does not fit. Source: DBP paper, section 2.2.
+    """
+    _check_R(R, groups, math.prod(weight.shape[1:]))
+    with _without_autocast(weight):
+        dtype = torch.promote_types(R.dtype, weight.dtype)
+        W = weight.to(dtype).reshape(groups, -1, R.shape[-1])
+        A = W @ R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1])
+        return A.reshape(weight.shape).to(weight.dtype)
+
+
+def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
+    """A of a transposed convolution: A[g, j] = sum_i R[g, i, j] W[g, i], D = Cin/groups.
+
+    Args:
+        weight: (Cin, out/groups, *kernel).
+        R: (groups, D, D), or (D, D) when groups = 1.
+
+    Precision and errors as ``condensed_weight``.
+    """
+    _check_R(R, groups, weight.shape[0] // groups)
+    with _without_autocast(weight):
+        dtype = torch.promote_types(R.dtype, weight.dtype)
+        W = weight.to(dtype).reshape(groups, R.shape[-1], -1)
+        A = R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1]).mT @ W
+        return A.reshape(weight.shape).to(weight.dtype)
+
+
+def decorrelate(input, R, kernel_size, stride, padding, dilation, groups):
+    dim = _fake_dim(input, kernel_size, groups)
+    _check_floating(input=input)
+    _check_R(R, groups, dim)
+    R = R.to(input.dtype)
+    if len(kernel_size) == 0:
+        x = input.reshape(*input.shape[:-1], groups, dim)
+        Rg = R.reshape(groups, dim, dim)
+        x = torch.einsum("...gi,gji->...gj", x, Rg) if groups > 1 else x @ Rg[0].mT
+        return x.reshape(*input.shape[:-1], groups * dim)
+    weight = R.reshape(groups * dim, input.shape[1] // groups, *kernel_size)
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(kernel_size) - 1]
+    return conv(input, weight, None, stride, padding, dilation, groups)
+
+
+def _decor_conv(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decor_conv(input, weight, R, bias, stride, padding, dilation, groups):
+        A = condensed_weight(weight, R, groups)
+        return conv(input, A, bias, stride, padding, dilation, groups)
+
+    return decor_conv
+
+
+def decor_conv_transpose2d(
+    input, weight, R, bias, stride, padding, output_padding, groups, dilation
+):
+    A = condensed_weight_transposed(weight, R, groups)
+    return torch.conv_transpose2d(
+        input, A, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def decor_linear(input, weight, R, bias):
+    return torch.nn.functional.linear(input, condensed_weight(weight, R), bias)
+
+
+# --------------------------------------------------------------------------- registration
+
+for _name, _kernel, _fake, _save, _backward in (
+    ("patch_gram", patch_gram, _fake_gram, _save_for_gram, _gram_backward),
+    ("patch_mean", patch_mean, _fake_mean, _save_for_gram, _mean_backward),
+    ("decor_stats", decor_stats, _fake_stats, _save_for_stats, _stats_backward),
+    ("decor_update", decor_update, _fake_update, _no_gradient, _never),
+):
+    _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dbp::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(f"dbp::{_name}", _backward, setup_context=_save, lib=_lib)
+
+for _name, _composite in (
+    ("decorrelate", decorrelate),
+    ("decor_conv1d", _decor_conv(torch.conv1d)),
+    ("decor_conv2d", _decor_conv(torch.conv2d)),
+    ("decor_conv3d", _decor_conv(torch.conv3d)),
+    ("decor_conv_transpose2d", decor_conv_transpose2d),
+    ("decor_linear", decor_linear),
+):
+    _lib.impl(_name, _composite, "CompositeImplicitAutograd")
+    # without this, vmap falls back to a loop over the batch
+    _lib.impl(_name, _composite, "FuncTorchBatchedDecomposition")

@@ -1,0 +1,213 @@
+"""The cost model: which algorithm computes S, which plan computes the update, and why.
+
+Costs are seconds from a handful of machine figures (``Machine``): operations at a rate that depends
+on how thin the matrices are, bytes at the copy bandwidth, and a fixed overhead for every call. Only
+the order of the candidates matters. Everything here is integers and floats; no tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from .backends.eager import self_wgrad
+from .backends.eager.matmul import panels
+from .backends.eager.shift import buffer_expansion
+from .geometry import Axis, ConvGeometry
+
+PLANS = ("gram", "direct", "samples")
+ALGORITHMS = ("shift", "self_wgrad", "unfold")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cost model knows of a device.
+
+    ``gflops``: float32 matmul rate on large matrices. ``thin``: points (side, fraction of it) for
+    X^T Y with a long inner dimension, by the shorter side of the result. ``gbytes``: copy bandwidth
+    in GB/s. ``call``: seconds per library call. ``wgrad``: points (channels per group, fraction of
+    ``gflops``) for weight-gradient convolutions.
+    """
+
+    name: str
+    gflops: float
+    gbytes: float
+    call: float
+    thin: tuple[tuple[int, float], ...]
+    wgrad: tuple[tuple[int, float], ...]
+
+    def rate(self, side: int) -> float:
+        """Operations per second of a product whose result's shorter side is ``side``."""
+        return self.gflops * 1e9 * _interpolate(self.thin, side)
+
+    def wgrad_rate(self, channels: int) -> float:
+        """Operations per second of a weight-gradient convolution."""
+        return self.gflops * 1e9 * _interpolate(self.wgrad, channels)
+
+
+def _interpolate(points: tuple[tuple[int, float], ...], x: int) -> float:
+    """Piecewise linear in log2(x), constant outside."""
+    if x <= points[0][0]:
+        return points[0][1] * x / points[0][0]
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x <= x1:
+            return y0 + (y1 - y0) * math.log2(x / x0) / math.log2(x1 / x0)
+    return points[-1][1]
+
+
+# CPU: two cores of an AMD EPYC (AVX2), MKL and oneDNN, float32. The GPU's figures are the data
+# sheet's and not measured yet.
+MACHINES = {
+    "cpu": Machine(
+        "cpu",
+        gflops=130,
+        gbytes=6,
+        call=8e-6,
+        thin=((3, 0.035), (16, 0.4), (32, 0.45), (64, 0.65), (128, 0.75), (256, 1.0)),
+        wgrad=((3, 0.2), (16, 0.4), (64, 0.45)),
+    ),
+    "cuda": Machine(
+        "cuda",
+        gflops=50_000,
+        gbytes=2000,
+        call=5e-6,
+        thin=((3, 0.01), (16, 0.05), (64, 0.2), (128, 0.4), (512, 1.0)),
+        wgrad=((3, 0.02), (16, 0.1), (64, 0.3)),
+    ),
+}
+
+
+def machine(device_type: str) -> Machine:
+    """The figures for "cuda", or the CPU's for any other device type."""
+    return MACHINES.get(device_type, MACHINES["cpu"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to compute something, and what the model thinks it costs.
+
+    ``unfolded`` belongs to the algorithm "shift": the axes whose taps become channels.
+    """
+
+    name: str
+    gflop: float
+    seconds: float
+    unfolded: tuple[bool, ...] = ()
+    gram: Choice | None = field(default=None, compare=False)  # of the plan "gram": how S is computed
+
+    def __str__(self) -> str:
+        name = self.name
+        if any(self.unfolded):
+            axes = ",".join(str(d) for d, u in enumerate(self.unfolded) if u)
+            name += f"[unfold axis {axes}]"
+        return f"{name} ({self.gram})" if self.gram else name
+
+
+@lru_cache(maxsize=4096)
+def _axis_counts(axis: Axis) -> tuple[int, int, int, int, int]:
+    """Per axis: classes, self-inverse classes, segments of each, distinct windows."""
+    classes = axis.pair_classes
+    self_inverse = [c for c in classes if c.self_inverse]
+    return (
+        len(classes),
+        len(self_inverse),
+        sum(len(c.segments) for c in classes),
+        sum(len(c.segments) for c in self_inverse),
+        sum(len(c.windows) for c in classes),
+    )
+
+
+def _half(per_axis: list[int], self_inverse: list[int]) -> float:
+    """How many of the combinations remain when a combination and its transpose count once."""
+    return (math.prod(per_axis) + math.prod(self_inverse)) / 2
+
+
+def _shift_cost(geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int) -> Choice:
+    shifted = [a for a, u in zip(geometry.axes, unfolded) if not u]
+    counts = [_axis_counts(a) for a in shifted]
+    classes, self_inverse, segments, self_segments, windows = (list(c) for c in zip(*counts))
+    side = geometry.group_channels * math.prod(
+        a.kernel for a, u in zip(geometry.axes, unfolded) if u
+    )
+    expansion = buffer_expansion(geometry, unfolded)
+    phases = math.prod(len(a.phases) for a in shifted)
+    elements = geometry.input_numel * expansion
+    rows = elements / phases / (side * geometry.groups)
+    products = _half(classes, self_inverse)
+    flop = 2.0 * products * geometry.groups * side**2 * rows
+    calls = 1.5 * _half(segments, self_segments) * max(1.0, expansion / 2)
+    blocks = _half(windows, self_inverse) * geometry.groups * side**2
+    assembled = geometry.groups * geometry.dim**2
+    # strided writes run at about half the copy bandwidth
+    moved = size * (3 * elements + 4 * blocks + 4 * assembled)
+    seconds = flop / m.rate(side) + moved / (m.gbytes * 1e9) + calls * m.call
+    return Choice("shift", flop / 1e9, seconds, unfolded)
+
+
+def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+    taps = math.prod(2 * a.kernel - 1 for a in geometry.axes)
+    phases = math.prod(len(a.phases) for a in geometry.axes)
+    lattice = geometry.input_numel / geometry.channels / math.prod(a.stride for a in geometry.axes)
+    flop = 2.0 * phases * lattice * geometry.channels * geometry.group_channels * taps
+    convolutions = self_wgrad.convolutions(geometry)
+    calls = convolutions * 6 + 2 * geometry.taps * convolutions / max(1, phases)
+    moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    seconds = flop / m.wgrad_rate(geometry.group_channels)
+    return Choice("self_wgrad", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + calls * m.call)
+
+
+def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+    count = panels(geometry.dim)
+    flop = 2.0 * geometry.groups * geometry.samples * geometry.dim**2 * (count + 1) / (2 * count)
+    copied = 0 if geometry.pointwise else 4 * geometry.samples * geometry.groups * geometry.dim
+    moved = size * (copied + 2 * geometry.groups * geometry.dim**2)
+    seconds = flop / m.rate(geometry.dim) + moved / (m.gbytes * 1e9) + 4 * m.call
+    return Choice("unfold", flop / 1e9, seconds)
+
+
+@lru_cache(maxsize=4096)
+def gram_choices(
+    geometry: ConvGeometry, device_type: str = "cpu", itemsize: int = 4
+) -> tuple[Choice, ...]:
+    """The algorithms for S = patch_gram of this geometry, cheapest first."""
+    m = machine(device_type)
+    choices = [_unfold_cost(geometry, m, itemsize)]
+    if not geometry.pointwise:
+        for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
+            if not all(unfolded):
+                choices.append(_shift_cost(geometry, unfolded, m, itemsize))
+        choices.append(_self_wgrad_cost(geometry, m, itemsize))
+    return tuple(sorted(choices, key=lambda c: c.seconds))
+
+
+@lru_cache(maxsize=4096)
+def update_choices(
+    geometry: ConvGeometry, device_type: str = "cpu", itemsize: int = 4
+) -> tuple[Choice, ...]:
+    """The plans for one update of R from this geometry's samples, cheapest first.
+
+    Plan "samples" is left out for n > D, where its loss would lose its digits.
+    """
+    m = machine(device_type)
+    n, d, g = geometry.samples, geometry.dim, geometry.groups
+    gram = gram_choices(geometry, device_type, itemsize)[0]
+    bandwidth = m.gbytes * 1e9
+    square = itemsize * g * d * d
+
+    def plan(name: str, flop: float, side: int, squares: float, **more: Choice) -> Choice:
+        seconds = flop / m.rate(side) + squares * square / bandwidth + 8 * m.call
+        return Choice(name, flop / 1e9, seconds, **more)
+
+    copied = 0.0 if geometry.pointwise else 3 * itemsize * n * d * g / bandwidth
+    base = plan("gram", 6.0 * g * d**3, d, 8)
+    direct = plan("direct", g * (4.0 * n * d**2 + 2.0 * d**3), min(n, d), 6)
+    samples = plan("samples", g * (6.0 * n * d**2 + 2.0 * n**2 * d), min(n, d), 4)
+    choices = [
+        Choice("gram", base.gflop + gram.gflop, base.seconds + gram.seconds, gram=gram),
+        Choice("direct", direct.gflop, direct.seconds + copied),
+    ]
+    if n <= d:
+        choices.append(Choice("samples", samples.gflop, samples.seconds + copied))
+    return tuple(sorted(choices, key=lambda c: c.seconds))

@@ -1,0 +1,101 @@
+"""The update rule, by three exact plans that cost differently.
+
+With n patches Z (n x D), second moment S = Z^T Z / n and x = R z:
+
+    gram      M = R S R^T          then R - lr M' R                     6 D^3 (+ the cost of S)
+    direct    X = Z R^T; M = X^T X / n; then R - lr M' R                4 n D^2 + 2 D^3
+    samples   X = Z R^T; U = X R;  R - lr [c/n X^T U + diag(d) R]       6 n D^2 (+ 2 n^2 D: the loss)
+
+multiply-adds counted twice; M' is M with its diagonal replaced (``UpdateRule``). All tensors are
+batched over a leading dimension G (groups of one layer, or layers of equal shape). Functions are
+pure: no host synchronisation, nothing changed in place but their own temporaries.
+
+Source: DBP paper (arXiv 2405.02385) eq. 3 and section 2.1; <x x^T> = R S R^T makes them equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RULES = ("standard", "normalized")
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The weights of one rule at one kappa and D: R <- R - lr [c_weight C + diag(v_weight v)] R.
+
+    The reported loss is (c_weight sum C^2 + kappa sum v^2) / loss_scale.
+    """
+
+    c_weight: float
+    v_weight: float
+    kappa: float
+    loss_scale: float
+
+    @classmethod
+    def make(cls, rule: str, kappa: float, dim: int) -> UpdateRule:
+        """Raises ValueError for an unknown rule or a kappa outside [0, 1]."""
+        if not 0.0 <= kappa <= 1.0:
+            raise ValueError(f"kappa={kappa}: expected a number from 0 to 1")
+        if rule == "standard":
+            return cls(1 - kappa, kappa, kappa, float(dim * dim))
+        if rule == "normalized":
+            return cls((1 - kappa) / (dim - 1) if dim > 1 else 0.0, 2 * kappa, kappa, float(dim))
+        raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
+
+
+def _apply(M: Tensor, R: Tensor, lr: float, rule: UpdateRule) -> tuple[Tensor, Tensor]:
+    """The update from M = <x x^T>, which is overwritten."""
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    v = diagonal - 1
+    diagonal.zero_()
+    off = torch.linalg.vector_norm(M, dim=(-2, -1)).square()  # one pass, no D x D temporary
+    loss = (rule.c_weight * off + rule.kappa * v.square().sum(-1)) / rule.loss_scale
+    if rule.c_weight != 1:
+        M.mul_(rule.c_weight)
+    diagonal.copy_(rule.v_weight * v)
+    return torch.baddbmm(R, M, R, alpha=-lr), loss
+
+
+def update_from_gram(
+    S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[Tensor, Tensor]:
+    """Plan "gram". S, R (G, D, D) of one dtype -> R_new (G, D, D), loss (G,).
+
+    Raises ValueError for an unknown rule or a kappa outside [0, 1].
+    """
+    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+    return _apply(torch.bmm(torch.bmm(R, S), R.mT), R, lr, weights)
+
+
+def update_direct(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[Tensor, Tensor]:
+    """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
+    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+    X = torch.bmm(Z, R.mT)
+    return _apply(torch.bmm(X.mT, X).div_(Z.shape[1]), R, lr, weights)
+
+
+def update_from_samples(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[Tensor, Tensor]:
+    """Plan "samples": C is never formed. Z (G, n, D) with n >= 1, R (G, D, D) as above.
+
+    The loss comes from ||X^T X||_F = ||X X^T||_F minus the diagonal's part. For n > D and nearly
+    white x that difference loses its digits in float32, so the planner uses this plan for n <= D.
+    """
+    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+    n = Z.shape[1]
+    X = torch.bmm(Z, R.mT)
+    second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
+    v = second - 1
+    total = torch.linalg.vector_norm(torch.bmm(X, X.mT), dim=(-2, -1)).square() / n**2
+    off = (total - second.square().sum(-1)).clamp_min(0)
+    loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
+    d = weights.v_weight * v - weights.c_weight * second
+    R_new = torch.baddbmm(R, X.mT, torch.bmm(X, R), alpha=-lr * weights.c_weight / n)
+    return R_new.addcmul_(d.unsqueeze(-1), R, value=-lr), loss
