@@ -124,4 +124,19 @@ class Config:
 # Parts of a configuration that may grow when a comparison is resumed; all others must agree.
 GRID_FIELDS = ("methods", "seeds", "lr_bp", "lr_dbp", "decor_lr")
 
-PRESETS: dict[str, dict[str, Any]] = {}
+PRESETS: dict[str, dict[str, Any]] = {
+    # Four learning settings for each method, fixed beforehand.
+    "demo": {
+        "model": "convnet",
+        "data": "digits",
+        "widths": (32, 64, 64, 64),
+        "batch_norm": False,
+        "seeds": (0, 1, 2, 3, 4),
+        "epochs": 15,
+        "lr_bp": (1e-3, 2e-3, 4e-3, 8e-3),
+        "lr_dbp": (2e-3, 4e-3),
+        "decor_lr": (1e-3, 3e-3),
+        "sample": 0.1,
+        "validation_fraction": 0.2,
+    },
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -129,9 +129,7 @@ class Trainer:
         """Mean over layers of the decorrelation loss at the last update; ``None`` for BP."""
         if self.decor is None:
             return None
-        losses = self.decor.losses()
-        values = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
-        return float(torch.stack([torch.as_tensor(v).float().cpu() for v in values]).mean())
+        return torch.stack([loss.float() for loss in self.decor.losses().values()]).mean().item()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
