@@ -1,0 +1,141 @@
+"""Sampling: how a decorrelated layer hands images of the current batch to a DecorUpdate.
+
+A layer holds no samples itself. It holds a weak reference to a `Recorder`, which belongs to the
+optimiser: models therefore deep-copy and pickle without samples, and a layer whose optimiser has
+been garbage-collected stops copying.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_next_key = count()
+_recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
+
+
+def sample_size(sample: float | int, images: int) -> int:
+    """Number of images to copy from a batch: a float is a fraction, an int a number of images."""
+    if isinstance(sample, float):
+        return min(images, max(1, round(sample * images)))
+    return min(images, sample)
+
+
+class Owner(Protocol):
+    """What a recorder needs of its optimiser."""
+
+    _generator: torch.Generator
+
+    def _sampling_options(self, group: int) -> dict[str, Any] | None:
+        """The options of a parameter group, or None where this step copies nothing."""
+
+
+class Recorder:
+    """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
+
+    Args:
+        layer: the decorrelated layer it serves.
+        owner: the optimiser, referenced weakly like the layer.
+        group: the index of the layer's parameter group.
+    """
+
+    def __init__(self, layer: nn.Module, owner: Owner, group: int) -> None:
+        self.key = next(_next_key)
+        self.samples: list[Tensor] = []
+        self._layer = weakref.ref(layer)
+        self._owner = weakref.ref(owner)
+        self._group = group
+        _recorders[self.key] = self
+        layer._recorder = weakref.ref(self)
+        # A tensor, not an int: an input of compiled code, so that one graph serves equal layers.
+        layer._recorder_key = torch.tensor(self.key, device="cpu")
+
+    @property
+    def owns_layer(self) -> bool:
+        """False once another optimiser has taken the layer over, or the layer is gone."""
+        layer = self._layer()
+        return layer is not None and recorder_of(layer) is self
+
+    def release(self) -> None:
+        """Drop the samples and stop recording."""
+        self.samples.clear()
+        layer = self._layer()
+        if layer is not None and self.owns_layer:
+            layer._recorder = layer._recorder_key = None
+
+    def record(self, input: Tensor) -> None:
+        """Copy the sampled images of one forward pass, free of any autograd graph."""
+        # A recomputation by activation checkpointing runs inside a backward pass. Grad mode cannot
+        # tell: the first pass of a reentrant checkpoint runs without it too.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        layer, owner = self._layer(), self._owner()
+        options = None if owner is None else owner._sampling_options(self._group)
+        if layer is None or options is None:
+            return
+        with torch.no_grad():
+            batch = layer._as_images(_unwrapped(input).detach())
+            images = batch.shape[0]
+            size = sample_size(options["sample"], images)
+            if size == 0:
+                return
+            # A copy even of the whole batch: a view would keep the activation alive until step(),
+            # and would see whatever the model does to it in place.
+            if options["sampling"] == "random" and size < images:
+                chosen = torch.randperm(images, generator=owner._generator)[:size]
+                self.samples.append(batch[chosen.to(batch.device)])
+            else:
+                self.samples.append(batch[:size].clone())
+
+
+def recorder_of(layer: nn.Module) -> Recorder | None:
+    """The live recorder attached to a layer, if any."""
+    reference = getattr(layer, "_recorder", None)  # a fused layer has lost the attribute
+    return None if reference is None else reference()
+
+
+def record(layer: nn.Module, input: Tensor) -> None:
+    """Called by a layer after its forward pass; does nothing unless an optimiser is attached."""
+    if layer._recorder is None or not layer.training:
+        return
+    if torch.compiler.is_compiling():
+        torch.ops.dbp_nn.record(input.detach(), layer._recorder_key)
+        return
+    recorder = recorder_of(layer)
+    if recorder is not None:
+        recorder.record(input)
+
+
+# The same under torch.compile: opaque, so that nothing in it is traced, guarded or recomputed. The
+# key is declared mutated (it is not) to keep the call, which returns nothing, from being removed;
+# it lives on the CPU, so reading it never waits for a device and CUDA graphs leave the call out.
+@torch.library.custom_op("dbp_nn::record", mutates_args=("key",))
+def _record_op(input: Tensor, key: Tensor) -> None:
+    recorder = _recorders.get(int(key))
+    if recorder is not None:
+        recorder.record(input)
+
+
+@_record_op.register_fake
+def _(input: Tensor, key: Tensor) -> None:
+    return None
+
+
+def _unwrapped(input: Tensor) -> Tensor:
+    """The plain tensor under torch.func's gradient wrappers; vmap's cannot be told apart later."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(input):
+        input = functorch.get_unwrapped(input)
+    if functorch.is_batchedtensor(input):
+        raise RuntimeError(
+            "a decorrelated layer attached to a DecorUpdate was called under torch.func.vmap in "
+            "training mode, where its samples cannot be copied: call decor.detach() or "
+            "model.eval() first"
+        )
+    if input.is_nested:
+        raise TypeError("samples cannot be taken from a nested tensor; pad it first")
+    return input

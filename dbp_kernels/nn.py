@@ -1,0 +1,357 @@
+"""Decorrelated layers: the torch layer plus a buffer R.
+
+Each layer computes ``y = W (R z) + b`` over its input patches z as one ordinary layer with the
+condensed weight ``A = W R`` (DBP paper, arXiv 2405.02385). No gradient flows into R; a
+`dbp_kernels.DecorUpdate` learns it from samples of the input. With R = I, where it starts, a layer
+equals its torch counterpart.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbp_kernels import functional
+from dbp_kernels.capture import record
+
+__all__ = [
+    "DecorConv1d",
+    "DecorConv2d",
+    "DecorConv3d",
+    "DecorConvTranspose2d",
+    "DecorLinear",
+    "Decorrelate",
+    "identity_R",
+    "is_decorrelated",
+]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def identity_R(
+    groups: int, size: int, device: torch.device | str | None, dtype: torch.dtype
+) -> Tensor:
+    """The R a layer starts with: (D, D), or (groups, D, D) with groups > 1, at least float32."""
+    shape = (size, size) if groups == 1 else (groups, size, size)
+    R = torch.zeros(shape, device=device, dtype=_at_least_float32(dtype))
+    R.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return R
+
+
+class _Decorrelated(nn.Module):
+    """What every decorrelated layer shares: the buffer R, its precision, its checkpoints.
+
+    R has shape (D, D), or (groups, D, D) with groups > 1, for patches of D entries. It stays at
+    least float32 under ``.half()``, ``.bfloat16()`` and ``.to(dtype)``: an update of 1e-5 vanishes
+    below.
+    """
+
+    R: Tensor
+    # Class attributes, so that surgery can turn a plain layer into this class.
+    _recorder = None
+    _recorder_key = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._register_R(self.weight.device, self.weight.dtype)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        plain = plain_class(cls)
+        if plain is not None and "__init__" not in cls.__dict__:
+            cls.__signature__ = inspect.signature(plain)
+
+    # What each layer says about its patches.
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        """Arguments by which the statistics see this layer's patches."""
+        raise NotImplementedError
+
+    def _patch_size(self) -> tuple[int, int]:
+        """(groups, D)."""
+        raise NotImplementedError
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        """The input with a leading dimension to sample along."""
+        raise NotImplementedError
+
+    # R.
+
+    def _register_R(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.register_buffer("R", identity_R(*self._patch_size(), device, dtype))
+
+    @torch.no_grad()
+    def reset_decorrelation(self) -> None:
+        """Set R back to the identity, in place."""
+        self.R.zero_()
+        self.R.diagonal(dim1=-2, dim2=-1).fill_(1)
+
+    def reset_parameters(self) -> None:
+        """Reset the weights as torch does, and R to the identity."""
+        super().reset_parameters()
+        if "R" in self._buffers:  # the torch constructor calls this before there is an R
+            self.reset_decorrelation()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Decorrelated:
+        before = self._buffers["R"]
+        super()._apply(fn, recurse)
+        after = self._buffers["R"]
+        dtype = _at_least_float32(after.dtype)
+        if before.is_meta and not after.is_meta:
+            # Leaving the meta device gives uninitialised memory, for which R knows a value.
+            self._buffers["R"] = identity_R(*self._patch_size(), after.device, dtype)
+        elif after.dtype != dtype:
+            # From `before`: a round trip through half precision would round R.
+            self._buffers["R"] = before.to(device=after.device, dtype=dtype)
+        return self
+
+    # Checkpoints and copies.
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "R"
+        # A checkpoint that has this layer but no R is of a plain model: its R is the identity. One
+        # without the layer (loaded with strict=False: torch does not say so here) changes nothing.
+        known = not self._parameters or any(name.startswith(prefix) for name in state_dict)
+        plain = key not in state_dict and known
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        R = self._buffers["R"]
+        if plain:
+            if key in missing_keys:
+                missing_keys.remove(key)
+            weight = self._parameters.get("weight")
+            if R.is_meta and weight is not None:  # load_state_dict(assign=True) has placed it
+                self._buffers["R"] = identity_R(*self._patch_size(), weight.device, R.dtype)
+            else:
+                self.reset_decorrelation()
+        elif R.dtype != _at_least_float32(R.dtype):  # assign=True with a half-precision R
+            self._buffers["R"] = R.to(_at_least_float32(R.dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_recorder", None)
+        state.pop("_recorder_key", None)
+        return state
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, R={tuple(self.R.shape)}"
+
+
+def is_decorrelated(module: nn.Module) -> bool:
+    """Whether the module is one of this package's layers (or a subclass of one)."""
+    return isinstance(module, _Decorrelated)
+
+
+def plain_class(cls: type) -> type[nn.Module] | None:
+    """The torch layer that a decorrelated layer class extends; None for `Decorrelate`."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn.") and base is not nn.Module:
+            return base
+    return None
+
+
+class DecorLinear(_Decorrelated, nn.Linear):
+    """`torch.nn.Linear` with a decorrelated input: ``y = W (R x) + b``.
+
+    Takes the arguments of `torch.nn.Linear`. Buffer R: (in_features, in_features). Samples are
+    taken along the first dimension of the input, so for (sequence, batch, features) they are
+    positions: use ``sampling="random"`` there.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        output = functional.decor_linear(input, self.weight, self.R, self.bias)
+        record(self, input)
+        return output
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        return {"kernel_size": ()}
+
+    def _patch_size(self) -> tuple[int, int]:
+        return 1, self.in_features
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        return input if input.dim() > 1 else input.unsqueeze(0)
+
+
+class _DecorConvNd(_Decorrelated):
+    """The parts that decorrelated convolutions of every dimension share."""
+
+    def _conv_arguments(self) -> dict[str, Any]:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+        }
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        return {"kernel_size": self.kernel_size, **self._conv_arguments()}
+
+    def _patch_size(self) -> tuple[int, int]:
+        return self.groups, self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        return input if input.dim() > len(self.kernel_size) + 1 else input.unsqueeze(0)
+
+
+class DecorConv1d(_DecorConvNd, nn.Conv1d):
+    """`torch.nn.Conv1d` over decorrelated patches; takes its arguments.
+
+    Buffer R: (D, D) with D = in_channels/groups * kernel_size, or (groups, D, D) with groups > 1.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, L) or (C, L), as torch.nn.Conv1d."""
+        output = functional.decor_conv1d(
+            input, self.weight, self.R, self.bias, **self._conv_arguments()
+        )
+        record(self, input)
+        return output
+
+
+class DecorConv2d(_DecorConvNd, nn.Conv2d):
+    """`torch.nn.Conv2d` over decorrelated patches; takes its arguments.
+
+    Buffer R: (D, D) with D = in_channels/groups * KH * KW, or (groups, D, D) with groups > 1.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W), as torch.nn.Conv2d."""
+        output = functional.decor_conv2d(
+            input, self.weight, self.R, self.bias, **self._conv_arguments()
+        )
+        record(self, input)
+        return output
+
+
+class DecorConv3d(_DecorConvNd, nn.Conv3d):
+    """`torch.nn.Conv3d` over decorrelated patches; takes its arguments.
+
+    Buffer R: (D, D) with D = in_channels/groups * KD * KH * KW, or (groups, D, D) with groups > 1.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, D, H, W) or (C, D, H, W), as torch.nn.Conv3d."""
+        output = functional.decor_conv3d(
+            input, self.weight, self.R, self.bias, **self._conv_arguments()
+        )
+        record(self, input)
+        return output
+
+
+class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` over decorrelated pixels; takes its arguments.
+
+    The patch is one pixel's channels. Buffer R: (D, D) with D = in_channels/groups, or
+    (groups, D, D) with groups > 1.
+    """
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(N, C, H, W) or (C, H, W), as torch.nn.ConvTranspose2d, with its output_size."""
+        if self.padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode must be 'zeros' for DecorConvTranspose2d, got {self.padding_mode!r}"
+            )
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        output = functional.decor_conv_transpose2d(
+            input,
+            self.weight,
+            self.R,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=output_padding,
+            groups=self.groups,
+            dilation=self.dilation,
+        )
+        record(self, input)
+        return output
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        return {"kernel_size": (1, 1), "groups": self.groups}
+
+    def _patch_size(self) -> tuple[int, int]:
+        return self.groups, self.in_channels // self.groups
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        return input if input.dim() > 3 else input.unsqueeze(0)
+
+
+class Decorrelate(_Decorrelated):
+    """Decorrelates whole feature maps in front of any layer: ``x = R z``, same shape as the input.
+
+    Args:
+        num_features: D, the number of entries of one example (a feature map flattened), or the size
+            of the last dimension.
+        device: where R lives.
+        dtype: R's dtype, at least float32.
+
+    Buffer R: (num_features, num_features), the identity at the start. Loading a checkpoint without
+    it sets it to the identity, even where other entries are missing too.
+
+    Raises:
+        ValueError: num_features is not a positive int.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+            raise ValueError(f"num_features must be a positive int, got {num_features!r}")
+        nn.Module.__init__(self)
+        self.num_features = num_features
+        example = torch.empty(0, device=device, dtype=dtype)
+        self._register_R(example.device, example.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, *features) with prod(features) = num_features, or (..., num_features)."""
+        output = functional.decorrelate(self._as_images(input), self.R, ())
+        record(self, input)
+        return output.reshape(input.shape)
+
+    def reset_parameters(self) -> None:
+        """Set R back to the identity: there are no other parameters."""
+        self.reset_decorrelation()
+
+    def extra_repr(self) -> str:
+        return str(self.num_features)
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        return {"kernel_size": ()}
+
+    def _patch_size(self) -> tuple[int, int]:
+        return 1, self.num_features
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        if input.dim() > 1 and math.prod(input.shape[1:]) == self.num_features:
+            return input.reshape(input.shape[0], self.num_features)
+        if input.dim() > 0 and input.shape[-1] == self.num_features:
+            return input if input.dim() > 1 else input.unsqueeze(0)
+        raise ValueError(
+            f"input must have {self.num_features} features per example, or in its last dimension, "
+            f"got shape {tuple(input.shape)}"
+        )
