@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int)
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None)
     add("--widths", type=ints, help="channels of the convnet, hidden widths of the mlp")
+    add("--pool-every", type=int, help="a max-pool after every so many convolutions (default 1)")
     add("--train-size", type=int, help="only the first so many training images")
     add("--test-size", type=int, help="only the first so many test images")
     add("--validation-fraction", type=float, help="share of training images for choosing lr")

@@ -42,6 +42,7 @@ class Config:
         batch_size: images per step.
         batch_norm: whether mlp and convnet have it.
         widths: channels of the convnet or hidden widths of the mlp; ``None``: the default.
+        pool_every: a max-pool after every so many convolutions of the convnet.
         train_size, test_size: take only the first so many images; ``None``: all.
         validation_fraction: share of the training images kept for choosing learning rates.
         data_dir: folder of the parquet files (not used by digits).
@@ -67,6 +68,7 @@ class Config:
     batch_size: int = 64
     batch_norm: bool = True
     widths: tuple[int, ...] | None = None
+    pool_every: int = 1
     train_size: int | None = None
     test_size: int | None = None
     validation_fraction: float = 0.1
@@ -87,6 +89,7 @@ class Config:
         demand(self.epochs >= 1, "epochs", "at least 1")
         demand(self.batch_size >= 1, "batch_size", "at least 1")
         demand(self.update_every >= 1, "update_every", "at least 1")
+        demand(self.pool_every >= 1, "pool_every", "at least 1")
         demand(0 <= self.kappa <= 1, "kappa", "between 0 and 1")
         demand(self.rule in ("standard", "normalized"), "rule", "'standard' or 'normalized'")
         demand(self.amp in (None, "bf16"), "amp", "'bf16' or left out")

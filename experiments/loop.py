@@ -59,6 +59,7 @@ class Trainer:
             data.num_classes,
             batch_norm=config.batch_norm,
             widths=config.widths,
+            pool_every=config.pool_every,
         )
         self.decor = None
         if setting.method == "dbp":

@@ -61,7 +61,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A small VGG: [3x3 convolution, (batch norm), ReLU, max-pool 2] x len(widths), linear head.
+    """A small VGG: [3x3 convolution, (batch norm), ReLU, (max-pool 2)] x len(widths), linear head.
 
     Args:
         in_channels: channels of the image.
@@ -70,6 +70,7 @@ class ConvNet(nn.Module):
         image_size: side (or (height, width)) of the image; needed for the flattened head.
         batch_norm: batch norm after each convolution, whose bias is then left out.
         head: "flatten" or "global" (average over all positions before the linear head).
+        pool_every: a max-pool after every so many convolutions.
 
     A max-pool is left out once the feature map has a side of one pixel, so that 8x8, 28x28 and
     32x32 images all work.
@@ -84,19 +85,22 @@ class ConvNet(nn.Module):
         image_size: int | tuple[int, int] = 32,
         batch_norm: bool = True,
         head: str = "flatten",
+        pool_every: int = 1,
     ) -> None:
         super().__init__()
+        if pool_every < 1:
+            raise ValueError(f"pool_every must be at least 1, got {pool_every!r}")
         if head not in ("flatten", "global"):
             raise ValueError(f"head must be 'flatten' or 'global', got {head!r}")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         layers: list[nn.Module] = []
         channels = in_channels
-        for out_channels in widths:
+        for number, out_channels in enumerate(widths, start=1):
             layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=not batch_norm))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(out_channels))
             layers.append(nn.ReLU(inplace=True))
-            if min(height, width) >= 2:
+            if number % pool_every == 0 and min(height, width) >= 2:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
             channels = out_channels
@@ -246,12 +250,13 @@ def build_model(
     *,
     batch_norm: bool = True,
     widths: Sequence[int] | None = None,
+    pool_every: int = 1,
 ) -> nn.Module:
     """Builds the network called ``name`` for images of shape (channels, height, width).
 
     ``widths`` are the convnet's channels or the mlp's hidden widths (``None``: the class's
-    default). ResNet has fixed widths and always has batch norm; asking it for anything else raises
-    ValueError, as an unknown name does.
+    default); ``pool_every`` concerns the convnet alone. ResNet has fixed widths and always has
+    batch norm; asking it for anything else raises ValueError, as an unknown name does.
     """
     channels, height, width = image_shape
     builders: dict[str, Callable[[], nn.Module]] = {
@@ -259,7 +264,12 @@ def build_model(
             math.prod(image_shape), widths or (256, 256), num_classes, batch_norm=batch_norm
         ),
         "convnet": lambda: ConvNet(
-            channels, widths or (64, 64, 128), num_classes, (height, width), batch_norm=batch_norm
+            channels,
+            widths or (64, 64, 128),
+            num_classes,
+            (height, width),
+            batch_norm,
+            pool_every=pool_every,
         ),
         "resnet18": lambda: resnet18(
             num_classes, channels, "imagenet" if min(height, width) >= 96 else "cifar"

@@ -99,7 +99,8 @@ def test_parquet_gives_back_the_pixels(tmp_path: Path, column: str) -> None:
     assert labels == [3, 1, 4, 1, 5]
     assert torch.equal(torch.stack(images), pixels.permute(0, 3, 1, 2))
     images, labels = read_parquet(tmp_path / "a.parquet", limit=2)
-    assert labels == [3, 1] and len(images) == 2
+    assert labels == [3, 1]
+    assert len(images) == 2
 
 
 def test_loading_joins_shards_in_order_and_splits_off_the_last_for_validation(
@@ -131,9 +132,11 @@ def test_missing_data_names_every_place_that_was_looked_at(tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError) as error:
         load("cifar10", tmp_path / "nowhere")
     text = str(error.value)
-    assert "train-*.parquet" in text and str(tmp_path / "nowhere") in text
+    assert "train-*.parquet" in text
+    assert str(tmp_path / "nowhere") in text
     assert str(tmp_path / "nowhere" / "cifar10") in text
-    assert "not a folder" in text and "uoft-cs/cifar10" in text
+    assert "not a folder" in text
+    assert "uoft-cs/cifar10" in text
 
 
 def test_wrong_columns_are_named(tmp_path: Path) -> None:
@@ -146,7 +149,8 @@ def test_digits_are_split_without_overlap_and_the_same_every_time() -> None:
     first, second = load("digits"), load("digits")
     assert torch.equal(first.train.x, second.train.x)
     sizes = len(first.train), len(first.validation), len(first.test)
-    assert sum(sizes) == 1797 and sizes[2] == data_module.DIGITS_TEST
+    assert sum(sizes) == 1797
+    assert sizes[2] == data_module.DIGITS_TEST
     assert first.image_shape == (1, 8, 8)
     assert abs(first.train.x.mean().item()) < 1e-5
     # Every class is in every split.
@@ -347,7 +351,7 @@ def test_resuming_keeps_finished_runs_only_and_refuses_another_protocol(tmp_path
         for run in (made_up_run(BP, 0, [0.1, 0.2]), made_up_run(DBP, 0, [0.1])):
             for row in run.rows:
                 results.write(row)
-    with pytest.raises(ValueError, match="kappa was 0.5, now 0.4"):
+    with pytest.raises(ValueError, match=r"kappa was 0\.5, now 0\.4"):
         ResultsDirectory(tmp_path / "r", Config(epochs=2, kappa=0.4), resume=True)
     assert len(read_rows(tmp_path / "r" / "metrics.csv")) == 3
     with ResultsDirectory(tmp_path / "r", Config(epochs=2, seeds=(0, 1)), resume=True) as results:
@@ -359,9 +363,13 @@ def test_resuming_keeps_finished_runs_only_and_refuses_another_protocol(tmp_path
 
 
 def test_seeds_and_samples_are_lists_or_counts() -> None:
-    assert seeds("0,2,5") == (0, 2, 5) and seeds("3") == (0, 1, 2) and seeds("3,") == (3,)
-    assert sample("0.1") == 0.1 and isinstance(sample("1.0"), float)
-    assert sample("6") == 6 and isinstance(sample("6"), int)
+    assert seeds("0,2,5") == (0, 2, 5)
+    assert seeds("3") == (0, 1, 2)
+    assert seeds("3,") == (3,)
+    assert sample("0.1") == 0.1
+    assert isinstance(sample("1.0"), float)
+    assert sample("6") == 6
+    assert isinstance(sample("6"), int)
 
 
 def test_options_go_before_the_preset_and_method_rates_before_common_ones() -> None:
@@ -373,7 +381,7 @@ def test_options_go_before_the_preset_and_method_rates_before_common_ones() -> N
     assert config("--preset", "demo", "--epochs", "2").epochs == 2
     assert config("--preset", "demo").epochs == PRESETS["demo"]["epochs"]
     assert config("--preset", "demo", "--lr", "0.1").lr_bp == (0.1,)
-    with pytest.raises(ValueError, match="epochs.*got 0"):
+    with pytest.raises(ValueError, match=r"epochs.*got 0"):
         config("--epochs", "0")
     with pytest.raises(ValueError, match="methods"):
         config("--method", "sgd")
@@ -414,7 +422,8 @@ def test_cli_trains_both_methods_and_resumes(
     out = tmp_path / "out"
     assert run_cli(f"--out {out}") == 0
     printed = capsys.readouterr().out
-    assert "Seconds to target" in printed and str(out / "curves.png") in printed
+    assert "Seconds to target" in printed
+    assert str(out / "curves.png") in printed
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
@@ -424,7 +433,8 @@ def test_cli_trains_both_methods_and_resumes(
         ("dbp", "1"),
         ("dbp", "2"),
     ]
-    assert rows[0]["decorrelation_loss"] == "" and float(rows[2]["decorrelation_loss"]) > 0
+    assert rows[0]["decorrelation_loss"] == ""
+    assert float(rows[2]["decorrelation_loss"]) > 0
     assert float(rows[1]["seconds"]) > float(rows[1]["epoch_seconds"]) > 0
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((out / "config.json").read_text())
@@ -443,7 +453,8 @@ def test_cli_trains_both_methods_and_resumes(
     assert run_cli(f"--out {out} --resume") == 0
     assert "1 of 2 runs are done" in capsys.readouterr().out
     after = (out / "metrics.csv").read_text().splitlines()
-    assert after[:3] == lines[:3] and len(after) == 5
+    assert after[:3] == lines[:3]
+    assert len(after) == 5
     # The same seed on the same machine: the same losses.
     assert after[4].split(",")[5] == lines[4].split(",")[5]
 
@@ -479,7 +490,8 @@ def test_report_rebuilds_and_says_when_there_is_nothing(
                 results.write(row)
     assert main(["report", str(tmp_path / "r")]) == 0
     summary = (tmp_path / "r" / "summary.md").read_text()
-    assert "50% fewer with DBP" in summary and "How this was decided" in summary
+    assert "50% fewer with DBP" in summary
+    assert "How this was decided" in summary
     assert write_report(tmp_path / "r") == capsys.readouterr().out.strip()
 
 
@@ -487,7 +499,8 @@ def test_cli_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "out"
     assert run_cli(f"--out {out} --data mnist --data-dir {tmp_path / 'none'}") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: no train-*.parquet") and error.count("\n") == 1
+    assert error.startswith("error: no train-*.parquet")
+    assert error.count("\n") == 1
     assert not out.exists()
     if not torch.cuda.is_available():
         assert run_cli(f"--out {out} --device cuda") == 2
