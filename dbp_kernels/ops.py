@@ -15,6 +15,7 @@ from importlib.resources import files
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import backends
 from .geometry import ConvGeometry, make_geometry
@@ -255,9 +256,9 @@ def _stats_backward(ctx, grad_C, grad_V):
         grad_M = grad_M + torch.diag_embed(grad_V)
         Rg = R.to(grad_M.dtype).reshape(groups, R.shape[-2], R.shape[-1])
         grad_input = grad_R = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _gram_gradient(input, Rg.mT @ grad_M @ Rg, *ctx.geometry)
         if ctx.needs_input_grad[1]:
+            grad_input = _gram_gradient(input, Rg.mT @ grad_M @ Rg, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
             S = torch.ops.dbp.patch_gram(input, *ctx.geometry).to(grad_M.dtype)
             grad_R = ((grad_M + grad_M.mT) @ Rg @ S).reshape(R.shape).to(R.dtype)
     return grad_input, grad_R, *[None] * 5
@@ -348,15 +349,50 @@ def decor_linear(input, weight, R, bias):
 
 # --------------------------------------------------------------------------- registration
 
+
+def _differentiable(op: Callable, save: Callable, gradient: Callable) -> Callable:
+    """The Autograd kernel of an opaque op.
+
+    ``torch.library.register_autograd`` would lose forward-mode tangents silently when no input
+    requires a gradient; an autograd.Function without a jvp raises. Single level, because functorch
+    has peeled its levels off by the time a kernel runs.
+    """
+
+    class OpaqueOp(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(keyset, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs[1:], output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *gradient(ctx, *grads)
+
+    schema = op._schema.arguments
+
+    def kernel(keyset, *args, **named):
+        # the dispatcher leaves out arguments that equal their defaults
+        rest = [named.get(a.name, a.default_value) for a in schema[len(args) :]]
+        with enable_single_level_autograd_function():
+            return OpaqueOp.apply(keyset, *args, *rest)
+
+    return kernel
+
+
 for _name, _kernel, _fake, _save, _backward in (
     ("patch_gram", patch_gram, _fake_gram, _save_for_gram, _gram_backward),
     ("patch_mean", patch_mean, _fake_mean, _save_for_gram, _mean_backward),
     ("decor_stats", decor_stats, _fake_stats, _save_for_stats, _stats_backward),
     ("decor_update", decor_update, _fake_update, _no_gradient, _never),
 ):
+    _op = getattr(torch.ops.dbp, _name).default
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _lib.impl(_name, _differentiable(_op, _save, _backward), "Autograd", with_keyset=True)
     torch.library.register_fake(f"dbp::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(f"dbp::{_name}", _backward, setup_context=_save, lib=_lib)
 
 for _name, _composite in (
     ("decorrelate", decorrelate),
