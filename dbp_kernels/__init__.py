@@ -21,6 +21,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
 
 from . import nn, ops, reference  # noqa: E402
 from .backends import backend  # noqa: E402
+from .explain import explain  # noqa: E402
 from .functional import *  # noqa: E402, F403
 from .functional import __all__ as _functional  # noqa: E402
 from .surgery import decorrelate_model, fuse_model  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "backend",
     "decorrelate_model",
+    "explain",
     "fuse_model",
     "nn",
     "ops",

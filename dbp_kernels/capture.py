@@ -87,7 +87,7 @@ class Recorder:
             # and would see whatever the model does to it in place.
             if options["sampling"] == "random" and size < images:
                 chosen = torch.randperm(images, generator=owner._generator)[:size]
-                self.samples.append(batch[chosen.to(batch.device)])
+                self.samples.append(batch[chosen.to(batch.device, non_blocking=True)])
             else:
                 self.samples.append(batch[:size].clone())
 

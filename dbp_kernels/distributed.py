@@ -33,14 +33,14 @@ class Moments:
     first: Tensor | None
     count: Tensor
 
-    def mean(self) -> tuple[Tensor, Tensor]:
-        """(S, n): demeaned where the first moment is there; S = 0 where n = 0."""
+    def mean(self) -> Tensor:
+        """S, (G, D, D): demeaned where the first moment is there; 0 where n = 0."""
         n = self.count.clamp(min=1)
         S = self.second / n
         if self.first is not None:
             m = self.first / n
             S = torch.baddbmm(S, m.unsqueeze(-1), m.unsqueeze(-2), alpha=-1)
-        return S, self.count
+        return S
 
 
 def active(process_group: dist.ProcessGroup | None) -> bool:

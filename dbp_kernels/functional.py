@@ -105,7 +105,7 @@ def pad_input(
     return input, remaining
 
 
-def _arguments(
+def op_arguments(
     input: Tensor,
     kernel_size: IntOrInts,
     stride: IntOrInts,
@@ -114,7 +114,7 @@ def _arguments(
     groups: int,
     padding_mode: str,
 ) -> tuple[Tensor, tuple, bool]:
-    """(batched and padded input, op arguments, whether the input was batched)."""
+    """(input as the ops take it, their geometry arguments, whether the input was batched)."""
     dims = input.dim() - 2 if isinstance(kernel_size, int) else len(kernel_size)
     if dims == 0 and not isinstance(kernel_size, int):
         return input, ([], [], [], [], groups), True
@@ -147,7 +147,7 @@ def patch_gram(
     The mean is over all N*OH*OW patches; no patches give zeros. Differentiable in the input.
     S is also the A factor of K-FAC, the GPTQ Hessian and the ZCA covariance of a convolution.
     """
-    x, arguments, _ = _arguments(
+    x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
     return torch.ops.dbp.patch_gram(x, *arguments)
@@ -163,7 +163,7 @@ def patch_mean(
     padding_mode: str = "zeros",
 ) -> Tensor:
     """The mean patch <z>, (groups, D). No patches give zeros. Differentiable in the input."""
-    x, arguments, _ = _arguments(
+    x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
     return torch.ops.dbp.patch_mean(x, *arguments)
@@ -184,7 +184,7 @@ def decorrelate(
     R is (groups, D, D), or (D, D) when groups = 1; the result has the input's dtype.
     Differentiable in both.
     """
-    x, arguments, batched = _arguments(
+    x, arguments, batched = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
     out = torch.ops.dbp.decorrelate(x, R, *arguments)
@@ -205,7 +205,7 @@ def decor_stats(
 
     Shapes (groups, D, D) and (groups, D). No patches: C = 0, V = -1. Differentiable in both.
     """
-    x, arguments, _ = _arguments(
+    x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
     return torch.ops.dbp.decor_stats(x, R, *arguments)
@@ -240,7 +240,7 @@ def decor_update(
     [(1-kappa)/(D-1) sum C^2 + kappa sum v^2] / D. No patches: R unchanged, loss 0.
     Not differentiable: R learns by this rule alone.
     """
-    x, arguments, _ = _arguments(
+    x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
     return torch.ops.dbp.decor_update(x, R, *arguments, lr, kappa, rule, demean)

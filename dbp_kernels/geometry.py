@@ -9,6 +9,7 @@ same difference of shifts therefore multiply the same pixels, except at the bord
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -126,7 +127,7 @@ def cut(windows: Iterable[Window]) -> tuple[Window, ...]:
     cuts = sorted({edge for window in windows for edge in window})
     return tuple(
         (a, b)
-        for a, b in zip(cuts, cuts[1:])
+        for a, b in itertools.pairwise(cuts)
         if any(start <= a and b <= stop for start, stop in windows)
     )
 

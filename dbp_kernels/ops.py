@@ -204,7 +204,7 @@ def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
 
 def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry) -> Tensor:
     """dL/dinput from dL/dS: dZ = Z (G + G^T) / n, scattered back to the pixels."""
-    kernel_size, _, _, _, groups = geometry
+    kernel_size = geometry[0]
     x = input.to(grad_S.dtype)
     symmetric = grad_S + grad_S.mT
     dz = decorrelate(x, symmetric, *geometry)
@@ -228,7 +228,7 @@ def _gram_backward(ctx, grad_S):
 
 def _mean_backward(ctx, grad_m):
     (input,) = ctx.saved_tensors
-    kernel_size, stride, padding, dilation, groups = ctx.geometry
+    kernel_size = ctx.geometry[0]
     with _without_autocast(input):
         flat = grad_m.reshape(-1)
         if len(kernel_size) == 0:
@@ -338,9 +338,7 @@ def decor_conv_transpose2d(
     input, weight, R, bias, stride, padding, output_padding, groups, dilation
 ):
     A = condensed_weight_transposed(weight, R, groups)
-    return torch.conv_transpose2d(
-        input, A, bias, stride, padding, output_padding, groups, dilation
-    )
+    return torch.conv_transpose2d(input, A, bias, stride, padding, output_padding, groups, dilation)
 
 
 def decor_linear(input, weight, R, bias):

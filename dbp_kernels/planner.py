@@ -51,7 +51,7 @@ def _interpolate(points: tuple[tuple[int, float], ...], x: int) -> float:
     """Piecewise linear in log2(x), constant outside."""
     if x <= points[0][0]:
         return points[0][1] * x / points[0][0]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x <= x1:
             return y0 + (y1 - y0) * math.log2(x / x0) / math.log2(x1 / x0)
     return points[-1][1]
@@ -95,7 +95,9 @@ class Choice:
     gflop: float
     seconds: float
     unfolded: tuple[bool, ...] = ()
-    gram: Choice | None = field(default=None, compare=False)  # of the plan "gram": how S is computed
+    gram: Choice | None = field(
+        default=None, compare=False
+    )  # of the plan "gram": how S is computed
 
     def __str__(self) -> str:
         name = self.name
@@ -124,7 +126,9 @@ def _half(per_axis: list[int], self_inverse: list[int]) -> float:
     return (math.prod(per_axis) + math.prod(self_inverse)) / 2
 
 
-def _shift_cost(geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int) -> Choice:
+def _shift_cost(
+    geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int
+) -> Choice:
     shifted = [a for a, u in zip(geometry.axes, unfolded) if not u]
     counts = [_axis_counts(a) for a in shifted]
     classes, self_inverse, segments, self_segments, windows = (list(c) for c in zip(*counts))

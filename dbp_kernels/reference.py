@@ -42,7 +42,9 @@ def patches(
     rows = n
     for size in out:
         rows *= size
-    return x.reshape(groups, rows, -1) if rows else x.reshape(groups, 0, _dim(c, groups, kernel_size))
+    return (
+        x.reshape(groups, rows, -1) if rows else x.reshape(groups, 0, _dim(c, groups, kernel_size))
+    )
 
 
 def _dim(channels: int, groups: int, kernel_size: Sequence[int]) -> int:

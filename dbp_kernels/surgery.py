@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dbp_kernels import functional
 from dbp_kernels import nn as dbp_nn
 from dbp_kernels.capture import recorder_of
-from dbp_kernels.distributed import ignore_in_ddp
+from dbp_kernels.distributed import ignore_in_ddp, unwrap
 
 Rule = str | type | nn.Module | Callable[[str, nn.Module], bool]
 Filter = Rule | Iterable[Rule] | None
@@ -29,6 +29,13 @@ _DECORRELATED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: dbp_nn.DecorConvTranspose2d,
 }
 _PLAIN = {decorrelated: plain for plain, decorrelated in _DECORRELATED.items()}
+
+
+def decorrelated_class(module: nn.Module) -> type[nn.Module] | None:
+    """The decorrelated class of a layer, or the one a plain layer would get; None for others."""
+    if dbp_nn.is_decorrelated(module):
+        return type(module)
+    return _DECORRELATED.get(type(module))
 
 
 def decorrelate_model(
@@ -46,6 +53,8 @@ def decorrelate_model(
     linear layers directly and would ignore R. It is switched off for those whose linear layers are
     decorrelated (and `TransformerEncoder`'s nested tensors with it, so padded positions are
     computed rather than zeroed); `fuse_model` switches it on again.
+
+    R takes D x D floats: consider ``exclude`` for linear layers with tens of thousands of inputs.
 
     Args:
         model: the model, or a single plain layer.
@@ -65,7 +74,7 @@ def decorrelate_model(
     included = _Filter("include", include)
     excluded = _Filter("exclude", exclude)
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in unwrap(model).named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     included.check(names)
     excluded.check(names)
@@ -79,7 +88,7 @@ def decorrelate_model(
     for module, R in identities.items():
         module.__class__ = _DECORRELATED[type(module)]
         module.register_buffer("R", R)
-    _switch_fast_paths(model)
+    switch_fast_paths(model)
     ignore_in_ddp(model)
     return model
 
@@ -90,8 +99,8 @@ def fuse_model(model: nn.Module) -> nn.Module:
 
     Outputs stay equal, up to rounding; the state_dict becomes that of the plain model. A fused
     layer gets a new weight Parameter: a weight it was tied to (an embedding, a shared Parameter)
-    keeps its value, and the tie ends unless R is exactly the identity. Create optimisers anew if
-    training continues. A `Decorrelate` module has no layer of its own to be fused into and stays.
+    keeps its value, and the tie ends unless R is exactly the identity. If training continues, make
+    optimisers and DistributedDataParallel anew. A `Decorrelate` module has no layer of its own to be fused into and stays.
 
     Args:
         model: the model, or a single decorrelated layer.
@@ -107,7 +116,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
     """
     _check_model(model)
     weights: dict[nn.Module, nn.Parameter] = {}
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if not dbp_nn.is_decorrelated(module) or isinstance(module, dbp_nn.Decorrelate):
             continue
         if type(module) not in _PLAIN:
@@ -131,7 +140,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
         module._parameters["weight"] = weight
         del module.R
         module.__class__ = _PLAIN[type(module)]
-    _switch_fast_paths(model)
+    switch_fast_paths(model)
     ignore_in_ddp(model)
     return model
 
@@ -168,8 +177,11 @@ def _fused_weight(module: nn.Module) -> nn.Parameter:
     return fused
 
 
-def _switch_fast_paths(model: nn.Module) -> None:
-    """Give transformer layers their fast path exactly where it would be right."""
+def switch_fast_paths(model: nn.Module) -> None:
+    """Give transformer layers their fast path exactly where it would be right.
+
+    `torch.nn.TransformerEncoderLayer` reads its linear layers' weights directly in evaluation.
+    """
     slow = set()
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

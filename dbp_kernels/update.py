@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dbp_kernels import distributed, functional, plans
 from dbp_kernels.capture import Recorder
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.surgery import switch_fast_paths
 
 _SAMPLINGS = ("first", "random")
 
@@ -98,8 +99,9 @@ class DecorUpdate(torch.optim.Optimizer):
         self._steps = 0
         self._ranks_agree = False
         super().__init__(groups, defaults)
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module):  # layers may have been placed by hand
             distributed.ignore_in_ddp(model)
+            switch_fast_paths(model)
 
     # The layers.
 
@@ -189,10 +191,12 @@ class DecorUpdate(torch.optim.Optimizer):
                 for device_type in {job.R.device.type for job in jobs}:
                     stack.enter_context(torch.autocast(device_type, enabled=False))
                 # All computed before any is written, so that an error leaves every R as it was.
-                updates = list(self._reduced(jobs) if many else map(_local_update, jobs))
-            for job, update in zip(jobs, updates):
-                if update is not None:
-                    self._write(job.R, *update)
+                if many:
+                    updates = list(self._reduced(jobs))
+                else:
+                    jobs = [job for job in jobs if job.samples]
+                    updates = [(*_local_update(job), None) for job in jobs]
+            self._write(jobs, updates)
         finally:
             self.discard()
         self._steps += 1
@@ -216,31 +220,44 @@ class DecorUpdate(torch.optim.Optimizer):
             for layer, recorder in zip(self._layers[index], self._recorders[index])
         ]
 
-    def _reduced(self, jobs: list[_Job]) -> Iterator[_Update]:
-        """Every job's update from all ranks' samples."""
+    def _reduced(self, jobs: list[_Job]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(R_new, loss, whether any rank had samples) of every job, from all ranks' samples."""
         shapes = [(job.R.device, job.R.dtype, *job.grouped_R.shape[:2], job.demean) for job in jobs]
         moments = map(_moments, jobs)
         for job, total in zip(
             jobs, distributed.all_reduce(moments, shapes, self.process_group), strict=True
         ):
-            yield _update_from(job, total)
+            yield *_update_from(job, total), total.count > 0
 
-    def _write(self, R: Tensor, R_new: Tensor, loss: Tensor, sampled: Tensor | None) -> None:
-        """Write one result unless it is not finite or nothing was sampled (None: something was)."""
+    def _write(self, jobs: list[_Job], updates: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """Write (R_new, loss, whether there were samples; None: yes) where the result is finite."""
+        by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
+        for job, update in zip(jobs, updates):
+            by_device.setdefault(job.R.device, []).append((job.R, *update))
+        for results in by_device.values():
+            Rs, Rs_new, losses, sampled = zip(*results)
+            # A sum is not finite if an entry is not: one pass over R_new, no D x D temporary.
+            finite = torch.isfinite(torch.stack([R.sum() for R in Rs_new]) + torch.stack(losses))
+            accept, skip = finite, ~finite
+            if sampled[0] is not None:
+                some = torch.stack(sampled)
+                accept, skip = finite & some, skip & some
+            for R, R_new, ok in zip(Rs, Rs_new, accept.unbind()):
+                torch.where(ok, R_new.reshape(R.shape), R, out=R)
+            states = [self._state_of(R) for R in Rs]
+            counts = torch._foreach_add(
+                [state["skipped"] for state in states], list(skip.to(torch.int64).unbind())
+            )
+            for state, loss, some, count in zip(states, losses, sampled, counts):
+                state["loss"] = loss if some is None else torch.where(some, loss, state["loss"])
+                state["skipped"] = count
+
+    def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state = self.state[R]
         if not state:
-            state["loss"] = torch.full_like(loss, math.nan)
-            state["skipped"] = torch.zeros_like(loss, dtype=torch.int64)
-        # The sum is not finite if any entry is not: one pass and no D x D temporary.
-        finite = torch.isfinite(R_new.sum() + loss)
-        if sampled is None:
-            accept, skip = finite, ~finite
-        else:
-            accept, skip = finite & sampled, ~finite & sampled
-            loss = torch.where(sampled, loss, state["loss"])
-        torch.where(accept, R_new.view_as(R), R, out=R)
-        state["loss"] = loss
-        state["skipped"] = state["skipped"] + skip
+            state["loss"] = R.new_full((), math.nan)
+            state["skipped"] = torch.zeros((), dtype=torch.int64, device=R.device)
+        return state
 
     # What it reports, and its checkpoints.
 
@@ -367,20 +384,14 @@ class _Job:
         return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
 
 
-# R_new, its 0-dimensional loss, and whether there were samples (None: yes).
-_Update = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _local_update(job: _Job) -> _Update | None:
+def _local_update(job: _Job) -> tuple[Tensor, Tensor]:
+    """(R_new, loss) from this process's samples."""
     batches = job.batches()
-    if not batches:
-        return None
     if len(batches) > 1:
         return _update_from(job, _moments(job))
-    R_new, loss = functional.decor_update(
+    return functional.decor_update(
         batches[0], job.R, **job.layer._patch_geometry(), **job.rule, demean=job.demean
     )
-    return R_new, loss, None
 
 
 def _moments(job: _Job) -> distributed.Moments:
@@ -399,10 +410,9 @@ def _moments(job: _Job) -> distributed.Moments:
     return total
 
 
-def _update_from(job: _Job, moments: distributed.Moments) -> _Update:
-    S, n = moments.mean()
-    R_new, loss = plans.update_from_gram(S, job.grouped_R, **job.rule)
-    return R_new, loss.mean(), n > 0
+def _update_from(job: _Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
+    R_new, loss = plans.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
+    return R_new, loss.mean()
 
 
 def _patch_count(batch: Tensor, geometry: dict[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def symmetric_product(X: Tensor, out: Tensor, accumulate: bool) -> None:
     if count == 1:
         return product(X, X, out, accumulate)
     edges = [dim * i // count for i in range(count + 1)]
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in itertools.pairwise(edges):
         product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate)
     return None
 
@@ -59,5 +61,5 @@ def mirror(out: Tensor) -> None:
     dim = out.shape[-1]
     count = panels(dim)
     edges = [dim * i // count for i in range(count + 1)]
-    for start, stop in zip(edges[1:], edges[2:]):
+    for start, stop in itertools.pairwise(edges):
         out[:, start:stop, :start] = out[:, :start, start:stop].mT

@@ -130,9 +130,7 @@ def make_program(axes: tuple[Axis, ...]) -> Program:
         return block_id(classes, window_ids), False
 
     table = tuple(tuple(block_of(i, j) for j in taps) for i in taps)
-    widths = tuple(
-        max(a.lattice(p) for p in a.phases) + reach(a) for a in inner_axes
-    )
+    widths = tuple(max(a.lattice(p) for p in a.phases) + reach(a) for a in inner_axes)
     return Program(tuple(boxes), len(block_ids), table, widths)
 
 

@@ -60,7 +60,9 @@ def images_per_chunk(geometry: ConvGeometry, expansion: float) -> int:
     return max(1, min(geometry.batch, int(geometry.batch / max(1.0, expansion))))
 
 
-def chunks(x: Tensor, geometry: ConvGeometry, expansion: float) -> list[tuple[Tensor, ConvGeometry]]:
+def chunks(
+    x: Tensor, geometry: ConvGeometry, expansion: float
+) -> list[tuple[Tensor, ConvGeometry]]:
     """x split over images for a buffer ``expansion`` times its size."""
     size = images_per_chunk(geometry, expansion)
     return [(part, geometry.with_batch(part.shape[0])) for part in x.split(size)]

@@ -1,0 +1,43 @@
+# make demo   train by plain and by decorrelated backpropagation on real images, side by side
+# make test   the test suite          make bench  speed against the alternatives
+# Each sets up the environment in .venv first. To use one of yours: make test VENV=path
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without a GPU, plain torch from PyPI brings along gigabytes of CUDA libraries: name
+# a CPU build here if you have one at hand, e.g. make demo TORCH="torch --index-url URL".
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+BIN = $(abspath $(VENV))/bin
+READY = $(VENV)/.dbp-kernels-installed
+
+.PHONY: demo test test-all bench lint format clean
+
+demo: $(READY)
+	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
+
+# One thread a process: the tests are small, and run side by side.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+bench: $(READY)
+	$(BIN)/python -m bench --save
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e ".[experiments,bench,test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,73 @@
+"""The environment report: versions, devices, what was built, which backends are usable and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from . import backends
+from .version import __version__
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    devices = [
+        f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            devices.append(
+                f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+            )
+    return devices
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report should say, as plain data: versions, devices, compiled parts, backends.
+
+    ``backends`` maps a name to "usable" or the reason it is not, for every device type present.
+    """
+    types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "dbp-kernels": __version__,
+        "torch": torch.__version__,
+        "triton": _version_of("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "devices": _devices(),
+        "compiled parts": "none (pure Python)",
+        "backend requested": backends.requested(),
+        "backends": {
+            device: {
+                name: backends.unusable(name, device) or "usable"
+                for name in backends.NAMES
+                if name != "auto"
+            }
+            for device in types
+        },
+    }
+
+
+def report() -> str:
+    """``environment()`` as text."""
+    lines = []
+    for key, value in environment().items():
+        if key == "devices":
+            lines += [f"{'device':18}{device}" for device in value]
+        elif key == "backends":
+            for device, usable in value.items():
+                lines += [f"{f'{name} on {device}':18}{why}" for name, why in usable.items()]
+        else:
+            lines.append(f"{key:18}{value if value is not None else 'not installed'}")
+    return "\n".join(lines)
