@@ -68,7 +68,8 @@ def decorrelate_model(
 
     Raises:
         TypeError: model is no module, or include/exclude has another form. Nothing is changed.
-        ValueError: a name in include/exclude matches no module. Nothing is changed.
+        ValueError: a name in include/exclude matches no module, or a layer has an attribute R of
+            its own. Nothing is changed.
     """
     _check_model(model)
     included = _Filter("include", include)
@@ -85,6 +86,9 @@ def decorrelate_model(
         and (include is None or any(included(name, module) for name in aliases))
         and not any(excluded(name, module) for name in aliases)
     }
+    for module in identities:
+        if hasattr(module, "R"):
+            raise ValueError(f"layer {names[module][0]!r} has an attribute R already: exclude it")
     for module, R in identities.items():
         module.__class__ = _DECORRELATED[type(module)]
         module.register_buffer("R", R)

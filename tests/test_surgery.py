@@ -318,6 +318,9 @@ def test_bad_arguments_change_nothing():
         dbp.decorrelate_model(model, include=3)
     with pytest.raises(TypeError, match="exclude=None"):
         dbp.decorrelate_model(model, exclude=[None])
+    model.head.R = 3
+    with pytest.raises(ValueError, match="'head' has an attribute R"):
+        dbp.decorrelate_model(model)
     for function in (dbp.decorrelate_model, dbp.fuse_model):
         with pytest.raises(TypeError, match="got list"):
             function([model])
@@ -367,6 +370,17 @@ def test_transformer_without_decorrelated_linears_keeps_its_fast_path():
     dbp.decorrelate_model(model, exclude="0")
     assert model[0].activation_relu_or_gelu == 1
     assert names(model) == ["1"]
+
+
+def test_transformer_built_by_hand_honours_R_once_an_optimiser_is_made():
+    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model.linear1 = dnn.DecorLinear(8, 16)
+    dbp.DecorUpdate(model)
+    random_R(model)
+    x = torch.randn(3, 5, 8)
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
 
 
 def test_attention_projection_is_left_alone():
@@ -460,6 +474,7 @@ def test_compiled_before_surgery():
     dbp.decorrelate_model(model)
     random_R(model)
     torch.testing.assert_close(compiled(x), model(x))
+    assert names(dbp.decorrelate_model(compiled, include="0")._orig_mod) == ["0"]
     decor = dbp.DecorUpdate(compiled)
     compiled(x)
     assert len(decor._recorders[0][0].samples) == 1

@@ -359,6 +359,27 @@ def test_an_error_leaves_every_R_as_it_was(monkeypatch):
     assert update._steps == 0
 
 
+def test_step_before_backward_is_an_error_not_a_wrong_gradient():
+    layer = dnn.DecorLinear(3, 2)
+    update = dbp.DecorUpdate(layer, lr=0.1)
+    loss = layer(torch.randn(4, 3)).sum()
+    update.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_layers_of_different_dtypes_and_one_poisoned():
+    net = nn.ModuleList([dnn.DecorLinear(3, 2), dnn.DecorLinear(3, 2, dtype=D64)])
+    update = dbp.DecorUpdate(net, lr=0.1, sample=1.0)
+    x = torch.randn(4, 3)
+    net[0](x * float("nan"))
+    net[1](x.double())
+    update.step()
+    assert torch.equal(net[0].R, torch.eye(3))
+    torch.testing.assert_close(net[1].R, expected(x[None], torch.eye(3), 0.1, 0.5)[0])
+    assert [v.dtype for v in update.losses().values()] == [torch.float32, D64]
+
+
 def test_a_layer_without_samples_is_left_alone():
     net = nn.ModuleList([dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2)])
     update = dbp.DecorUpdate(net, lr=0.1)
