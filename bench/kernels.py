@@ -91,7 +91,7 @@ def run_case(
         "kernel": list(case.kernel),
         "stride": list(case.stride),
         "input_elements": case.input_elements,
-        "choice": planner_choice(case, x),
+        **planned(case, x),
         "methods": records,
     }
 
@@ -129,6 +129,26 @@ def failed(failure: Exception) -> dict:
     return {"status": "failed", "reason": f"{type(failure).__name__}: {failure}"[:200]}
 
 
-def planner_choice(case: Case, x: Tensor) -> str | None:
-    """The algorithm that the library's planner picks for the case; None where it does not say."""
-    return None
+def planned(case: Case, x: Tensor) -> dict:
+    """The planner's {"choice": algorithm, "predicted_seconds"}; empty where it does not say."""
+    window = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    best = plan_for("gram_choices", x, window)
+    if best is None:
+        return {}
+    return {"choice": str(best), "predicted_seconds": float(f"{best.seconds:.3g}")}
+
+
+def plan_for(question: str, x: Tensor, window: tuple):
+    """The planner's first answer to ``question`` ("gram_choices", "update_choices") for input x.
+
+    ``window`` is (kernel_size, stride, padding, dilation, groups). None where the library at hand
+    has no such planner: the benchmark also runs on older and newer ones.
+    """
+    try:
+        from dbp_kernels import geometry, planner
+
+        shape = geometry.make_geometry(x.shape, *window)
+        itemsize = 8 if x.dtype == torch.float64 else 4  # of the accumulation
+        return getattr(planner, question)(shape, x.device.type, itemsize)[0]
+    except (ImportError, AttributeError, TypeError, LookupError):
+        return None

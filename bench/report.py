@@ -197,6 +197,13 @@ def plot(result: dict, path: Path) -> bool:
     return True
 
 
+_LEGEND_ABOVE = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 4,
+    "fontsize": 8,
+    "frameon": False,
+}
 _COLOURS = {"unfold": "#4477aa", "self_wgrad": "#ccbb44", "dbp": "#4477aa", "published": "#ee6677"}
 
 
@@ -213,7 +220,8 @@ def _plot_kernels(axes, records: Sequence[dict]) -> None:
             for limit, style in ((bar.bar, "-"), (bar.goal, ":")):
                 if limit is not None:
                     axes.plot([limit, limit], [row - 0.45, row + 0.05], "k" + style, linewidth=1.6)
-    axes.axvline(1, color="grey", linewidth=0.8)
+    for bar in bars.thresholds("*", "unfold"):
+        axes.axvline(bar.bar, color="black", linewidth=0.8)
     axes.set_yticks(range(len(records)), [record["name"] for record in records], fontsize=8)
     axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_xscale("log")
@@ -229,8 +237,7 @@ def _plot_kernels(axes, records: Sequence[dict]) -> None:
             Line2D([], [], color="k", label="bar (against unfold)"),
             Line2D([], [], color="k", linestyle=":", label="goal"),
         ],
-        loc="lower right",
-        fontsize=8,
+        **_LEGEND_ABOVE,
     )
 
 
@@ -257,6 +264,5 @@ def _plot_steps(axes, records: Sequence[dict]) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(
         handles=[Patch(color=_COLOURS[v], label=v) for v in variants],
-        loc="lower right",
-        fontsize=8,
+        **_LEGEND_ABOVE,
     )

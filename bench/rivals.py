@@ -1,7 +1,8 @@
 """What patch_gram is compared with: other ways to the same S, each as its own user would write it.
 
 Every rival is a function (input, case) -> S of shape (groups, D, D), the mean over all patches of
-z z^T with z ordered (channel, tap); half-precision inputs give a float32 S.
+z z^T with z ordered (channel, tap); half-precision inputs give a float32 S, though a library may
+have rounded its sums (the weight gradient is).
 """
 
 from __future__ import annotations

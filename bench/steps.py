@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.models import ConvNet, resnet18
 
-from .kernels import Settings, failed
+from .kernels import Settings, failed, plan_for
 from .published import publish_model, publish_update
 from .timing import time_interleaved
 
@@ -149,10 +149,38 @@ def run_step_case(
     )
     for name in right:
         records[name]["seconds"] = times[name].as_dict()
+    plans = planned_updates(model, images[: max(1, round(sample * batch))])
     return {
         "name": f"{case.name} b{batch}",
         "batch": batch,
         "sample": sample,
         "update_every": 1,
+        "plans": plans,
         "methods": records,
     }
+
+
+def planned_updates(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """{layer: "D, n: the planner's update plan"} for every layer that sees these sampled images."""
+    plans: dict[str, str] = {}
+
+    def look(name: str, layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> None:
+        if isinstance(layer, nn.Linear):
+            window, n = ((), (), (), (), 1), x.numel() // x.shape[-1]
+        else:
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+            n = x.shape[0] * y.shape[2:].numel()
+        best = plan_for("update_choices", x, window)
+        if best is not None:
+            plans[name] = f"D {layer.weight[0].numel()}, n {n}: {best}"
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, x, y, name=name: look(name, layer, x[0], y))
+        for name, layer in model.named_modules()
+        if type(layer) in (nn.Conv2d, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return plans
