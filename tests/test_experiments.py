@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 
@@ -418,7 +419,6 @@ def run_cli(*options: str) -> int:
 def test_cli_trains_both_methods_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("dbp_kernels")
     out = tmp_path / "out"
     assert run_cli(f"--out {out}") == 0
     printed = capsys.readouterr().out
@@ -460,7 +460,6 @@ def test_cli_trains_both_methods_and_resumes(
 
 
 def test_both_methods_start_from_the_same_weights_and_see_the_same_batches() -> None:
-    pytest.importorskip("dbp_kernels")
     config = Config(widths=(4, 4), batch_norm=False, batch_size=16)
     loaded = load("digits", train_size=100)
     bp, dbp = (Trainer(config, setting, 7, loaded) for setting in (BP, DBP))
@@ -524,3 +523,23 @@ def test_an_interrupted_run_keeps_its_epochs(
     assert run_cli(f"--out {out} --method bp") == 130
     assert "--resume" in capsys.readouterr().err
     assert len(read_rows(out / "metrics.csv")) == 1
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_example_train_digits_learns_and_fuses(capsys: pytest.CaptureFixture[str]) -> None:
+    names = runpy.run_path(str(EXAMPLES / "train_digits.py"))
+    assert names["accuracy"] > 0.95
+    assert names["difference"] < 1e-4
+    assert {type(m).__name__ for m in names["plain"]} >= {"Conv2d", "Linear"}
+    assert capsys.readouterr().out.count("test accuracy") == 5
+
+
+def test_example_second_moment_whitens() -> None:
+    names = runpy.run_path(str(EXAMPLES / "second_moment.py"))
+    torch.testing.assert_close(names["S"], names["unfolded"])
+    assert names["off_diagonal"].abs().max() < 1e-3
+    assert names["step"].isfinite().all()
