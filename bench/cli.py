@@ -107,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if target is not None and target.exists():
         print(f"{target} exists and is not overwritten; name another with --save", file=sys.stderr)
         return 2
+    if options.suite != "kernels" and options.dtype == "float64":
+        print("--dtype float64 is for the kernels suite: steps autocast", file=sys.stderr)
+        return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
         return 2

@@ -37,7 +37,7 @@ class _Decorrelated(nn.Module):
         count = max(1, round(sample * seen.shape[0]))
         if count < seen.shape[0]:
             seen = seen[torch.randperm(seen.shape[0], device=seen.device)[:count]]
-        y = self.decorrelated(seen)
+        y = self.decorrelated(seen.to(self.R.dtype))  # half-precision activations: R stays as it is
         c = y.t() @ y / y.shape[0]
         v = c.diagonal() - 1
         update = (1 - kappa) * c

@@ -18,6 +18,7 @@ def text_report(result: dict) -> str:
         parts += ["patch_gram", kernel_table(result["kernels"]), means_text(result["kernels"])]
     if result.get("step"):
         parts += ["whole training steps", step_table(result["step"])]
+    parts += [problems(result["kernels"] + result["step"])]
     parts += ["bars", bars_table(bars.evaluate(result))]
     return "\n\n".join(part for part in parts if part)
 
@@ -119,6 +120,16 @@ def bars_table(verdicts: Iterable[bars.Verdict]) -> str:
         note = ": ".join(filter(None, (where, verdict.why)))
         rows.append([verdict.bar.text, figure, verdict.status.upper(), goal, note])
     return format_table(rows)
+
+
+def problems(records: Iterable[dict]) -> str:
+    """One line for every method that was wrong or failed."""
+    return "\n".join(
+        f"{record['name']}: {name} {method['status']}: {method['reason']}"
+        for record in records
+        for name, method in record["methods"].items()
+        if method["status"] in ("wrong", "failed")
+    )
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

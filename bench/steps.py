@@ -43,13 +43,17 @@ STEP_CASES = (
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def plain_step(model: nn.Module) -> Step:
-    """One step of backpropagation with Adam on the cross entropy; returns the loss."""
+def plain_step(model: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
+    """One step of backpropagation with Adam on the cross entropy; returns the loss.
+
+    With a lower ``dtype`` the forward pass runs under autocast.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         return loss
@@ -57,20 +61,20 @@ def plain_step(model: nn.Module) -> Step:
     return step
 
 
-def decorrelated_step(model: nn.Module, sample: float) -> Step:
+def decorrelated_step(model: nn.Module, sample: float, dtype: torch.dtype) -> Step:
     """The library's: the same step, then ``DecorUpdate.step()``, every step."""
     import dbp_kernels as dbp
 
     dbp.decorrelate_model(model)
     update = dbp.DecorUpdate(model, lr=DECOR_LR, kappa=KAPPA, sample=sample)
-    return _followed_by(plain_step(model), update.step)
+    return _followed_by(plain_step(model, dtype), update.step)
 
 
-def published_step(model: nn.Module, sample: float) -> Step:
+def published_step(model: nn.Module, sample: float, dtype: torch.dtype) -> Step:
     """The published algorithm: the same step, then its update, every step."""
     publish_model(model)
     update = lambda: publish_update(model, DECOR_LR, KAPPA, sample)  # noqa: E731
-    return _followed_by(plain_step(model), update)
+    return _followed_by(plain_step(model, dtype), update)
 
 
 def _followed_by(step: Step, update: Callable[[], object]) -> Step:
@@ -82,12 +86,12 @@ def _followed_by(step: Step, update: Callable[[], object]) -> Step:
     return both
 
 
-def variants(sample: float) -> dict[str, Callable[[nn.Module], Step]]:
+def variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Step]]:
     """{name: what turns a network into its training step}."""
     return {
-        BP: plain_step,
-        OURS: lambda model: decorrelated_step(model, sample),
-        PUBLISHED: lambda model: published_step(model, sample),
+        BP: lambda model: plain_step(model, dtype),
+        OURS: lambda model: decorrelated_step(model, sample, dtype),
+        PUBLISHED: lambda model: published_step(model, sample, dtype),
     }
 
 
@@ -117,19 +121,13 @@ def run_step_case(
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
-    def call(step: Step) -> Tensor:
-        if settings.dtype == torch.float32:
-            return step(images, labels)
-        with torch.autocast(settings.device.type, dtype=settings.dtype):
-            return step(images, labels)
-
     records: dict[str, dict] = {}
     steps: dict[str, Step] = {}
     expected = None
-    for name, make in variants(sample).items():
+    for name, make in variants(sample, settings.dtype).items():
         try:
             steps[name] = make(copy.deepcopy(model))
-            loss = float(call(steps[name]).detach())
+            loss = float(steps[name](images, labels).detach())
         except Exception as failure:  # whatever it is, the other variants get their numbers
             records[name] = failed(failure)
             continue
@@ -141,7 +139,7 @@ def run_step_case(
             records[name] = {"status": "wrong", "reason": reason}
     right = [name for name, record in records.items() if record["status"] == "ok"]
     times = time_interleaved(
-        {name: (lambda step=steps[name]: call(step)) for name in right},
+        {name: (lambda step=steps[name]: step(images, labels)) for name in right},
         settings.pairs or case.pairs,
         device=settings.device,
         warmup=settings.warmup,

@@ -489,6 +489,7 @@ def test_default_result_path_names_device_and_commit():
         ["--filter", "nothing of the kind"],
         ["--filter", "("],
         ["--sample", "0"],
+        ["--suite", "step", "--dtype", "float64"],
         ["report", "no-such-file.json"],
     ],
 )
