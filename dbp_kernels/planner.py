@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from .backends.eager import self_wgrad
 from .backends.eager.matmul import panels
-from .backends.eager.shift import buffer_expansion
+from .backends.eager.shift import shift_layout
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
@@ -129,24 +129,19 @@ def _half(per_axis: list[int], self_inverse: list[int]) -> float:
 def _shift_cost(
     geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int
 ) -> Choice:
-    shifted = [a for a, u in zip(geometry.axes, unfolded) if not u]
-    counts = [_axis_counts(a) for a in shifted]
+    layout = shift_layout(geometry, unfolded)
+    counts = [_axis_counts(a) for a in layout.shifted]
     classes, self_inverse, segments, self_segments, windows = (list(c) for c in zip(*counts))
-    side = geometry.group_channels * math.prod(
-        a.kernel for a, u in zip(geometry.axes, unfolded) if u
+    block = geometry.groups * layout.side**2
+    flop = 2.0 * _half(classes, self_inverse) * block * layout.rows
+    elements = geometry.input_numel * layout.expansion
+    calls = 1.5 * _half(segments, self_segments) * max(1.0, layout.expansion / 2)
+    moved = size * (
+        (3 + 2 * layout.copies) * elements
+        + 4 * _half(windows, self_inverse) * block
+        + 4 * geometry.groups * geometry.dim**2
     )
-    expansion = buffer_expansion(geometry, unfolded)
-    phases = math.prod(len(a.phases) for a in shifted)
-    elements = geometry.input_numel * expansion
-    rows = elements / phases / (side * geometry.groups)
-    products = _half(classes, self_inverse)
-    flop = 2.0 * products * geometry.groups * side**2 * rows
-    calls = 1.5 * _half(segments, self_segments) * max(1.0, expansion / 2)
-    blocks = _half(windows, self_inverse) * geometry.groups * side**2
-    assembled = geometry.groups * geometry.dim**2
-    # strided writes run at about half the copy bandwidth
-    moved = size * (3 * elements + 4 * blocks + 4 * assembled)
-    seconds = flop / m.rate(side) + moved / (m.gbytes * 1e9) + calls * m.call
+    seconds = flop / m.rate(layout.side) + moved / (m.gbytes * 1e9) + calls * m.call
     return Choice("shift", flop / 1e9, seconds, unfolded)
 
 
@@ -163,7 +158,7 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
 
 
 def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
-    count = panels(geometry.dim)
+    count = panels(geometry.dim, geometry.samples)
     flop = 2.0 * geometry.groups * geometry.samples * geometry.dim**2 * (count + 1) / (2 * count)
     copied = 0 if geometry.pointwise else 4 * geometry.samples * geometry.groups * geometry.dim
     moved = size * (copied + 2 * geometry.groups * geometry.dim**2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# X^T X is computed in column panels, upper triangle only, once its side is worth cutting:
-# p panels need (p + 1) / 2p of the full product's operations.
-_PANEL = 256
-_MAX_PANELS = 8
+# X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
+# need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result.
+_PANEL, _MAX_PANELS, _FEW_ROWS = 256, 8, 256
+# Libraries sum thin products over a long inner dimension one after the other, and lose digits.
+_THIN, _LONG = 16, 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,11 +24,13 @@ def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
 
     Half-precision operands keep float32 results (only reached on CUDA; the CPU path upcasts).
     """
-    if X.dtype != out.dtype:
-        result = torch.bmm(X.mT, Y, out_dtype=out.dtype)
+    thin = min(X.shape[-1], Y.shape[-1]) < _THIN and X.shape[1] >= 2 * _LONG
+    half = X.dtype != out.dtype
+    if half or (thin and X.device.type == "cpu"):
+        result = torch.bmm(X.mT, Y, out_dtype=out.dtype) if half else _thin_product(X, Y)
         out.add_(result) if accumulate else out.copy_(result)
     elif X.shape[0] == 1:
-        # mm runs near the machine's peak on tall operands where bmm of one matrix may not.
+        # mm runs near the machine's peak on tall operands where bmm of one matrix may not
         target = out[0]
         if accumulate:
             target.addmm_(X[0].T, Y[0])
@@ -39,27 +42,33 @@ def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.bmm(X.mT, Y, out=out)
 
 
-def panels(dim: int) -> int:
-    """Number of column panels ``symmetric_product`` cuts a matrix of side ``dim`` into."""
-    return max(1, min(_MAX_PANELS, dim // _PANEL))
+def _thin_product(X: Tensor, Y: Tensor) -> Tensor:
+    """X^T Y summed over pieces of the inner dimension."""
+    g, n, a = X.shape
+    pieces = n // _LONG
+    whole = pieces * _LONG
+    left = X[:, :whole].unflatten(1, (pieces, _LONG)).flatten(0, 1)
+    right = Y[:, :whole].unflatten(1, (pieces, _LONG)).flatten(0, 1)
+    total = torch.bmm(left.mT, right).view(g, pieces, a, -1).sum(1)
+    return total.baddbmm_(X[:, whole:].mT, Y[:, whole:]) if whole < n else total
 
 
-def symmetric_product(X: Tensor, out: Tensor, accumulate: bool) -> None:
-    """The upper triangle (by panels) of out (G, D, D) = X^T X; finish with ``mirror``."""
-    dim = X.shape[-1]
-    count = panels(dim)
-    if count == 1:
-        return product(X, X, out, accumulate)
-    edges = [dim * i // count for i in range(count + 1)]
-    for start, stop in itertools.pairwise(edges):
+def panels(dim: int, rows: int) -> int:
+    """Number of column panels to cut X^T X into, for X of ``rows`` rows and ``dim`` columns."""
+    return 1 if rows < _FEW_ROWS else max(1, min(_MAX_PANELS, dim // _PANEL))
+
+
+def symmetric_product(X: Tensor, out: Tensor, accumulate: bool, count: int) -> None:
+    """The upper triangle, in ``count`` panels, of out (G, D, D) = X^T X; finish with ``mirror``."""
+    for start, stop in _edges(X.shape[-1], count):
         product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate)
-    return None
 
 
-def mirror(out: Tensor) -> None:
+def mirror(out: Tensor, count: int) -> None:
     """Copies the panels above the diagonal of out (G, D, D) below it."""
-    dim = out.shape[-1]
-    count = panels(dim)
-    edges = [dim * i // count for i in range(count + 1)]
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in _edges(out.shape[-1], count)[1:]:
         out[:, start:stop, :start] = out[:, :start, start:stop].mT
+
+
+def _edges(dim: int, count: int) -> list[tuple[int, int]]:
+    return list(pairwise(dim * i // count for i in range(count + 1)))

@@ -10,11 +10,12 @@ columns. Windows are cut into segments, every segment gets its own product, and 
 segments it covers (subtracting from a full sum would lose the error bound, and one Inf in a corner
 would poison every entry). The first axis is cut by slicing rows. On the inner axes the longest
 segment, ``main``, uses the whole buffer with the columns outside it set to zero for the while; the
-short segments are copied out.
+short segments are copied out. On small maps, where zero columns would be a large part of the
+buffer, there are none, and every segment is copied out.
 
 Axes may also be *unfolded*: their taps become channels, as in im2col. With 3 input channels a
 product per tap difference is too thin to be fast, and unfolding the last axis only (K times the
-data, a batch chunk at a time) beats both extremes.
+data, some images at a time) beats both extremes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,21 @@ import torch
 from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, PairClass, Window
-from .matmul import accumulation_dtype, mirror, product, symmetric_product
+from .matmul import accumulation_dtype, mirror, panels, product, symmetric_product
 from .unfold import chunks, windows
 
 Phases = tuple[int, ...]
-_BLOCK_ROWS = 1 << 18  # elements of S assembled at a time, so that scattered writes stay in cache
+
+# Copying an element costs about as much as this many operations, on CPUs and GPUs alike.
+_OPERATIONS_PER_COPY = 130
+# Elements of S assembled at a time, so that its scattered writes stay in the cache.
+_ASSEMBLED_ELEMENTS = 1 << 18
+# A transposing copy moves channels in steps of one cache line (of float32) once an image has so
+# many pixels that lines would be evicted before they are used up.
+_LINE, _MANY_PIXELS = 16, 512
+
+
+# --------------------------------------------------------------------------- what to compute
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,15 @@ class Box:
 class Program:
     """All products of a shift form, and where their blocks belong.
 
-    ``block_of[i][j]`` is (index, transposed) of the block for the shifted axes' taps i and j in
-    row-major order, or None where no position sees both.
+    ``sources`` lists what S is made of: the ``blocks`` distinct blocks, then copies: the index of
+    the block to transpose, or None for zeros where no position sees both taps. ``source_of`` has the
+    index of the source for each pair of the shifted axes' taps, in row-major order.
     """
 
     boxes: tuple[Box, ...]
     blocks: int
-    block_of: tuple[tuple[tuple[int, bool] | None, ...], ...]
-    widths: tuple[int, ...]  # columns of each inner axis, zero columns included
+    sources: tuple[int | None, ...]
+    source_of: tuple[int, ...]
 
 
 def _canonical(classes: tuple[PairClass, ...]) -> bool:
@@ -76,11 +88,6 @@ def _canonical(classes: tuple[PairClass, ...]) -> bool:
         if not c.self_inverse:
             return c.canonical
     return True
-
-
-def reach(axis: Axis) -> int:
-    """The largest shift between two taps that see a pixel each."""
-    return max((abs(c.shift) for c in axis.pair_classes), default=0)
 
 
 @lru_cache(maxsize=512)
@@ -94,7 +101,9 @@ def make_program(axes: tuple[Axis, ...]) -> Program:
         return block_ids.setdefault(key, len(block_ids))
 
     boxes = []
-    for inner in itertools.product(*(a.pair_classes for a in inner_axes)):
+    # shifts d and -d in turn: they share the columns that are copied out
+    by_shift = (sorted(a.pair_classes, key=lambda c: abs(c.shift)) for a in inner_axes)
+    for inner in itertools.product(*by_shift):
         row_classes = [r for r in row_axis.pair_classes if _canonical((*inner, r))]
         if not row_classes:
             continue
@@ -116,38 +125,89 @@ def make_program(axes: tuple[Axis, ...]) -> Program:
 
     taps = list(itertools.product(*(range(a.kernel) for a in axes)))
     class_of = [{pair: c for c in a.pair_classes for pair in c.window_of} for a in axes]
+    inner_first = (*range(1, len(axes)), 0)
+    blocks = len(block_ids)
+    sources: dict[int | tuple[int, str] | None, int] = {b: b for b in range(blocks)}
 
-    def block_of(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, bool] | None:
-        row_first = list(zip(left, right))
-        order = (*range(1, len(axes)), 0)  # inner axes first
-        if any(row_first[a] not in class_of[a] for a in order):
+    def source(left: tuple[int, ...], right: tuple[int, ...]) -> int | tuple[int, str] | None:
+        pairs = list(zip(left, right))
+        if any(pairs[a] not in class_of[a] for a in inner_first):
             return None
-        classes = tuple(class_of[a][row_first[a]] for a in order)
+        classes = tuple(class_of[a][pairs[a]] for a in inner_first)
         if not _canonical(classes):
-            block = block_of(right, left)
-            return block and (block[0], True)
-        window_ids = tuple(c.window_of[row_first[a]] for a, c in zip(order, classes))
-        return block_id(classes, window_ids), False
+            return source(right, left), "transposed"
+        window_ids = tuple(c.window_of[pairs[a]] for a, c in zip(inner_first, classes))
+        return block_id(classes, window_ids)
 
-    table = tuple(tuple(block_of(i, j) for j in taps) for i in taps)
-    widths = tuple(max(a.lattice(p) for p in a.phases) + reach(a) for a in inner_axes)
-    return Program(tuple(boxes), len(block_ids), table, widths)
+    source_of = tuple(sources.setdefault(source(i, j), len(sources)) for i in taps for j in taps)
+    listed = tuple(key[0] if isinstance(key, tuple) else key for key in sources)
+    return Program(tuple(boxes), blocks, listed, source_of)
 
 
-def buffer_expansion(geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> float:
-    """Elements of the packed buffer over elements of the input."""
-    ratio = 1.0
-    shifted = [a for a, u in zip(geometry.axes, unfolded) if not u]
-    for a, u in zip(geometry.axes, unfolded):
-        if u:
-            ratio *= a.output * a.kernel / a.size
-        else:
-            phases = len(a.phases)
-            width = max(a.lattice(p) for p in a.phases)
-            if a is not shifted[0]:
-                width += reach(a)
-            ratio *= phases * width / a.size
-    return ratio
+def _reach(axis: Axis) -> int:
+    """The largest shift between two taps that see a pixel each."""
+    return max((abs(c.shift) for c in axis.pair_classes), default=0)
+
+
+def _columns(axis: Axis) -> int:
+    """Lattice columns that hold every phase of an axis."""
+    return max(axis.lattice(p) for p in axis.phases)
+
+
+@dataclass(frozen=True)
+class ShiftLayout:
+    """How the products of a geometry are laid out, and what that costs; integers and floats only.
+
+    Attributes:
+        shifted: the shifted axes, the row axis first.
+        side: rows and columns of one block: channels of a group times the unfolded axes' taps.
+        zero_columns: whether the buffer has them; without, columns are copied out ``copies`` times.
+        widths: columns of each inner axis of the buffer.
+        expansion: elements of the buffer over elements of the input.
+        rows: inner dimension of one product over the whole batch, zero columns included.
+        copies: how often the whole buffer is copied again.
+    """
+
+    shifted: tuple[Axis, ...]
+    side: int
+    zero_columns: bool
+    widths: tuple[int, ...]
+    expansion: float
+    rows: float
+    copies: int
+
+
+@lru_cache(maxsize=4096)
+def shift_layout(geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> ShiftLayout:
+    """The layout for a geometry with the given axes unfolded, at least one of them not."""
+    shifted = tuple(a for a, u in zip(geometry.axes, unfolded) if not u)
+    flat = [a for a, u in zip(geometry.axes, unfolded) if u]
+    side = geometry.group_channels * math.prod(a.kernel for a in flat)
+    outer = geometry.batch * math.prod(a.output for a in flat) * _columns(shifted[0])
+    inner = shifted[1:]
+    bare = tuple(_columns(a) for a in inner)
+    padded = tuple(_columns(a) + _reach(a) for a in inner)
+    # a product at shift d has d columns fewer than the map
+    exact = math.prod(max(1.0, w - _reach(a) / 2) for a, w in zip(inner, bare))
+    products = math.prod(len(a.pair_classes) for a in shifted) / 2
+    copies = math.prod(len(a.pair_classes) for a in inner)  # two, shared by d and -d
+    wasted = 2 * products * side * (1 - exact / max(1, math.prod(padded)))
+    zero_columns = not inner or wasted < _OPERATIONS_PER_COPY * copies
+    widths = padded if zero_columns else bare
+    phases = math.prod(len(a.phases) for a in shifted)
+    elements = phases * outer * math.prod(widths) * side * geometry.groups
+    return ShiftLayout(
+        shifted=shifted,
+        side=side,
+        zero_columns=zero_columns,
+        widths=widths,
+        expansion=elements / max(1, geometry.input_numel),
+        rows=outer * (math.prod(widths) if zero_columns else exact),
+        copies=0 if zero_columns else copies,
+    )
+
+
+# --------------------------------------------------------------------------- operands
 
 
 def pack(
@@ -165,6 +225,7 @@ def pack(
     # now (N, G, C, *spatial, *taps of unfolded axes)
     taps = range(3 + dims, x.dim())
     x = x.permute(1, *(3 + d for d in shifted), 0, *(3 + d for d in flat), 2, *taps)
+    channels = 2 + dims
     buffers = {}
     for phases in itertools.product(*(geometry.axes[d].phases for d in shifted)):
         part = x
@@ -179,7 +240,13 @@ def pack(
             size = part.shape[axis]
             interior.narrow(axis, size, width - size).zero_()
             interior = interior.narrow(axis, 0, size)
-        interior.copy_(part)
+        transposing = not x.is_cuda and part.stride(channels) != 1
+        if transposing and math.prod(part.shape[1 : 1 + len(shifted)]) >= _MANY_PIXELS:
+            for start in range(0, part.shape[channels], _LINE):
+                line = (channels, start, min(_LINE, part.shape[channels] - start))
+                interior.narrow(*line).copy_(part.narrow(*line))
+        else:
+            interior.copy_(part)
         buffer = buffer.flatten(1 + len(shifted), 1 + len(shifted) + len(flat))
         buffers[phases] = buffer.flatten(2 + len(shifted))
     return buffers
@@ -191,7 +258,7 @@ def _buffer_dtype(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _only(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) -> Iterator[None]:
+def _only_main(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) -> Iterator[None]:
     """Zeroes the columns outside the classes' main segments, and restores them afterwards.
 
     Where both operands have the same phase, a column below the window is zeroed for both: as a right
@@ -217,141 +284,167 @@ def _only(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) -> Iter
         columns.copy_(values)
 
 
+# (phases, column ranges) -> those columns of that phase's buffer, contiguous
+_Copies = dict[tuple[Phases, tuple[Window, ...]], Tensor]
+
+
+def _copy_columns(box: Box, buffers: dict[Phases, Tensor], previous: _Copies) -> _Copies:
+    """The columns of both operands of a box; those that the previous box had too are kept."""
+    copies: _Copies = {}
+    for right in (False, True):
+        inner_phases, segments = _operand(box, right)
+        for phases, buffer in buffers.items():
+            key = (phases, segments)
+            if phases[1:] == inner_phases and key not in copies:
+                if key in previous:
+                    copies[key] = previous[key]
+                    continue
+                part = buffer
+                for axis, (start, stop) in enumerate(segments, start=2):
+                    part = part.narrow(axis, start, stop - start)
+                copies[key] = part.contiguous()
+    return copies
+
+
+def _operand(box: Box, right: bool) -> tuple[Phases, tuple[Window, ...]]:
+    """Inner phases and column ranges of the left or the right operand."""
+    if not right:
+        return tuple(c.phase_left for c in box.inner), box.segments
+    segments = tuple((a + c.shift, b + c.shift) for c, (a, b) in zip(box.inner, box.segments))
+    return tuple(c.phase_right for c in box.inner), segments
+
+
+# --------------------------------------------------------------------------- products
+
+
+class _Blocks:
+    """The distinct blocks, (blocks, G, side, side): the first product to reach one writes it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._scratch = torch.empty_like(tensor[0])
+        self._written: set[int] = set()
+
+    def add(self, X: Tensor, Y: Tensor, targets: tuple[int, ...]) -> None:
+        """Adds X^T Y to the blocks ``targets``, for X, Y (G, n, side)."""
+        if len(targets) == 1:
+            _multiply(X, Y, self.tensor[targets[0]], accumulate=targets[0] in self._written)
+        else:
+            _multiply(X, Y, self._scratch, accumulate=False)
+            for target in targets:
+                block = self.tensor[target]
+                if target in self._written:
+                    block.add_(self._scratch)
+                else:
+                    block.copy_(self._scratch)
+        self._written.update(targets)
+
+
+def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
+    if X.data_ptr() == Y.data_ptr() and X.shape == Y.shape:
+        count = panels(X.shape[-1], X.shape[1])
+        symmetric_product(X, out, accumulate, count)
+        mirror(out, count)  # what lies below the diagonal is overwritten, accumulated or not
+    else:
+        product(X, Y, out, accumulate)
+
+
+def _multiply_main(box: Box, buffers: dict[Phases, Tensor], blocks: _Blocks) -> None:
+    """A main box on the whole buffers: a shift is an offset in rows."""
+    (left_phases, _), (right_phases, _) = _operand(box, False), _operand(box, True)
+    for p in box.products:
+        left = buffers[(p.row.phase_left, *left_phases)]
+        right = buffers[(p.row.phase_right, *right_phases)]
+        offset = p.row.shift
+        for c, width in zip(box.inner, left.shape[2:]):
+            offset = offset * width + c.shift
+        offset *= left.shape[-2]
+        row_length = math.prod(left.shape[2:-1])
+        X, Y = left.flatten(1, -2), right.flatten(1, -2)
+        # only zero columns are lost at either end of the buffer
+        start = max(p.segment[0] * row_length, -offset)
+        stop = min(p.segment[1] * row_length, Y.shape[1] - offset)
+        blocks.add(X[:, start:stop], Y[:, start + offset : stop + offset], p.blocks)
+
+
+def _multiply_columns(box: Box, copies: _Copies, blocks: _Blocks) -> None:
+    """A box on copied columns: only the rows are left to slice."""
+    (left_phases, left_columns), (right_phases, right_columns) = (
+        _operand(box, False),
+        _operand(box, True),
+    )
+    for p in box.products:
+        left = copies[(p.row.phase_left, *left_phases), left_columns]
+        right = copies[(p.row.phase_right, *right_phases), right_columns]
+        start, stop = p.segment
+        X = left[:, start:stop].flatten(1, -2)
+        Y = right[:, start + p.row.shift : stop + p.row.shift].flatten(1, -2)
+        blocks.add(X, Y, p.blocks)
+
+
 def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> Tensor:
     """S (groups, D, D) of x (N, C, *spatial); ``unfolded`` says which axes become channels.
 
     At least one axis is shifted, and there is at least one sample.
     """
-    program = make_program(tuple(a for a, u in zip(geometry.axes, unfolded) if not u))
+    layout = shift_layout(geometry, unfolded)
+    program = make_program(layout.shifted)
     g, dtype = geometry.groups, accumulation_dtype(x.dtype)
-    side = geometry.group_channels * math.prod(
-        a.kernel for a, u in zip(geometry.axes, unfolded) if u
-    )
     if not program.blocks:  # every tap reads padding at every position
         return torch.zeros(g, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
-    blocks = torch.empty(program.blocks, g, side, side, dtype=dtype, device=x.device)
-    scratch = torch.empty(g, side, side, dtype=dtype, device=x.device)
-    written: set[int] = set()
-    for part, part_geometry in chunks(x, geometry, buffer_expansion(geometry, unfolded) / 2):
-        buffers = pack(part, part_geometry, unfolded, program.widths)
+    shape = (len(program.sources), g, layout.side, layout.side)
+    sources = torch.empty(shape, dtype=dtype, device=x.device)
+    blocks = _Blocks(sources[: program.blocks])
+    for part, part_geometry in chunks(x, geometry, layout.expansion / 2):
+        buffers = pack(part, part_geometry, unfolded, layout.widths)
+        copies: _Copies = {}
         for box in program.boxes:
-            if box.main:
-                with _only(buffers, box.inner):
-                    _run(box, buffers, blocks, scratch, written)
+            if box.main and layout.zero_columns:
+                with _only_main(buffers, box.inner):
+                    _multiply_main(box, buffers, blocks)
             else:
-                _run(box, _columns(box, buffers), blocks, scratch, written)
-    blocks.mul_(1 / geometry.samples)
-    return assemble(blocks, program, geometry, unfolded)
-
-
-def _columns(box: Box, buffers: dict[Phases, Tensor]) -> dict[tuple[Phases, bool], Tensor]:
-    """Contiguous copies of the box's columns, keyed by (phases, is right operand)."""
-    copies = {}
-    for right in (False, True):
-        inner_phases = tuple(c.phase_right if right else c.phase_left for c in box.inner)
-        for phases, buffer in buffers.items():
-            if phases[1:] == inner_phases:
-                part = buffer
-                for axis, (c, (start, stop)) in enumerate(zip(box.inner, box.segments), start=2):
-                    part = part.narrow(axis, start + (c.shift if right else 0), stop - start)
-                copies[phases, right] = part.contiguous()
-    return copies
-
-
-def _run(
-    box: Box,
-    operands: dict,
-    blocks: Tensor,
-    scratch: Tensor,
-    written: set[int],
-) -> None:
-    """All products of one box. Of the main box the operands are the buffers themselves."""
-    left_phases = tuple(c.phase_left for c in box.inner)
-    right_phases = tuple(c.phase_right for c in box.inner)
-    for p in box.products:
-        left_key, right_key = (p.row.phase_left, *left_phases), (p.row.phase_right, *right_phases)
-        if box.main:
-            left, right = operands[left_key], operands[right_key]
-            columns = [c.shift for c in box.inner]
+                copies = _copy_columns(box, buffers, copies)
+                _multiply_columns(box, copies, blocks)
+        del buffers, copies
+    blocks.tensor.mul_(1 / geometry.samples)
+    for index in range(program.blocks, len(program.sources)):
+        source = program.sources[index]
+        if source is None:
+            sources[index].zero_()
         else:
-            left, right = operands[left_key, False], operands[right_key, True]
-            columns = [0] * len(box.inner)
-        offset = p.row.shift  # of the right operand, in rows of the flattened buffer
-        for shift, width in zip(columns, left.shape[2:]):
-            offset = offset * width + shift
-        offset *= left.shape[-2]
-        row_length = math.prod(left.shape[2:-1])
-        X, Y = left.flatten(1, -2), right.flatten(1, -2)
-        # Zero columns only are lost at either end of the buffer.
-        start = max(p.segment[0] * row_length, -offset)
-        stop = min(p.segment[1] * row_length, Y.shape[1] - offset)
-        X, Y = X[:, start:stop], Y[:, start + offset : stop + offset]
-        first, *others = p.blocks
-        fresh = [b for b in p.blocks if b not in written]
-        if not others:
-            _multiply(X, Y, blocks[first], accumulate=first in written)
-        else:
-            _multiply(X, Y, scratch, accumulate=False)
-            for b in p.blocks:
-                blocks[b].copy_(scratch) if b in fresh else blocks[b].add_(scratch)
-        written.update(fresh)
+            sources[index].copy_(sources[source].mT)
+    return _assemble(sources, program, geometry, unfolded)
 
 
-def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
-    same = X.data_ptr() == Y.data_ptr() and X.shape == Y.shape
-    if not same:
-        product(X, Y, out, accumulate)
-    else:
-        # mirror() copies, so accumulated panels below the diagonal are simply overwritten
-        symmetric_product(X, out, accumulate)
-        mirror(out)
-
-
-def assemble(
-    blocks: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
+def _assemble(
+    sources: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
-    """S (groups, D, D) from its distinct blocks (already divided by n)."""
-    table = [pair for row in program.block_of for pair in row]
-    shifted = [d for d, u in enumerate(unfolded) if not u]
-    flat = [d for d, u in enumerate(unfolded) if u]
-    transposed = sorted({b for b, t in filter(None, table) if t})
-    position = {b: program.blocks + i for i, b in enumerate(transposed)}
-    parts = [blocks]
-    if transposed:
-        parts.append(blocks[transposed].mT)
-    if None in table:
-        parts.append(torch.zeros_like(blocks[:1]))
-    zero = program.blocks + len(transposed)
-    sources = torch.cat(parts)
-    index = torch.tensor(
-        [zero if pair is None else position[pair[0]] if pair[1] else pair[0] for pair in table],
-        device=blocks.device,
-    )
+    """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
-    out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=blocks.dtype, device=blocks.device)
-    flat_kernel = [kernel[d] for d in flat]
-    shifted_kernel = [kernel[d] for d in shifted]
+    out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
+    index = torch.tensor(program.source_of, device=sources.device)
+    shifted_kernel = [k for k, u in zip(kernel, unfolded) if not u]
+    flat_kernel = [k for k, u in zip(kernel, unfolded) if u]
+    s, f = len(shifted_kernel), len(flat_kernel)
     # gathered: (shifted taps, shifted taps', channels, flat taps, channels', flat taps')
-    n = len(kernel)
-    where_shifted = {d: i for i, d in enumerate(shifted)}
-    where_flat = {d: i for i, d in enumerate(flat)}
-    s, f = len(shifted), len(flat)
-
-    def tap_axes(side: int) -> list[int]:
-        return [
-            where_shifted[d] + side * s
-            if d in where_shifted
-            else 2 * s + 1 + where_flat[d] + side * (1 + f)
-            for d in range(n)
-        ]
-
-    order = [2 * s, *tap_axes(0), 2 * s + 1 + f, *tap_axes(1)]
-    step = max(1, _BLOCK_ROWS // max(1, geometry.taps * geometry.dim))
-    taps_flat = math.prod(flat_kernel)
+    left_taps, right_taps = [], []
+    shifted_axis, flat_axis = 0, 2 * s + 1
+    for u in unfolded:
+        if u:
+            left_taps.append(flat_axis)
+            right_taps.append(flat_axis + 1 + f)
+            flat_axis += 1
+        else:
+            left_taps.append(shifted_axis)
+            right_taps.append(shifted_axis + s)
+            shifted_axis += 1
+    order = [2 * s, *left_taps, 2 * s + 1 + f, *right_taps]
+    step = max(1, _ASSEMBLED_ELEMENTS // max(1, geometry.taps * geometry.dim))
+    flat_taps = math.prod(flat_kernel)
     for group in range(g):
         for start in range(0, cg, step):
             stop = min(start + step, cg)
-            rows = sources[:, group, start * taps_flat : stop * taps_flat]
+            rows = sources[:, group, start * flat_taps : stop * flat_taps]
             gathered = rows.index_select(0, index).view(
                 *shifted_kernel, *shifted_kernel, stop - start, *flat_kernel, cg, *flat_kernel
             )
