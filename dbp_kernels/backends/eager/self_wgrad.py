@@ -12,6 +12,7 @@ symmetric result, so on many channels the shifted products win.
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, Window, cut
 from .matmul import accumulation_dtype
+
+# Libraries add up a weight gradient's long sums one after the other, and lose digits: so many
+# positions at a time keep float32 within twice the error of a plain matrix product.
+_POSITIONS = 2048
 
 _WEIGHT_GRADIENT = {
     1: torch.nn.grad.conv1d_weight,
@@ -54,26 +59,13 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
     x = x.to(accumulation_dtype(x.dtype))
     reach = [a.dilation * (a.kernel - 1) for a in axes]  # how far from its partner a tap may read
     padded = F.pad(x, [r for axis_reach in reversed(reach) for r in (axis_reach, axis_reach)])
-    weight_size = (geometry.channels, cg, *(2 * a.kernel - 1 for a in axes))
+    weight_size = _weight_size(geometry)
     out = x.new_zeros(g, cg, *geometry.kernel_size, cg, *geometry.kernel_size)
     for phases in itertools.product(*(a.phases for a in axes)):
         windows = [tap_windows(a, p) for a, p in zip(axes, phases)]
         segments = [cut(w.values()) for w in windows]
         for box in itertools.product(*segments):
-            left, right = x, padded
-            for d, (a, phase, (start, stop)) in enumerate(zip(axes, phases, box), start=2):
-                first, length = a.stride * start + phase, a.stride * (stop - start - 1) + 1
-                left = left.narrow(d, first, length)
-                right = right.narrow(d, first, length + 2 * reach[d - 2])
-            left = left[(..., *(slice(None, None, a.stride) for a in axes))]
-            blocks = _WEIGHT_GRADIENT[len(axes)](
-                right,
-                weight_size,
-                left,
-                stride=[a.stride for a in axes],
-                dilation=[a.dilation for a in axes],
-                groups=g,
-            ).view(g, cg, *weight_size[1:])
+            blocks = _segment(x, padded, geometry, phases, box).view(g, cg, *weight_size[1:])
             covering = [
                 [k for k, (lo, hi) in w.items() if lo <= start and stop <= hi]
                 for w, (start, stop) in zip(windows, box)
@@ -85,3 +77,43 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
                 )
                 out[(slice(None), slice(None), *taps)] += blocks[(..., *differences)]
     return out.view(g, geometry.dim, geometry.dim).mul_(1 / geometry.samples)
+
+
+def _weight_size(geometry: ConvGeometry) -> tuple[int, ...]:
+    differences = (2 * a.kernel - 1 for a in geometry.axes)
+    return geometry.channels, geometry.group_channels, *differences
+
+
+def _segment(
+    x: Tensor,
+    padded: Tensor,
+    geometry: ConvGeometry,
+    phases: tuple[int, ...],
+    box: tuple[Window, ...],
+) -> Tensor:
+    """Sums of x(q) x(q + dilation*m)^T over one box of lattice indices, in short pieces."""
+    axes = geometry.axes
+    (top, bottom), *inner = box
+    columns = math.prod(stop - start for start, stop in inner)
+    rows = max(1, _POSITIONS // columns)
+    images = max(1, _POSITIONS // (columns * (bottom - top)))
+    total = None
+    for row in range(top, bottom, rows):
+        left, right = x, padded
+        band = ((row, min(row + rows, bottom)), *inner)
+        for d, (a, phase, (start, stop)) in enumerate(zip(axes, phases, band), start=2):
+            first, length = a.stride * start + phase, a.stride * (stop - start - 1) + 1
+            left = left.narrow(d, first, length)
+            right = right.narrow(d, first, length + 2 * a.dilation * (a.kernel - 1))
+        left = left[(..., *(slice(None, None, a.stride) for a in axes))]
+        for left_part, right_part in zip(left.split(images), right.split(images)):
+            piece = _WEIGHT_GRADIENT[len(axes)](
+                right_part,
+                _weight_size(geometry),
+                left_part,
+                stride=[a.stride for a in axes],
+                dilation=[a.dilation for a in axes],
+                groups=geometry.groups,
+            )
+            total = piece if total is None else total.add_(piece)
+    return total
