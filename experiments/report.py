@@ -193,10 +193,11 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    text = f"{statistics.fmean(values) * scale:.{digits}f}"
-    if len(values) > 1 and all(map(math.isfinite, values)):
-        text += f" ± {_deviation(values) * scale:.{digits}f}"
-    return text
+    mean = statistics.fmean(values) * scale
+    if not abs(mean) < 1e4:  # a diverged run's loss, NaN and infinity included
+        return f"{mean:.2g}"
+    text = f"{mean:.{digits}f}"
+    return f"{text} ± {_deviation(values) * scale:.{digits}f}" if len(values) > 1 else text
 
 
 def _or_not(value: float, spec: str) -> str:
@@ -272,7 +273,7 @@ def run_table(report: Report) -> list[list[str]]:
                     f"{100 * s.best_validation[i]:.2f}",
                     f"{100 * s.best_test[i]:.2f}",
                     f"{100 * s.final_test[i]:.2f}",
-                    f"{s.final_train_loss[i]:.4f}",
+                    _spread([s.final_train_loss[i]], 1, 4),
                     _or_not(epoch, "g"),
                     _or_not(seconds, ".2f"),
                     f"{run.rows[-1].seconds:.2f}",

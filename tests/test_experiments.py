@@ -8,6 +8,7 @@ import json
 import math
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from experiments.data import load, read_parquet
 from experiments.extras import need
 from experiments.loop import Row, Trainer
 from experiments.models import ConvNet, build_model, resnet18, resnet50
+from experiments.plots import plot_report
 from experiments.results import COLUMNS, ResultsDirectory, Run, group_runs, read_rows
 from experiments.runner import write_report
 
@@ -295,7 +297,15 @@ def test_unfinished_and_diverged_runs() -> None:
     assert report.target == pytest.approx(0.9)
     assert [run.seed for run in report.unfinished] == [1]
     assert "1 unfinished" in rules.terminal_text(report)
-    assert "unfinished" in rules.terminal_text(report)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e30])
+def test_diverged_losses_stay_readable(loss: float, tmp_path: Path) -> None:
+    runs = [made_up_run(BP, 0, [0.5, 0.9]), made_up_run(DBP, 0, [0.1, 0.1])]
+    runs[1].rows[1] = replace(runs[1].rows[1], train_loss=loss)
+    report = rules.build_report(runs, 2)
+    assert f"{loss:.2g}" in rules.summary_table(report)[1]
+    plot_report(report, tmp_path / "curves.png", "made up")
 
 
 def test_one_method_alone_or_nothing_makes_no_comparison() -> None:
