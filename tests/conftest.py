@@ -1,0 +1,39 @@
+"""Settings shared by all tests: one thread per process, and hypothesis profiles."""
+
+import os
+
+# Before torch is imported: several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+_COMMON = {
+    "deadline": None,  # first calls build programs and kernels
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+# The same examples on every run. HYPOTHESIS_PROFILE=random explores new ones, =thorough ten times
+# as many.
+settings.register_profile("deterministic", derandomize=True, max_examples=50, **_COMMON)
+settings.register_profile("random", max_examples=50, print_blob=True, **_COMMON)
+settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
+
+
+@pytest.fixture(scope="module")
+def poison():
+    """Fills what torch.empty returns with NaN, so that an element nobody writes shows.
+
+    Of module scope because hypothesis runs many examples within one function-scoped fixture.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filled

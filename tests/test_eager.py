@@ -1,0 +1,527 @@
+"""The eager backend: every algorithm for S and every plan against the float64 oracle.
+
+torch.empty is filled with NaN throughout (fixture ``poison``), so that nothing unwritten passes.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import (
+    LAYOUTS,
+    algorithms,
+    case,
+    cases,
+    error,
+    moment_error,
+    random,
+    rows,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dbp_kernels as dbp
+from dbp_kernels import reference
+from dbp_kernels.backends.eager import matmul, self_wgrad, unfold
+from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager import shift as shift_form
+from dbp_kernels.planner import Choice, update_choices
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+F64 = torch.float64
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+layouts = st.sampled_from(LAYOUTS)
+
+
+def ids(value):
+    return str(value).removeprefix("torch.")
+
+
+@contextmanager
+def thresholds(zero_columns: bool) -> Iterator[None]:
+    """Thresholds so low that small inputs take the paths of large ones, either way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shift_form, "_OPERATIONS_PER_COPY", 1e9 if zero_columns else 0)
+        patch.setattr(shift_form, "_ASSEMBLED_ELEMENTS", 1)
+        patch.setattr(shift_form, "_MANY_PIXELS", 1)
+        patch.setattr(shift_form, "_LINE", 2)
+        patch.setattr(matmul, "_PANEL", 2)
+        patch.setattr(matmul, "_FEW_ROWS", 1)
+        patch.setattr(matmul, "_THIN", 100)
+        patch.setattr(matmul, "_LONG", 3)
+        patch.setattr(self_wgrad, "_POSITIONS", 3)
+        shift_form.shift_layout.cache_clear()
+        try:
+            yield
+        finally:
+            shift_form.shift_layout.cache_clear()
+
+
+def check_all(c, x):
+    """Every algorithm and the op itself, float64, against the oracle."""
+    oracle = reference.patch_gram(x, *c.arguments)
+    before = x.clone()
+    for choice in algorithms(c.geometry):
+        S = eager.patch_gram(x, c.geometry, choice)
+        assert moment_error(S, oracle) <= 1e-12, str(choice)
+        assert S.dtype == F64
+        assert S.is_contiguous()
+    assert moment_error(torch.ops.dbp.patch_gram(x, *c.arguments), oracle) <= 1e-12
+    assert torch.equal(x, before)
+
+
+def test_empty_memory_is_poisoned():
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty(7, 3, dtype=F64).isnan().all()
+    assert torch.randn(4).new_empty((50,)).isnan().all()
+    assert torch.empty_like(torch.zeros(50, dtype=torch.bfloat16)).isnan().all()
+
+
+@pytest.mark.parametrize(("dims", "examples"), [(1, 200), (2, 250), (3, 100)])
+def test_every_algorithm(dims, examples):
+    @settings(max_examples=examples)
+    @given(cases(dims=(dims,)), layouts, st.integers(0, 1000))
+    def check(c, layout, seed):
+        check_all(c, c.input(seed=seed, layout=layout))
+
+    check()
+
+
+@pytest.mark.parametrize("zero_columns", [True, False])
+@pytest.mark.parametrize(("dims", "examples"), [(1, 80), (2, 120), (3, 40)])
+def test_the_paths_of_large_inputs(dims, examples, zero_columns):
+    seen = []
+    with thresholds(zero_columns):
+
+        @settings(max_examples=examples)
+        @given(cases(dims=(dims,), max_batch=5), layouts, st.integers(0, 1000))
+        def check(c, layout, seed):
+            seen.append(shift_form.shift_layout(c.geometry, (False,) * dims).zero_columns)
+            check_all(c, c.input(seed=seed, layout=layout))
+
+        check()
+    assert seen.count(zero_columns or dims == 1) > 0.8 * len(seen)
+
+
+# Geometries that ought to be hard, whatever hypothesis draws.
+CORNERS = [
+    case(2, 2, (1,), 1),  # one pixel
+    case(1, 2, (1, 1), 3, padding=1),
+    case(2, 1, (1, 1), 5, padding=(2, 4)),
+    case(1, 1, (1, 1, 1), 3, padding=1),
+    case(1, 2, (4, 5), (4, 5)),  # kernel as large as the input
+    case(2, 2, (2, 3), (6, 5), padding=(2, 1)),  # as large as the padded input
+    case(2, 2, (3, 3), 3, padding=5),  # patches in the padding only
+    case(1, 2, (2, 2), 2, padding=6, dilation=5, stride=4),  # some taps never meet a pixel
+    case(1, 2, (3,), 1, padding=2),  # kernel 1, but not pointwise
+    case(1, 2, (7, 7), (2, 4), padding=(1, 2)),  # even kernels
+    case(2, 2, (9, 8), 3, stride=(5, 4), padding=1),  # stride beyond the kernel: pixels unread
+    case(2, 2, (9, 8), 1, stride=(2, 3)),
+    case(2, 2, (9, 8), (1, 3), stride=2, padding=(0, 1)),
+    case(2, 2, (11, 10), 3, stride=2, padding=2, dilation=2),  # one phase only
+    case(2, 2, (11, 10), 3, stride=2, padding=1, dilation=3),
+    case(2, 2, (12, 13), 7, stride=2, padding=3),
+    case(1, 1, (24,), 11, stride=4, padding=2),
+    case(2, 6, (6, 7), 3, padding=1, groups=6),  # depthwise
+    case(2, 6, (6, 7), 3, padding=1, groups=2),
+    case(5, 3, (2, 2), 3, padding=1),
+    case(2, 2, (3, 4, 5), (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0), dilation=(1, 1, 2)),
+    case(2, 2, (4, 4, 4), 3, padding=1, groups=2),
+]
+
+
+@pytest.mark.parametrize("c", CORNERS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_hard_geometries(c, layout):
+    check_all(c, c.input(layout=layout))
+    for zero_columns in (False, True):
+        with thresholds(zero_columns):
+            check_all(c, c.input(layout=layout))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_every_small_geometry(dims):
+    """Not drawn but enumerated: one image of one or two channels, every geometry up to a size."""
+    limit = {1: (6, 4, 3, 3, 3), 2: (3, 3, 2, 1, 2)}[dims]
+    columns = [
+        axis
+        for axis in itertools.product(
+            range(1, limit[0] + 1),
+            range(1, limit[1] + 1),
+            range(1, limit[2] + 1),
+            range(limit[3] + 1),
+            range(1, limit[4] + 1),
+        )
+        if axis[0] + 2 * axis[3] >= axis[4] * (axis[1] - 1) + 1
+    ]
+    chosen = list(itertools.product(columns, repeat=dims))
+    for i, axes in enumerate(chosen[:: max(1, len(chosen) // 300)]):
+        size, kernel, stride, padding, dilation = zip(*axes)
+        c = case(1, 1 + i % 2, size, kernel, stride, padding, dilation)
+        with thresholds(zero_columns=i % 2 == 0):
+            check_all(c, c.input(seed=i))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=ids)
+@pytest.mark.parametrize(("dims", "examples"), [(1, 40), (2, 40), (3, 15)])
+def test_low_precision_is_as_good_as_plain_torch(dtype, dims, examples):
+    """Both against the oracle on the same rounded input: err <= 2 err(plain) + 1e-6."""
+
+    @settings(max_examples=examples)
+    @given(cases(dims=(dims,)), layouts, st.integers(0, 1000))
+    def check(c, layout, seed):
+        x = c.input(dtype, seed, layout)
+        oracle = reference.patch_gram(x.double(), *c.arguments)
+        bound = 2 * moment_error(reference.patch_gram(x, *c.arguments), oracle) + 1e-6
+        for choice in algorithms(c.geometry):
+            S = eager.patch_gram(x, c.geometry, choice)
+            assert S.dtype == torch.float32
+            assert moment_error(S, oracle) <= bound, str(choice)
+        S = torch.ops.dbp.patch_gram(x, *c.arguments)
+        assert S.dtype == torch.float32
+        assert moment_error(S, oracle) <= bound
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", [F64, *LOW], ids=ids)
+@pytest.mark.parametrize(
+    "c",
+    [
+        case(8, 16, (28, 28), 3, padding=1),
+        case(4, 3, (33, 32), 7, stride=2, padding=3),
+        case(16, 96, (7, 7), 3, padding=1),  # D = 864: several panels, mirrored
+        case(2, 300, (4, 5), 3, padding=1),  # a block has several panels itself
+        case(8, 600, (6, 6), 1),
+        case(4, 8, (20, 20), 5, padding=2, groups=2),
+        case(4, 24, (20, 20), 1),  # many more pixels than channels
+        rows((64, 520)),
+    ],
+    ids=str,
+)
+def test_layers_of_real_sizes(c, dtype):
+    x = c.input(dtype)
+    oracle = reference.patch_gram(x.double(), *c.arguments)
+    plain = 0.0 if dtype == F64 else moment_error(reference.patch_gram(x, *c.arguments), oracle)
+    bound = 1e-12 if dtype == F64 else 2 * plain + 1e-6
+    for choice in algorithms(c.geometry):
+        S = eager.patch_gram(x, c.geometry, choice)
+        assert moment_error(S, oracle) <= bound, str(choice)
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        case(8, 3, (112, 112), 3, padding=1),
+        case(4, 1, (160, 160), 3, padding=1),
+        case(4, 3, (112, 112), 1),
+        case(2, 3, (40_000,), 4, padding=1),
+        rows((100_000, 5)),
+    ],
+    ids=str,
+)
+def test_long_sums_keep_their_digits(c):
+    """Libraries that add up a hundred thousand terms one after the other lose three digits."""
+    x = c.input(torch.float32)
+    oracle = reference.patch_gram(x.double(), *c.arguments)
+    bound = 2 * moment_error(reference.patch_gram(x, *c.arguments), oracle) + 1e-6
+    for choice in algorithms(c.geometry):
+        assert moment_error(eager.patch_gram(x, c.geometry, choice), oracle) <= bound, str(choice)
+
+
+@settings(max_examples=60)
+@given(cases(max_batch=5), st.integers(1, 2))
+def test_chunks_of_images(c, images):
+    """Large inputs go through a few images at a time; small ones are made to."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+
+        def few(geometry, expansion):
+            seen.append(geometry.batch)
+            return images
+
+        patch.setattr(unfold, "images_per_chunk", few)
+        check_all(c, c.input())
+        assert seen
+
+
+def test_chunks_split_without_being_made_to():
+    c = case(8, 4, (9, 9), 5, padding=2)
+    expansion = c.geometry.dim * c.geometry.samples / c.geometry.input_numel
+    assert 1 <= unfold.images_per_chunk(c.geometry, expansion) < 8
+    parts = unfold.chunks(c.input(), c.geometry, expansion)
+    assert sum(g.batch for _, g in parts) == 8
+    assert [p.shape[0] for p, _ in parts] == [g.batch for _, g in parts]
+    assert unfold.images_per_chunk(c.geometry, 1e9) == 1
+    assert unfold.images_per_chunk(c.geometry, 0.1) == 8
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)
+@pytest.mark.parametrize(
+    "c",
+    [
+        case(2, 2, (12, 12), 3, padding=1),
+        case(2, 2, (12, 12), 3),
+        case(2, 2, (13, 14), 3, stride=2, padding=1),
+        case(2, 1, (12, 12), 5, padding=2),
+        case(2, 2, (20,), 4, padding=1, dilation=2),
+        case(1, 1, (5, 6, 7), 3, padding=1),
+    ],
+    ids=str,
+)
+def test_a_border_that_outweighs_the_interior(c, dtype):
+    """Strips are added, never subtracted: an entry that leaves the border out keeps its digits."""
+    x = c.input(dtype)
+    for axis in range(2, x.dim()):
+        x.narrow(axis, 0, 1).mul_(1e5)
+        x.narrow(axis, x.shape[axis] - 1, 1).mul_(1e5)
+    oracle = reference.patch_gram(x.double(), *c.arguments)
+    plain = moment_error(reference.patch_gram(x, *c.arguments), oracle)
+    bound = 1e-12 if dtype == F64 else 2 * plain + 1e-6
+    for choice in algorithms(c.geometry):
+        assert moment_error(eager.patch_gram(x, c.geometry, choice), oracle) <= bound, str(choice)
+
+
+@pytest.mark.parametrize(
+    "c",
+    [
+        case(2, 3, (8, 9), 3, padding=1),
+        case(2, 3, (8, 9), 3, stride=2, padding=1),
+        case(2, 3, (8, 9), 5, padding=2),
+        case(2, 3, (12,), 3, padding=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("corner", ["first", "last"])
+def test_one_infinite_pixel_spoils_only_what_multiplies_it(c, corner):
+    x = c.input()
+    index = 0 if corner == "first" else -1
+    x[(0, 1, *[index] * len(c.size))] = float("inf")
+    oracle = reference.patch_gram(x, *c.arguments)[0]
+    finite = oracle.isfinite()
+    channel = torch.arange(3).repeat_interleave(c.geometry.taps)
+    apart = (channel[:, None] != 1) & (channel != 1)
+    assert finite[apart].all()
+    assert not finite.all()
+    for choice, zero_columns in itertools.product(algorithms(c.geometry), (True, False)):
+        with thresholds(zero_columns):
+            S = eager.patch_gram(x, c.geometry, choice)[0]
+        # other channels keep every digit, and what is lost is not hidden
+        difference = torch.where(apart, S - oracle, 0.0)
+        assert difference.abs().max() <= 1e-12 * oracle[apart].abs().max(), str(choice)
+        assert torch.equal(S.diagonal().isfinite(), oracle.diagonal().isfinite()), str(choice)
+        # Where zero columns are multiplied by Inf, a few more pairs of taps are lost. Not all of
+        # them, as they would be by subtracting.
+        kept = (S.isfinite() & finite & ~apart).sum() / (finite & ~apart).sum()
+        strict = choice.name != "shift" or not zero_columns
+        assert kept == 1 if strict else kept > 0.3, (str(choice), kept)
+
+
+# --------------------------------------------------------------------------- mean, stats, rows
+
+
+@settings(max_examples=120)
+@given(cases(), layouts, st.sampled_from([F64, *LOW]))
+def test_patch_mean(c, layout, dtype):
+    x = c.input(dtype, layout=layout)
+    oracle = reference.patch_mean(x.double(), *c.arguments)
+    m = torch.ops.dbp.patch_mean(x, *c.arguments)
+    # against the mean magnitude, below which a mean may cancel
+    scale = reference.patch_mean(x.double().abs(), *c.arguments).clamp_min(1e-300)
+    errors = ((m.double() - oracle).abs() / scale).max().item()
+    plain = reference.patch_mean(x, *c.arguments).double()
+    bound = 1e-12 if dtype == F64 else 2 * ((plain - oracle).abs() / scale).max().item() + 1e-6
+    assert errors <= bound
+    assert m.dtype == (F64 if dtype == F64 else torch.float32)
+
+
+@settings(max_examples=60)
+@given(cases(), layouts)
+def test_rows_are_patches(c, layout):
+    x = c.input(layout=layout)
+    z = unfold.rows(x, c.geometry)
+    oracle = reference.patches(x, *c.arguments)
+    assert z.shape == oracle.shape
+    # the order of the rows is free; their multiset is not
+    assert torch.equal(z.sort(1).values, oracle.sort(1).values)
+    assert moment_error(z.mT @ z, oracle.mT @ oracle) <= 1e-12
+
+
+@settings(max_examples=60)
+@given(cases(), layouts, st.sampled_from([F64, *LOW]), st.booleans())
+def test_decor_stats(c, layout, dtype, flat):
+    x = c.input(dtype, layout=layout)
+    R = c.R(F64 if dtype == F64 else torch.float32, flat=flat)
+    C, V = torch.ops.dbp.decor_stats(x, R, *c.arguments)
+    expected = reference.decor_stats(x.double(), R.double(), *c.arguments)
+    scale = 1 + expected[1].abs().max().item()
+    plain = reference.decor_stats(x.to(R.dtype), R, *c.arguments)
+    for ours, oracle, other in zip((C, V), expected, plain):
+        assert ours.shape == oracle.shape
+        assert ours.dtype == R.dtype
+        slack = 1e-12 if dtype == F64 else 1e-6
+        other_error = (other.double() - oracle).abs().max().item()
+        assert (ours.double() - oracle).abs().max().item() <= 2 * other_error + slack * scale
+    assert not C.diagonal(dim1=-2, dim2=-1).any()
+
+
+# --------------------------------------------------------------------------- updates
+
+
+def forced(c) -> list[Choice]:
+    """Every plan, "gram" once for each algorithm, "samples" also where it is not offered."""
+    grams = [Choice("gram", 0.0, 0.0, gram=a) for a in algorithms(c.geometry)]
+    return [*grams, Choice("direct", 0.0, 0.0), Choice("samples", 0.0, 0.0)]
+
+
+@settings(max_examples=80)
+@given(
+    st.one_of(
+        cases(),
+        st.builds(
+            lambda n, d, g: rows((n, d * g), g),
+            st.integers(1, 9),
+            st.integers(1, 9),
+            st.integers(1, 3),
+        ),
+    ),
+    layouts,
+    st.sampled_from(["standard", "normalized"]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_every_plan_is_the_same_update(c, layout, rule, kappa, demean, seed):
+    x, R = c.input(seed=seed, layout=layout), c.R(seed=seed + 1)
+    rest = (0.5, kappa, rule, demean)
+    expected, loss = reference.decor_update(x, R, *c.arguments, *rest)
+    scale = 1 + reference.decor_stats(x, R, *c.arguments)[1].abs().max().item() ** 2
+    for choice in forced(c):
+        R_new, losses = eager.decor_update(x, R, c.geometry, *rest, choice)
+        assert error(R_new, expected) <= 1e-10, str(choice)
+        assert abs(losses.mean().item() - loss.item()) <= 1e-10 * scale, str(choice)
+    flat = R[0] if c.groups == 1 else R
+    R_new, op_loss = torch.ops.dbp.decor_update(x, flat, *c.arguments, *rest)
+    assert R_new.shape == flat.shape
+    assert error(R_new.reshape(R.shape), expected) <= 1e-10
+    assert op_loss.shape == ()
+    assert abs(op_loss.item() - loss.item()) <= 1e-10 * scale
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=ids)
+@pytest.mark.parametrize(
+    "c", [case(4, 8, (9, 9), 3, padding=1), case(1, 16, (3, 3), 3, padding=1), rows((16, 48))]
+)
+@pytest.mark.parametrize("demean", [False, True])
+def test_update_in_low_precision(c, dtype, demean):
+    x, R = c.input(dtype), c.R(torch.float32)
+    rest = (0.5, 0.5, "standard", demean)
+    expected, loss = reference.decor_update(x.double(), R.double(), *c.arguments, *rest)
+    plain, plain_loss = reference.decor_update(x.float(), R, *c.arguments, *rest)
+    for choice in update_choices(c.geometry):
+        R_new, losses = eager.decor_update(x, R, c.geometry, *rest, choice)
+        assert R_new.dtype == torch.float32
+        assert error(R_new, expected) <= 2 * error(plain, expected) + 1e-6
+        relative = abs(losses.mean().item() / loss.item() - 1)
+        assert relative <= 2 * abs(plain_loss.item() / loss.item() - 1) + 1e-6
+
+
+def test_forced_choices_reach_the_algorithm_they_name(monkeypatch):
+    """Otherwise the tests above might compare one algorithm with itself."""
+    called = []
+    for name in ("patch_gram_shift", "patch_gram_self_wgrad", "patch_gram_unfold"):
+        function = getattr(eager, name)
+        monkeypatch.setattr(
+            eager, name, lambda *a, f=function, n=name: (called.append((n, a[2:])), f(*a))[1]
+        )
+    c = case(1, 2, (6, 6), 3, padding=1)
+    for choice in algorithms(c.geometry):
+        called.clear()
+        eager.patch_gram(c.input(), c.geometry, choice)
+        ((name, rest),) = called
+        assert name == f"patch_gram_{choice.name}"
+        if choice.name == "shift":
+            assert rest == (choice.unfolded,)
+
+
+# --------------------------------------------------------------------------- the shift program
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_each_product_is_computed_once(c):
+    """Of a combination of classes and its transpose, exactly one is in the program."""
+    program = shift_form.make_program(c.geometry.axes)
+    seen = {
+        (tuple(k.key for k in box.inner), p.row.key, box.segments, p.segment)
+        for box in program.boxes
+        for p in box.products
+    }
+    assert len(seen) == sum(len(box.products) for box in program.boxes)
+    classes = {(inner, row) for inner, row, _, _ in seen}
+    for inner, row in classes:
+        transposed = (
+            tuple((right, left, -shift) for left, right, shift in inner),
+            (row[1], row[0], -row[2]),
+        )
+        assert transposed == (inner, row) or transposed not in classes
+    used = {b for box in program.boxes for p in box.products for b in p.blocks}
+    assert used == set(range(program.blocks))
+    assert len(program.source_of) == c.geometry.taps**2
+    assert set(range(program.blocks, len(program.sources))) <= set(program.source_of)
+
+
+def test_thirteen_products_for_a_three_by_three_kernel():
+    program = shift_form.make_program(case(1, 1, (9, 9), 3, padding=1).geometry.axes)
+    combinations = {
+        (tuple(k.key for k in box.inner), p.row.key) for box in program.boxes for p in box.products
+    }
+    assert len(combinations) == 13
+
+
+# --------------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("n", "dim"), [(4, 5), (300, 513), (300, 777), (2500, 7), (2048, 3)])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)
+def test_products(n, dim, groups, dtype):
+    x, y = random((groups, n, dim), dtype), random((groups, n, dim + 2), dtype, seed=1)
+    xx, xy = x.double().mT @ x.double(), x.double().mT @ y.double()
+    plain = max(error(x.mT @ x, xx), error(x.mT @ y, xy))
+    tolerance = 1e-14 if dtype == F64 else 2 * plain + 1e-6
+    for count in (1, matmul.panels(dim, n)):
+        out = torch.empty(groups, dim, dim, dtype=dtype)
+        for times in (1, 2):
+            matmul.symmetric_product(x, out, times > 1, count)
+            matmul.mirror(out, count)
+            assert error(out, times * xx) < tolerance
+    out = torch.empty(groups, dim, dim + 2, dtype=dtype)
+    for times in (1, 2):
+        matmul.product(x, y, out, times > 1)
+        assert error(out, times * xy) < tolerance
+
+
+def test_wide_and_tall_products_are_cut_in_panels():
+    assert matmul.panels(512, 10_000) > 1
+    assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
+
+
+# --------------------------------------------------------------------------- precision settings
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_is_left_alone(precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        c = case(2, 4, (6, 6), 3, padding=1)
+        for choice in forced(c):
+            eager.decor_update(c.input(), c.R(), c.geometry, 0.1, 0.5, "standard", True, choice)
+        dbp.patch_gram(c.input(), 3, padding=1)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,111 @@
+"""The planner's choices: sane, reproducible, and right where the answer is known."""
+
+import itertools
+
+import pytest
+from helpers import case, cases, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbp_kernels.planner import ALGORITHMS, PLANS, gram_choices, update_choices
+
+
+@settings(max_examples=100)
+@given(cases(), st.sampled_from(["cpu", "cuda", "something else"]), st.sampled_from([4, 8]))
+def test_choices_are_sound(c, device, itemsize):
+    for choices, names in (
+        (gram_choices(c.geometry, device, itemsize), ALGORITHMS),
+        (update_choices(c.geometry, device, itemsize), PLANS),
+    ):
+        assert choices
+        for choice in choices:
+            assert choice.name in names
+            assert choice.gflop >= 0  # none if every tap reads padding
+            assert choice.seconds > 0
+            assert str(choice).startswith(choice.name)
+            if choice.name == "shift":
+                assert len(choice.unfolded) == len(c.geometry.axes)
+                assert not all(choice.unfolded)
+            if choice.name == "gram":
+                assert choice.gram == gram_choices(c.geometry, device, itemsize)[0]
+                assert choice.gflop > choice.gram.gflop
+        keys = [(choice.name, choice.unfolded) for choice in choices]
+        assert len(set(keys)) == len(keys)
+        seconds = [choice.seconds for choice in choices]
+        assert seconds == sorted(seconds)
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_deterministic(c):
+    first = gram_choices(c.geometry), update_choices(c.geometry)
+    gram_choices.cache_clear()
+    update_choices.cache_clear()
+    assert (gram_choices(c.geometry), update_choices(c.geometry)) == first
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_samples_only_where_its_loss_keeps_its_digits(c):
+    offered = {choice.name for choice in update_choices(c.geometry)}
+    assert {"gram", "direct"} <= offered
+    assert ("samples" in offered) == (c.geometry.samples <= c.geometry.dim)
+
+
+def gram(*arguments, **named) -> str:
+    return gram_choices(case(*arguments, **named).geometry)[0].name
+
+
+def plan(c) -> str:
+    return update_choices(c.geometry)[0].name
+
+
+@pytest.mark.parametrize(
+    ("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)], ids=lambda v: str(v)
+)
+def test_three_by_three_convolutions_are_shifted(channels, size):
+    choice = gram_choices(case(32, channels, (size, size), 3, padding=1).geometry)[0]
+    assert (choice.name, any(choice.unfolded)) == ("shift", False)
+
+
+def test_five_by_five_convolutions_are_shifted():
+    assert gram(16, 64, (27, 27), 5, padding=2) == "shift"
+
+
+@pytest.mark.parametrize(("channels", "size"), [(64, 56), (2048, 7)], ids=lambda v: str(v))
+def test_pointwise_convolutions_are_plain_products(channels, size):
+    g = case(8, channels, (size, size), 1).geometry
+    assert [choice.name for choice in gram_choices(g)] == ["unfold"]
+    strided = case(8, channels, (size, size), 1, stride=2).geometry
+    assert gram_choices(strided)[0].name == "unfold"
+
+
+def test_linear():
+    assert [c.name for c in gram_choices(rows((128, 784)).geometry)] == ["unfold"]
+    assert plan(rows((16, 784))) in ("samples", "direct")  # n << D
+    assert plan(rows((100_000, 64))) == "gram"  # n >> D: never touch the samples twice
+
+
+def test_late_layers_with_few_samples_do_not_form_S():
+    assert plan(case(3, 512, (7, 7), 3, padding=1)) in ("samples", "direct")
+
+
+def test_early_layers_form_S():
+    assert plan(case(32, 64, (56, 56), 3, padding=1)) == "gram"
+
+
+def test_shift_costs_what_it_should():
+    """13 distinct products in place of 81, one of them symmetric: about 6.5 times fewer."""
+    choices = gram_choices(case(32, 64, (56, 56), 3, padding=1).geometry)
+    shift = next(c for c in choices if c.name == "shift" and not any(c.unfolded))
+    full = 2 * 32 * 56**2 * (9 * 64) ** 2 / 1e9
+    assert 5.8 < full / shift.gflop < 6.6
+
+
+def test_more_work_costs_more():
+    for choices, factor in itertools.product((gram_choices, update_choices), (2, 16)):
+        small = case(4, 32, (28, 28), 3, padding=1).geometry
+        large = small.with_batch(4 * factor)
+        for name in {c.name for c in choices(small)} & {c.name for c in choices(large)}:
+            cost = [min(c.seconds for c in choices(g) if c.name == name) for g in (small, large)]
+            assert cost[0] < cost[1]
