@@ -63,6 +63,13 @@ def _check_R(R: Tensor, groups: int, dim: int) -> None:
         )
 
 
+def _check_groups(groups: int, channels: int, where: str) -> None:
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"groups={groups}: expected a divisor of the {channels} channels of {where}"
+        )
+
+
 def _check_same_device(x: Tensor, R: Tensor) -> None:
     if x.device != R.device:
         raise ValueError(f"R is on {R.device}: expected the input's device {x.device}")
@@ -286,6 +293,7 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     Formed in R's precision with autocast off, then cast: the shape and dtype of ``weight``.
     Raises ValueError if R does not fit. Source: DBP paper, section 2.2.
     """
+    _check_groups(groups, weight.shape[0], "weight's output")
     _check_R(R, groups, math.prod(weight.shape[1:]))
     with _without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
@@ -303,6 +311,7 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
 
     Precision and errors as ``condensed_weight``.
     """
+    _check_groups(groups, weight.shape[0], "weight's input")
     _check_R(R, groups, weight.shape[0] // groups)
     with _without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
@@ -312,8 +321,9 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
 
 
 def decorrelate(input, R, kernel_size, stride, padding, dilation, groups):
-    dim = _fake_dim(input, kernel_size, groups)
     _check_floating(input=input)
+    _check_groups(groups, input.shape[1] if len(kernel_size) else input.shape[-1], "the input")
+    dim = _fake_dim(input, kernel_size, groups)
     _check_R(R, groups, dim)
     R = R.to(input.dtype)
     if len(kernel_size) == 0:

@@ -65,7 +65,7 @@ MACHINES = {
         gflops=130,
         gbytes=6,
         call=8e-6,
-        thin=((3, 0.035), (16, 0.4), (32, 0.45), (64, 0.65), (128, 0.75), (256, 1.0)),
+        thin=((3, 0.03), (9, 0.08), (21, 0.3), (32, 0.45), (64, 0.65), (128, 0.75), (256, 1.0)),
         wgrad=((3, 0.2), (16, 0.4), (64, 0.45)),
     ),
     "cuda": Machine(
@@ -160,7 +160,7 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
 def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     count = panels(geometry.dim, geometry.samples)
     flop = 2.0 * geometry.groups * geometry.samples * geometry.dim**2 * (count + 1) / (2 * count)
-    copied = 0 if geometry.pointwise else 4 * geometry.samples * geometry.groups * geometry.dim
+    copied = 0 if geometry.pointwise else 6 * geometry.samples * geometry.groups * geometry.dim
     moved = size * (copied + 2 * geometry.groups * geometry.dim**2)
     seconds = flop / m.rate(geometry.dim) + moved / (m.gbytes * 1e9) + 4 * m.call
     return Choice("unfold", flop / 1e9, seconds)

@@ -97,5 +97,6 @@ def update_from_samples(
     off = (total - second.square().sum(-1)).clamp_min(0)
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
-    R_new = torch.baddbmm(R, X.mT, torch.bmm(X, R), alpha=-lr * weights.c_weight / n)
-    return R_new.addcmul_(d.unsqueeze(-1), R, value=-lr), loss
+    # few passes over D x D: with few samples it is they that cost
+    R_new = R * (1 - lr * d).unsqueeze(-1)
+    return R_new.baddbmm_(X.mT, torch.bmm(X, R), alpha=-lr * weights.c_weight / n), loss
