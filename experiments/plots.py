@@ -50,8 +50,8 @@ def plot_report(report: Report, path: Path, title: str) -> None:
     axes[1][0].set_ylabel("test accuracy (%)")
     _limit_accuracy(axes[1][0], report)
     if report.summaries:
-        axes[0][1].legend(loc="upper right", fontsize=8, frameon=False)
-        axes[1][1].legend(loc="lower right", fontsize=8, frameon=False)
+        axes[0][1].legend(loc="upper right", fontsize=8, edgecolor="none", framealpha=0.85)
+        axes[1][1].legend(loc="lower right", fontsize=8, edgecolor="none", framealpha=0.85)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

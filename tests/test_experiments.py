@@ -230,9 +230,32 @@ def test_crossings_are_the_first_ones_and_the_target_is_bps_best_mean() -> None:
     assert (dbp.epochs_to_target, dbp.seconds_to_target) == (2, 3.0)
     assert (bp.seeds_reached, dbp.seeds_reached) == (2, 2)
     text = rules.terminal_text(report)
-    assert "Epochs to target: 33% fewer with DBP (2 epochs with DBP, 3 epochs with BP" in text
-    assert "Seconds to target: a tie (3.00 s with DBP, 3.00 s with BP" in text
-    assert "2 of 3 DBP seeds reach it" in text
+    # 33 % fewer epochs in the median, but only two of three seeds agree.
+    assert "Epochs to target: a tie (median 2 epochs with DBP, 3 epochs with BP" in text
+    assert "Seconds to target: a tie (median 3.00 s with DBP, 3.00 s with BP" in text
+    assert "DBP is earlier in 2 of 3 seeds; 2 of 3 DBP seeds reach it" in text
+
+
+@pytest.mark.parametrize(("late", "sentence"), [(1, "33% fewer with DBP"), (2, "a tie")])
+def test_a_difference_needs_three_quarters_of_the_seeds(late: int, sentence: str) -> None:
+    slow, fast = [0.1, 0.2, 0.9], [0.1, 0.9, 0.9]
+    runs = [made_up_run(BP, seed, slow) for seed in range(5)]
+    runs += [made_up_run(DBP, seed, slow if seed < late else fast) for seed in range(5)]
+    text = rules.verdict(rules.build_report(runs, 3))[1]
+    assert text.startswith(f"Epochs to target: {sentence}")
+    assert f"earlier in {5 - late} of 5 seeds" in text
+
+
+def test_the_whole_grid_is_summed_up() -> None:
+    runs = [
+        made_up_run(BP, 0, [0.1, 0.9, 0.9]),
+        made_up_run(Setting("bp", 1e-2), 0, [0.1, 0.2, 0.8], validation=[0.1] * 3),
+        made_up_run(DBP, 0, [0.95, 0.1, 0.1]),
+        made_up_run(Setting("dbp", 1e-3, 3e-3), 0, [0.1, 0.1, 0.95], epoch_seconds=0.5),
+    ]
+    text = rules.terminal_text(rules.build_report(runs, 3))
+    assert "BP reaches it with 1 of 2, in 2 to 2 epochs and 2.00 to 2.00 s" in text
+    assert "DBP reaches it with 2 of 2, in 1 to 3 epochs and 1.00 to 1.50 s" in text
 
 
 @pytest.mark.parametrize(
