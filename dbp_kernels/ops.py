@@ -190,6 +190,11 @@ def _fake_update(input, R, *rest, **named):
 # --------------------------------------------------------------------------- gradients
 
 
+def _per_axis(dims: int, *arguments: Sequence[int]) -> list[list[int]]:
+    """A single entry stands for all axes, as in aten."""
+    return [list(v) * (dims if len(v) == 1 else 1) for v in arguments]
+
+
 def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
     """col2im, the adjoint of im2col: y (N, groups*D, *output) -> the shape of ``like``."""
     kernel_size, stride, padding, dilation, groups = geometry
@@ -198,9 +203,7 @@ def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
     # a convolution with this weight is im2col
     one_hot = torch.eye(d, dtype=y.dtype, device=y.device).repeat(groups, 1)
     weight = one_hot.view(groups * d, like.shape[1] // groups, *kernel_size)
-    stride, padding, dilation = (
-        list(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation)
-    )
+    stride, padding, dilation = _per_axis(dims, stride, padding, dilation)
     lost = [
         (size + 2 * p - r * (k - 1) - 1) % s
         for size, k, s, p, r in zip(like.shape[2:], kernel_size, stride, padding, dilation)
@@ -235,16 +238,22 @@ def _gram_backward(ctx, grad_S):
 
 def _mean_backward(ctx, grad_m):
     (input,) = ctx.saved_tensors
-    kernel_size = ctx.geometry[0]
+    kernel_size, *window, _ = ctx.geometry
     with _without_autocast(input):
         flat = grad_m.reshape(-1)
         if len(kernel_size) == 0:
             rows = max(1, input.numel() // max(1, input.shape[-1]))
             grad = (flat / rows).expand(input.shape)
         else:
-            g = make_geometry(input.shape, *ctx.geometry)
-            y = (flat / max(1, g.samples)).view(1, -1, *[1] * len(kernel_size))
-            y = y.expand(1, -1, *g.output_size)
+            # not ConvGeometry: sizes are symbols under compilation with dynamic shapes
+            output = [
+                (size + 2 * p - d * (k - 1) - 1) // s + 1
+                for size, k, s, p, d in zip(
+                    input.shape[2:], kernel_size, *_per_axis(len(kernel_size), *window)
+                )
+            ]
+            samples = max(1, input.shape[0] * math.prod(output))
+            y = (flat / samples).view(1, -1, *[1] * len(kernel_size)).expand(1, -1, *output)
             grad = _scatter_patches(y, input, *ctx.geometry).expand(input.shape)
         return grad.to(input.dtype), *[None] * 5
 
