@@ -49,6 +49,10 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
+    if not isinstance(value, int) and not (
+        isinstance(value, Sequence) and all(hasattr(v, "__index__") for v in value)
+    ):
+        raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
     values = [value] * dims if isinstance(value, int) else list(value)
     if len(values) == 1 and dims > 1:
         values *= dims
@@ -115,6 +119,8 @@ def op_arguments(
     padding_mode: str,
 ) -> tuple[Tensor, tuple, bool]:
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
+    if not isinstance(kernel_size, int | Sequence):
+        raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
     dims = input.dim() - 2 if isinstance(kernel_size, int) else len(kernel_size)
     if dims == 0 and not isinstance(kernel_size, int):
         return input, ([], [], [], [], groups), True

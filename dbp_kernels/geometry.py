@@ -145,37 +145,37 @@ class ConvGeometry:
     groups: int
     axes: tuple[Axis, ...]
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Taps of the kernel, K*K in two dimensions."""
         return math.prod(a.kernel for a in self.axes)
 
-    @property
+    @cached_property
     def group_channels(self) -> int:
         """Channels of one group."""
         return self.channels // self.groups
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """D, the length of one patch."""
         return self.group_channels * self.taps
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output."""
         return tuple(a.output for a in self.axes)
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """Patches per image."""
         return math.prod(self.output_size)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """n, the number of patches: batch times output positions."""
         return self.batch * self.positions
 
-    @property
+    @cached_property
     def pointwise(self) -> bool:
         """Whether every patch is one pixel (kernel 1, no padding) or one row (no axes)."""
         return all(a.kernel == 1 and a.padding == 0 for a in self.axes)
@@ -237,6 +237,10 @@ def make_geometry(
                 f"{dims} spatial) for kernel_size={list(kernel_size)}"
             )
         batch, channels, *sizes = shape
+        if 0 in sizes:  # RuntimeError as torch's own convolutions
+            raise RuntimeError(
+                f"input has shape {tuple(shape)}: expected no empty dimension but the batch"
+            )
     if channels % groups:
         raise ValueError(
             f"groups={groups}: expected a divisor of the {channels} channels of the input"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.resources import files
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import backends
 from .geometry import ConvGeometry, make_geometry
@@ -90,7 +92,11 @@ def _check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> No
 
 def _prepare(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
     _check_floating(input=input)
-    return make_geometry(input.shape, *geometry)
+    *lists, groups = geometry
+    return _cached_geometry(tuple(input.shape), *map(tuple, lists), groups)
+
+
+_cached_geometry = lru_cache(maxsize=4096)(make_geometry)
 
 
 def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
@@ -394,6 +400,9 @@ def _differentiable(op: Callable, save: Callable, gradient: Callable) -> Callabl
     def kernel(keyset, *args, **named):
         # the dispatcher leaves out arguments that equal their defaults
         rest = [named.get(a.name, a.default_value) for a in schema[len(args) :]]
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not wanted and forward_ad._current_level < 0:  # small layers notice the short way
+            return OpaqueOp.forward(keyset, *args, *rest)
         with enable_single_level_autograd_function():
             return OpaqueOp.apply(keyset, *args, *rest)
 

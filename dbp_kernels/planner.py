@@ -150,8 +150,10 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     phases = math.prod(len(a.phases) for a in geometry.axes)
     lattice = geometry.input_numel / geometry.channels / math.prod(a.stride for a in geometry.axes)
     flop = 2.0 * phases * lattice * geometry.channels * geometry.group_channels * taps
-    convolutions = self_wgrad.convolutions(geometry)
-    calls = convolutions * 6 + 2 * geometry.taps * convolutions / max(1, phases)
+    segments = self_wgrad.convolutions(geometry)
+    pieces = segments + phases * geometry.samples / self_wgrad.POSITIONS
+    # a weight gradient is some ten calls' worth of set-up
+    calls = 10 * pieces + 2 * geometry.taps * segments / phases
     moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     seconds = flop / m.wgrad_rate(geometry.group_channels)
     return Choice("self_wgrad", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + calls * m.call)

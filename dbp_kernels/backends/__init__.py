@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from types import ModuleType
 
 # Fastest first; "auto" takes the first usable one. A planned backend joins by adding its line.
@@ -54,6 +55,7 @@ def unusable(name: str, device_type: str) -> str | None:
     return _load(name).unusable(device_type)
 
 
+@lru_cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 

@@ -19,27 +19,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out (G, A, B) = X^T Y for X (G, n, A), Y (G, n, B); ``accumulate`` adds to ``out`` instead.
+def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:
+    """out (G, A, B) = alpha X^T Y for X (G, n, A), Y (G, n, B); ``accumulate`` adds to ``out``.
 
     Half-precision operands keep float32 results (only reached on CUDA; the CPU path upcasts).
     """
     thin = min(X.shape[-1], Y.shape[-1]) < _THIN and X.shape[1] >= 2 * _LONG
     half = X.dtype != out.dtype
+    beta = 1 if accumulate else 0  # 0 ignores what is in ``out``, NaN included
     if half or (thin and X.device.type == "cpu"):
         result = torch.bmm(X.mT, Y, out_dtype=out.dtype) if half else _thin_product(X, Y)
-        out.add_(result) if accumulate else out.copy_(result)
+        out.add_(result, alpha=alpha) if accumulate else torch.mul(result, alpha, out=out)
     elif X.shape[0] == 1:
-        # mm runs near the machine's peak on tall operands where bmm of one matrix may not
-        target = out[0]
-        if accumulate:
-            target.addmm_(X[0].T, Y[0])
-        else:
-            torch.mm(X[0].T, Y[0], out=target)
-    elif accumulate:
-        out.baddbmm_(X.mT, Y)
+        # addmm runs near the machine's peak on tall operands where bmm of one matrix may not
+        out[0].addmm_(X[0].T, Y[0], beta=beta, alpha=alpha)
     else:
-        torch.bmm(X.mT, Y, out=out)
+        out.baddbmm_(X.mT, Y, beta=beta, alpha=alpha)
 
 
 def _thin_product(X: Tensor, Y: Tensor) -> Tensor:
@@ -58,10 +53,12 @@ def panels(dim: int, rows: int) -> int:
     return 1 if rows < _FEW_ROWS else max(1, min(_MAX_PANELS, dim // _PANEL))
 
 
-def symmetric_product(X: Tensor, out: Tensor, accumulate: bool, count: int) -> None:
-    """The upper triangle, in ``count`` panels, of out (G, D, D) = X^T X; finish with ``mirror``."""
+def symmetric_product(
+    X: Tensor, out: Tensor, accumulate: bool, count: int, alpha: float = 1.0
+) -> None:
+    """The upper triangle, in ``count`` panels, of out (G, D, D) = alpha X^T X; then ``mirror``."""
     for start, stop in _edges(X.shape[-1], count):
-        product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate)
+        product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate, alpha)
 
 
 def mirror(out: Tensor, count: int) -> None:

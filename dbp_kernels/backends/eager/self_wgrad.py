@@ -24,7 +24,7 @@ from .matmul import accumulation_dtype
 
 # Libraries add up a weight gradient's long sums one after the other, and lose digits: so many
 # positions at a time keep float32 within twice the error of a plain matrix product.
-_POSITIONS = 2048
+POSITIONS = 2048
 
 _WEIGHT_GRADIENT = {
     1: torch.nn.grad.conv1d_weight,
@@ -95,8 +95,8 @@ def _segment(
     axes = geometry.axes
     (top, bottom), *inner = box
     columns = math.prod(stop - start for start, stop in inner)
-    rows = max(1, _POSITIONS // columns)
-    images = max(1, _POSITIONS // (columns * (bottom - top)))
+    rows = max(1, POSITIONS // columns)
+    images = max(1, POSITIONS // (columns * (bottom - top)))
     total = None
     for row in range(top, bottom, rows):
         left, right = x, padded

@@ -72,23 +72,25 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
     dtype = accumulation_dtype(x.dtype)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
-    count = panels(geometry.dim, geometry.samples)
+    count, mean = panels(geometry.dim, geometry.samples), 1 / geometry.samples
     if geometry.pointwise and len(geometry.axes) and geometry.positions >= 4 * geometry.dim:
-        _sum_over_images(x, geometry, out, count)
+        _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
-        symmetric_product(rows(x, geometry), out, False, count)
+        symmetric_product(rows(x, geometry), out, False, count, mean)
     else:
         expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
         for i, (part, g) in enumerate(chunks(x, geometry, expansion)):
-            symmetric_product(rows(part, g), out, i > 0, count)
+            symmetric_product(rows(part, g), out, i > 0, count, mean)
     mirror(out, count)
-    return out.mul_(1 / geometry.samples)
+    return out
 
 
-def _sum_over_images(x: Tensor, geometry: ConvGeometry, out: Tensor, count: int) -> None:
+def _sum_over_images(
+    x: Tensor, geometry: ConvGeometry, out: Tensor, count: int, mean: float
+) -> None:
     """One product per image: many pixels to an image make packing into rows not worth its copy."""
     strides = (slice(None, None, a.stride) for a in geometry.axes)
     x = x[(slice(None), slice(None), *strides)]
     for i, image in enumerate(x):
         pixels = image.to(out.dtype).reshape(geometry.groups, geometry.group_channels, -1)
-        symmetric_product(pixels.mT, out, i > 0, count)
+        symmetric_product(pixels.mT, out, i > 0, count, mean)
