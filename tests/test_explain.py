@@ -1,0 +1,72 @@
+"""``explain``: one row per layer, the planner's own choices, nothing changed in the model."""
+
+import pytest
+import torch
+from torch import nn
+
+import dbp_kernels as dbp
+from dbp_kernels.planner import update_choices
+
+
+def small_network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 6, 3, stride=2, padding="valid", groups=2),
+        nn.ConvTranspose2d(6, 4, 2),
+        nn.Flatten(),
+        nn.Linear(4 * 8 * 8, 10),
+    )
+
+
+@pytest.mark.parametrize("decorrelated", [False, True])
+def test_rows_describe_the_layers(decorrelated):
+    model = small_network()
+    if decorrelated:
+        dbp.decorrelate_model(model)
+    x = torch.randn(20, 3, 16, 16)
+    explanation = dbp.explain(model, x, sample=0.1)
+    names = [r.name for r in explanation.layers]
+    assert names == ["0", "2", "3", "5"]
+    first, second, third, fourth = explanation.layers
+    assert (first.geometry.dim, first.geometry.samples) == (27, 2 * 16 * 16)
+    assert (second.geometry.dim, second.geometry.groups, second.geometry.samples) == (36, 2, 2 * 49)
+    assert (third.geometry.dim, third.geometry.samples) == (6, 2 * 49)
+    assert (fourth.geometry.dim, fourth.geometry.samples) == (256, 2)
+    # 6 operations per multiply-add pair of the forward pass
+    assert first.step_gflop == pytest.approx(6 * 20 * 8 * 16 * 16 * 27 / 1e9)
+    assert second.step_gflop == pytest.approx(6 * 20 * 6 * 7 * 7 * 36 / 1e9)
+    assert third.step_gflop == pytest.approx(6 * 20 * 6 * 7 * 7 * 4 * 4 / 1e9)
+    assert fourth.step_gflop == pytest.approx(6 * 20 * 256 * 10 / 1e9)
+    for row in explanation.layers:
+        assert row.plans == update_choices(row.geometry, "cpu", 4)
+
+
+def test_prints_a_table_with_choice_and_alternatives():
+    text = str(dbp.explain(nn.Conv2d(64, 64, 3, padding=1), torch.randn(4, 64, 28, 28), sample=1.0))
+    header, rule, row, total, *_ = text.splitlines()
+    for column in ("layer", "D", "n", "plan", "GFLOP", "of step", "alternatives"):
+        assert column in header
+    assert set(rule) == {"-"}
+    assert row.startswith("Conv2d")
+    assert "576" in row
+    assert str(4 * 28 * 28) in row
+    assert "gram: shift" in row
+    assert "direct" in row
+    assert "unfold" in row
+    assert total.startswith("all")
+
+
+def test_changes_nothing():
+    model = small_network()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    dbp.explain(model, torch.randn(2, 3, 16, 16))
+    assert [m.training for m in model] == [True, False, True, True, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model)
+
+
+def test_a_model_without_layers_is_an_error():
+    with pytest.raises(ValueError, match=r"model=ReLU"):
+        dbp.explain(nn.ReLU(), torch.randn(2, 3))

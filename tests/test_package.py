@@ -1,0 +1,66 @@
+"""The package from outside: import without torch, with an old torch, the environment report."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+import dbp_kernels as dbp
+from dbp_kernels import info
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("fake_torch", "expected"),
+    [
+        ("raise ImportError('no torch')", "none is installed"),
+        ("__version__ = '2.10.1+cpu'", "2.10.1+cpu is installed"),
+    ],
+)
+def test_missing_or_old_torch_is_one_clear_sentence(tmp_path, fake_torch, expected):
+    (tmp_path / "torch.py").write_text(fake_torch)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dbp_kernels"
+    result = python("-c", code)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: dbp-kernels needs PyTorch 2.11 or newer")
+    assert expected in last
+
+
+def test_everything_in_all_exists_and_is_documented():
+    for name in dbp.__all__:
+        value = getattr(dbp, name)
+        assert name == "__version__" or value.__doc__, name
+
+
+def test_every_schema_is_an_op():
+    text = files("dbp_kernels").joinpath("schemas.txt").read_text()
+    names = [line.split("(")[0] for line in text.splitlines() if line and line[0] != "#"]
+    assert len(names) == 10
+    for name in names:
+        assert hasattr(torch.ops.dbp, name)
+        assert callable(getattr(dbp, name))
+
+
+def test_info_reports_versions_devices_and_backends():
+    report = json.loads(python("-m", "dbp_kernels", "info", "--json").stdout)
+    assert report["torch"] == torch.__version__
+    assert report["dbp-kernels"] == dbp.__version__
+    assert report["devices"][0].startswith("cpu:")
+    assert report["backends"]["cpu"]["eager"] == "usable"
+    for name in ("triton", "cuda"):
+        assert name in report["backends"]["cpu"][name]  # the reason names it
+    text = info.report()
+    assert torch.__version__ in text
+    assert "eager on cpu" in text
