@@ -57,8 +57,11 @@ def symmetric_product(
     X: Tensor, out: Tensor, accumulate: bool, count: int, alpha: float = 1.0
 ) -> None:
     """The upper triangle, in ``count`` panels, of out (G, D, D) = alpha X^T X; then ``mirror``."""
+    if count == 1:
+        return product(X, X, out, accumulate, alpha)
     for start, stop in _edges(X.shape[-1], count):
         product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate, alpha)
+    return None
 
 
 def mirror(out: Tensor, count: int) -> None:

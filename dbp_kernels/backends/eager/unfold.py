@@ -31,7 +31,8 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     dtype = dtype or accumulation_dtype(x.dtype)
     g, dims = geometry.groups, len(geometry.axes)
     if dims == 0:
-        return x.reshape(-1, g, geometry.group_channels).transpose(0, 1).to(dtype)
+        x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
+        return x if x.dtype == dtype else x.to(dtype)
     if geometry.pointwise:  # every patch is one pixel: channels-last inputs need no copy
         x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
