@@ -103,7 +103,7 @@ def test_the_paths_of_large_inputs(dims, examples, zero_columns):
             check_all(c, c.input(seed=seed, layout=layout))
 
         check()
-    assert seen.count(zero_columns or dims == 1) > 0.8 * len(seen)
+    assert seen.count(zero_columns or dims == 1) > 0.5 * len(seen)
 
 
 # Geometries that ought to be hard, whatever hypothesis draws.

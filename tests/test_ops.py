@@ -339,14 +339,25 @@ def conv_pair():
 
 
 @pytest.fixture
-def no_warnings():
-    """The batching fallback warns; nothing here may."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+def no_fallback():
+    """An operator that vmap would run in a loop over the batch raises, or at least warns."""
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)
 
 
-@pytest.mark.usefixtures("no_warnings")
+def test_the_fallback_is_noticed(no_fallback):
+    x, *rest = opaque_arguments("patch_gram", CASES["1d"])
+    with pytest.raises(RuntimeError, match="fallback"):
+        torch.func.vmap(lambda x: dbp_ops.patch_gram(x, *rest))(x[None])
+
+
+@pytest.mark.usefixtures("no_fallback")
 def test_torch_func_on_composites():
     ours, plain, inputs = conv_pair()
     func = torch.func
@@ -369,7 +380,7 @@ def test_torch_func_on_composites():
         assert error(got, func.hessian(losses(plain), argnums=argnum)(*inputs)) < 1e-11
 
 
-@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.usefixtures("no_fallback")
 def test_per_sample_gradients():
     ours, plain, (x, weight, R, bias) = conv_pair()
 
@@ -385,7 +396,7 @@ def test_per_sample_gradients():
             assert error(got[i], want) < 1e-12
 
 
-@pytest.mark.usefixtures("no_warnings")
+@pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(
     "c", [CASES[n] for n in ("1d", "2d strided", "3d", "rows", "1x1")], ids=str
 )
