@@ -40,4 +40,4 @@ $(READY): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

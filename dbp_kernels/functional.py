@@ -19,6 +19,7 @@ when the kernel is larger than the padded input.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -48,13 +49,17 @@ IntOrInts = int | Sequence[int]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, Tensor)
+
+
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
-    if not isinstance(value, int) and not (
-        isinstance(value, Sequence) and all(hasattr(v, "__index__") for v in value)
-    ):
+    values = [value] if _is_int(value) else value
+    if not isinstance(values, Sequence) or not all(map(_is_int, values)):
         raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
-    values = [value] * dims if isinstance(value, int) else list(value)
-    if len(values) == 1 and dims > 1:
+    # numpy's integers become ints; symbolic ones stay what they are
+    values = [v if isinstance(v, int | torch.SymInt) else operator.index(v) for v in values]
+    if len(values) == 1:
         values *= dims
     if len(values) != dims:
         raise ValueError(f"{name}={value}: expected an int or {dims} ints")
@@ -119,10 +124,17 @@ def op_arguments(
     padding_mode: str,
 ) -> tuple[Tensor, tuple, bool]:
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
-    if not isinstance(kernel_size, int | Sequence):
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input is a {type(input).__name__}: expected a Tensor")
+    one = _is_int(kernel_size)
+    if not one and not isinstance(kernel_size, Sequence):
         raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
-    dims = input.dim() - 2 if isinstance(kernel_size, int) else len(kernel_size)
-    if dims == 0 and not isinstance(kernel_size, int):
+    dims = input.dim() - 2 if one else len(kernel_size)
+    if dims == 0 and not one:
+        given = {"stride": stride, "padding": padding, "dilation": dilation}
+        for name, value in given.items():
+            if value not in ((0 if name == "padding" else 1), (), [], "valid"):
+                raise ValueError(f"{name}={value}: expected none with kernel_size=()")
         return input, ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or input.dim() not in (dims + 1, dims + 2):
         raise ValueError(

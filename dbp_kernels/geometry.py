@@ -209,7 +209,7 @@ def make_geometry(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvGeometry:
-    """Checked geometry of an input of ``shape``; the only place that validates these arguments.
+    """Checked geometry of an input of ``shape``, for the opaque ops.
 
     Args:
         shape: (N, C, *spatial), or (..., D) with ``kernel_size=[]``.
@@ -255,7 +255,7 @@ def make_geometry(
         values = tuple(values)
         if len(values) == 1 and dims > 1:
             values *= dims
-        if len(values) != dims and dims > 0:
+        if len(values) != dims:
             raise ValueError(f"{name}={list(values)}: expected {dims} entries")
         if any(v < least for v in values):
             raise ValueError(f"{name}={list(values)}: expected entries of at least {least}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.resources import files
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from . import backends
 from .geometry import ConvGeometry, make_geometry
 from .plans import UpdateRule
+from .precision import INPUT_DTYPES, statistics_dtype, without_autocast
 
 _lib = torch.library.Library("dbp", "DEF")
 SCHEMAS = tuple(
@@ -33,25 +34,15 @@ for _schema in SCHEMAS:
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """Statistics, updates and A = W R keep their precision under autocast."""
-    device = x.device.type
-    if device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # --------------------------------------------------------------------------- checks
 
 
 def _check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a floating-point dtype")
+        if tensor.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: expected a floating-point dtype of 16 to 64 bits"
+            )
 
 
 def _check_R(R: Tensor, groups: int, dim: int) -> None:
@@ -103,9 +94,9 @@ def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     """S: see ``functional.patch_gram``."""
     g = _prepare(input, *geometry)
     if g.samples == 0 or g.dim == 0:
-        dtype = _statistics_dtype(input.dtype)
+        dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
-    with _without_autocast(input), torch.no_grad():
+    with without_autocast(input), torch.no_grad():
         return backends.select(input.device.type).patch_gram(input, g)
 
 
@@ -113,14 +104,14 @@ def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     """m: see ``functional.patch_mean``."""
     g = _prepare(input, *geometry)
     if g.samples == 0 or g.dim == 0:
-        return input.new_zeros((g.groups, g.dim), dtype=_statistics_dtype(input.dtype))
-    with _without_autocast(input), torch.no_grad():
+        return input.new_zeros((g.groups, g.dim), dtype=statistics_dtype(input.dtype))
+    with without_autocast(input), torch.no_grad():
         return backends.select(input.device.type).patch_mean(input, g)
 
 
 def _promote(input: Tensor, R: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Both operands in the dtype of the arithmetic; half-precision inputs are left to the backend."""
-    dtype = torch.promote_types(_statistics_dtype(input.dtype), _statistics_dtype(R.dtype))
+    dtype = torch.promote_types(statistics_dtype(input.dtype), statistics_dtype(R.dtype))
     R = R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1])
     return (input.to(dtype) if dtype == torch.float64 else input), R
 
@@ -130,7 +121,7 @@ def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Ten
     g = _prepare(input, *geometry)
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
-    with _without_autocast(input), torch.no_grad():
+    with without_autocast(input), torch.no_grad():
         input, R = _promote(input, R, g.groups)
         if g.samples == 0 or g.dim == 0:
             return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
@@ -155,7 +146,7 @@ def decor_update(
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
     _check_update(R, lr, kappa, rule, g.dim)
-    with _without_autocast(input), torch.no_grad():
+    with without_autocast(input), torch.no_grad():
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
         x, Rg = _promote(input, R, g.groups)
@@ -167,29 +158,56 @@ def decor_update(
 # --------------------------------------------------------------------------- fake kernels
 
 
-def _fake_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
-    if len(kernel_size) == 0:
-        return input.shape[-1] // groups
-    return input.shape[1] // groups * math.prod(kernel_size)
+def _patch_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
+    """D, checking what it is made of. Sizes may be symbols."""
+    dims = len(kernel_size)
+    _check_floating(input=input)
+    if dims > 3 or (input.dim() != dims + 2 and dims) or input.dim() == 0:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} with kernel_size={list(kernel_size)}: expected "
+            "(N, C, *spatial) with one entry of kernel_size for each of 1 to 3 spatial dimensions, "
+            "or (..., D) with kernel_size=[]"
+        )
+    channels = input.shape[1] if dims else input.shape[-1]
+    _check_groups(groups, channels, "the input")
+    return channels // groups * math.prod(kernel_size)
 
 
 def _fake_gram(input, kernel_size, stride, padding, dilation, groups):
-    d = _fake_dim(input, kernel_size, groups)
-    return input.new_empty((groups, d, d), dtype=_statistics_dtype(input.dtype))
+    d = _patch_dim(input, kernel_size, groups)
+    return input.new_empty((groups, d, d), dtype=statistics_dtype(input.dtype))
 
 
 def _fake_mean(input, kernel_size, stride, padding, dilation, groups):
-    d = _fake_dim(input, kernel_size, groups)
-    return input.new_empty((groups, d), dtype=_statistics_dtype(input.dtype))
+    d = _patch_dim(input, kernel_size, groups)
+    return input.new_empty((groups, d), dtype=statistics_dtype(input.dtype))
 
 
 def _fake_stats(input, R, kernel_size, stride, padding, dilation, groups):
-    dtype = torch.promote_types(_statistics_dtype(input.dtype), _statistics_dtype(R.dtype))
-    d = R.shape[-1]
+    d = _patch_dim(input, kernel_size, groups)
+    _check_R(R, groups, d)
+    _check_same_device(input, R)
+    dtype = torch.promote_types(statistics_dtype(input.dtype), statistics_dtype(R.dtype))
     return input.new_empty((groups, d, d), dtype=dtype), input.new_empty((groups, d), dtype=dtype)
 
 
-def _fake_update(input, R, *rest, **named):
+def _fake_update(
+    input,
+    R,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    lr,
+    kappa,
+    rule="standard",
+    demean=False,
+):
+    d = _patch_dim(input, kernel_size, groups)
+    _check_R(R, groups, d)
+    _check_same_device(input, R)
+    _check_update(R, lr, kappa, rule, 1)
     return torch.empty_like(R, memory_format=torch.contiguous_format), R.new_empty(())
 
 
@@ -205,17 +223,22 @@ def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
     """col2im, the adjoint of im2col: y (N, groups*D, *output) -> the shape of ``like``."""
     kernel_size, stride, padding, dilation, groups = geometry
     dims = len(kernel_size)
-    d = _fake_dim(like, kernel_size, groups)
-    # a convolution with this weight is im2col
+    stride, padding, dilation = _per_axis(dims, stride, padding, dilation)
+    if dims < 3:
+        line = dims == 1  # an image of one row
+        size = [1, like.shape[2]] if line else like.shape[2:]
+        window = ([0 if v is padding else 1] * line + v for v in (dilation, padding, stride))
+        image = F.fold(y.flatten(2), size, [1] * line + list(kernel_size), *window)
+        return image.squeeze(2) if line else image
+    # a convolution with one-hot weights is im2col, and this its transpose
+    d = _patch_dim(like, kernel_size, groups)
     one_hot = torch.eye(d, dtype=y.dtype, device=y.device).repeat(groups, 1)
     weight = one_hot.view(groups * d, like.shape[1] // groups, *kernel_size)
-    stride, padding, dilation = _per_axis(dims, stride, padding, dilation)
     lost = [
         (size + 2 * p - r * (k - 1) - 1) % s
         for size, k, s, p, r in zip(like.shape[2:], kernel_size, stride, padding, dilation)
     ]
-    transpose = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
-    return transpose(y, weight, None, stride, padding, lost, groups, dilation)
+    return torch.conv_transpose3d(y, weight, None, stride, padding, lost, groups, dilation)
 
 
 def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry) -> Tensor:
@@ -238,14 +261,14 @@ def _save_for_gram(ctx, inputs, output) -> None:
 
 def _gram_backward(ctx, grad_S):
     (input,) = ctx.saved_tensors
-    with _without_autocast(input):
+    with without_autocast(input):
         return _gram_gradient(input, grad_S, *ctx.geometry), *[None] * 5
 
 
 def _mean_backward(ctx, grad_m):
     (input,) = ctx.saved_tensors
     kernel_size, *window, _ = ctx.geometry
-    with _without_autocast(input):
+    with without_autocast(input):
         flat = grad_m.reshape(-1)
         if len(kernel_size) == 0:
             rows = max(1, input.numel() // max(1, input.shape[-1]))
@@ -272,7 +295,7 @@ def _save_for_stats(ctx, inputs, output) -> None:
 def _stats_backward(ctx, grad_C, grad_V):
     input, R = ctx.saved_tensors
     groups = ctx.geometry[-1]
-    with _without_autocast(input):
+    with without_autocast(input):
         # C and V are the two parts of M = R S R^T
         grad_M = grad_C - torch.diag_embed(grad_C.diagonal(dim1=-2, dim2=-1))
         grad_M = grad_M + torch.diag_embed(grad_V)
@@ -310,9 +333,9 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     """
     _check_groups(groups, weight.shape[0], "weight's output")
     _check_R(R, groups, math.prod(weight.shape[1:]))
-    with _without_autocast(weight):
+    with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
-        W = weight.to(dtype).reshape(groups, -1, R.shape[-1])
+        W = weight.to(dtype).reshape(groups, weight.shape[0] // groups, R.shape[-1])
         A = W @ R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1])
         return A.reshape(weight.shape).to(weight.dtype)
 
@@ -328,17 +351,15 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
     """
     _check_groups(groups, weight.shape[0], "weight's input")
     _check_R(R, groups, weight.shape[0] // groups)
-    with _without_autocast(weight):
+    with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
-        W = weight.to(dtype).reshape(groups, R.shape[-1], -1)
+        W = weight.to(dtype).reshape(groups, R.shape[-1], math.prod(weight.shape[1:]))
         A = R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1]).mT @ W
         return A.reshape(weight.shape).to(weight.dtype)
 
 
 def decorrelate(input, R, kernel_size, stride, padding, dilation, groups):
-    _check_floating(input=input)
-    _check_groups(groups, input.shape[1] if len(kernel_size) else input.shape[-1], "the input")
-    dim = _fake_dim(input, kernel_size, groups)
+    dim = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, dim)
     R = R.to(input.dtype)
     if len(kernel_size) == 0:
@@ -367,7 +388,7 @@ def decor_conv_transpose2d(
 
 
 def decor_linear(input, weight, R, bias):
-    return torch.nn.functional.linear(input, condensed_weight(weight, R), bias)
+    return F.linear(input, condensed_weight(weight, R), bias)
 
 
 # --------------------------------------------------------------------------- registration

@@ -48,7 +48,7 @@ class Machine:
 
 
 def _interpolate(points: tuple[tuple[int, float], ...], x: int) -> float:
-    """Piecewise linear in log2(x), constant outside."""
+    """Piecewise linear in log2(x); constant above the last point, towards zero below the first."""
     if x <= points[0][0]:
         return points[0][1] * x / points[0][0]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):

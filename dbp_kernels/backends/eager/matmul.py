@@ -14,11 +14,6 @@ _PANEL, _MAX_PANELS, _FEW_ROWS = 256, 8, 256
 _THIN, _LONG = 16, 1024
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype statistics are computed in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:
     """out (G, A, B) = alpha X^T Y for X (G, n, A), Y (G, n, B); ``accumulate`` adds to ``out``.
 

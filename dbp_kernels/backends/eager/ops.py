@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import plans
 from ...geometry import ConvGeometry
 from ...planner import Choice, gram_choices, update_choices
-from .matmul import accumulation_dtype
+from ...precision import statistics_dtype
 from .self_wgrad import patch_gram_self_wgrad
 from .shift import patch_gram_shift
 from .unfold import patch_gram_unfold, rows, windows
@@ -25,12 +24,12 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) 
 
 
 def _itemsize(x: Tensor) -> int:
-    return accumulation_dtype(x.dtype).itemsize
+    return statistics_dtype(x.dtype).itemsize
 
 
 def patch_mean(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """m (groups, D): the images are summed first, then each tap's window. At least one sample."""
-    dtype = accumulation_dtype(x.dtype)
+    dtype = statistics_dtype(x.dtype)
     dims = len(geometry.axes)
     if dims == 0:
         return x.reshape(-1, geometry.groups, geometry.dim).mean(0, dtype=dtype)
@@ -81,11 +80,6 @@ def decor_update(
         Z = Z - Z.mean(1, keepdim=True)
     plan = plans.update_direct if choice.name == "direct" else plans.update_from_samples
     return plan(Z, R, lr, kappa, rule)
-
-
-def update_dtype(x: Tensor, R: Tensor) -> torch.dtype:
-    """The dtype one update is computed in: float64 if either operand is, else float32."""
-    return torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(R.dtype))
 
 
 def unusable(device_type: str) -> str | None:

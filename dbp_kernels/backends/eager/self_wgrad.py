@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, Window, cut
-from .matmul import accumulation_dtype
+from ...precision import convolutions_as_matmul, statistics_dtype
 
 # Libraries add up a weight gradient's long sums one after the other, and lose digits: so many
 # positions at a time keep float32 within twice the error of a plain matrix product.
@@ -56,7 +56,7 @@ def convolutions(geometry: ConvGeometry) -> int:
 def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) of x (N, C, *spatial) with at least one spatial axis and one sample."""
     axes, g, cg = geometry.axes, geometry.groups, geometry.group_channels
-    x = x.to(accumulation_dtype(x.dtype))
+    x = x.to(statistics_dtype(x.dtype))
     reach = [a.dilation * (a.kernel - 1) for a in axes]  # how far from its partner a tap may read
     padded = F.pad(x, [r for axis_reach in reversed(reach) for r in (axis_reach, axis_reach)])
     weight_size = _weight_size(geometry)
@@ -65,7 +65,9 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
         windows = [tap_windows(a, p) for a, p in zip(axes, phases)]
         segments = [cut(w.values()) for w in windows]
         for box in itertools.product(*segments):
-            blocks = _segment(x, padded, geometry, phases, box).view(g, cg, *weight_size[1:])
+            with convolutions_as_matmul(x):
+                blocks = _segment(x, padded, geometry, phases, box)
+            blocks = blocks.view(g, cg, *weight_size[1:])
             covering = [
                 [k for k, (lo, hi) in w.items() if lo <= start and stop <= hi]
                 for w, (start, stop) in zip(windows, box)

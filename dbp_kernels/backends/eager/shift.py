@@ -7,8 +7,9 @@ difference (and the same phases, when strided) share one product, 13 instead of 
 
 What they do not share is the border: their windows of lattice indices differ by a few rows or
 columns. Windows are cut into segments, every segment gets its own product, and each block ADDS the
-segments it covers (subtracting from a full sum would lose the error bound, and one Inf in a corner
-would poison every entry). The first axis is cut by slicing rows. On the inner axes the longest
+segments it covers (subtracting from a full sum would lose the error bound, and turn one Inf in a
+corner into NaN everywhere; as it is, Inf times a zero column can reach tap pairs of its own channel
+that im2col keeps finite, no others). The first axis is cut by slicing rows. On the inner axes the longest
 segment, ``main``, uses the whole buffer with the columns outside it set to zero for the while; the
 short segments are copied out. On small maps, where zero columns would be a large part of the
 buffer, there are none, and every segment is copied out.
@@ -31,7 +32,8 @@ import torch
 from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, PairClass, Window
-from .matmul import accumulation_dtype, mirror, panels, product, symmetric_product
+from ...precision import product_dtype, statistics_dtype
+from .matmul import mirror, panels, product, symmetric_product
 from .unfold import chunks, windows
 
 Phases = tuple[int, ...]
@@ -234,7 +236,7 @@ def pack(
             part = part[index]
         sizes = list(part.shape)
         sizes[2 : 2 + len(widths)] = widths
-        buffer = torch.empty(sizes, dtype=_buffer_dtype(x), device=x.device)
+        buffer = torch.empty(sizes, dtype=product_dtype(x), device=x.device)
         interior = buffer
         for axis, width in enumerate(widths, start=2):
             size = part.shape[axis]
@@ -250,11 +252,6 @@ def pack(
         buffer = buffer.flatten(1 + len(shifted), 1 + len(shifted) + len(flat))
         buffers[phases] = buffer.flatten(2 + len(shifted))
     return buffers
-
-
-def _buffer_dtype(x: Tensor) -> torch.dtype:
-    # CUDA multiplies half precision into float32; the CPU libraries do not.
-    return x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
 
 
 @contextmanager
@@ -389,7 +386,7 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     """
     layout = shift_layout(geometry, unfolded)
     program = make_program(layout.shifted)
-    g, dtype = geometry.groups, accumulation_dtype(x.dtype)
+    g, dtype = geometry.groups, statistics_dtype(x.dtype)
     if not program.blocks:  # every tap reads padding at every position
         return torch.zeros(g, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     shape = (len(program.sources), g, layout.side, layout.side)
@@ -416,13 +413,20 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     return _assemble(sources, program, geometry, unfolded)
 
 
+@lru_cache(maxsize=512)
+def _source_index(source_of: tuple[int, ...], device: torch.device) -> Tensor:
+    # kept: on a GPU making it anew would wait for the device at every call
+    with torch.inference_mode(False):
+        return torch.tensor(source_of, device=device)
+
+
 def _assemble(
     sources: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
     """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
     out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
-    index = torch.tensor(program.source_of, device=sources.device)
+    index = _source_index(program.source_of, sources.device)
     shifted_kernel = [k for k, u in zip(kernel, unfolded) if not u]
     flat_kernel = [k for k, u in zip(kernel, unfolded) if u]
     s, f = len(shifted_kernel), len(flat_kernel)

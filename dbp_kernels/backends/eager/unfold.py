@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .matmul import accumulation_dtype, mirror, panels, symmetric_product
+from ...precision import product_dtype, statistics_dtype
+from .matmul import mirror, panels, symmetric_product
 
 
 def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
@@ -28,7 +29,7 @@ def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
 
 def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) -> Tensor:
     """The patches Z (groups, n, D) of x, contiguous where a copy is needed at all."""
-    dtype = dtype or accumulation_dtype(x.dtype)
+    dtype = dtype or statistics_dtype(x.dtype)
     g, dims = geometry.groups, len(geometry.axes)
     if dims == 0:
         x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
@@ -71,17 +72,18 @@ def chunks(
 
 def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
-    dtype = accumulation_dtype(x.dtype)
+    dtype = statistics_dtype(x.dtype)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     count, mean = panels(geometry.dim, geometry.samples), 1 / geometry.samples
-    if geometry.pointwise and len(geometry.axes) and geometry.positions >= 4 * geometry.dim:
+    many_pixels = len(geometry.axes) and geometry.positions >= 4 * geometry.dim
+    if geometry.pointwise and many_pixels and not x.is_cuda:
         _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
-        symmetric_product(rows(x, geometry), out, False, count, mean)
+        symmetric_product(rows(x, geometry, product_dtype(x)), out, False, count, mean)
     else:
         expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
         for i, (part, g) in enumerate(chunks(x, geometry, expansion)):
-            symmetric_product(rows(part, g), out, i > 0, count, mean)
+            symmetric_product(rows(part, g, product_dtype(x)), out, i > 0, count, mean)
     mirror(out, count)
     return out
 

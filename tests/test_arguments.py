@@ -1,0 +1,62 @@
+"""Arguments at the edges: what torch accepts is accepted, the rest is named before anything runs."""
+
+import numpy as np
+import pytest
+import torch
+
+import dbp_kernels as dbp
+
+
+def test_numpy_integers_are_ints():
+    x, R = torch.randn(2, 3, 8, 8), torch.randn(27, 27)
+    weight = torch.randn(4, 3, 3, 3)
+    two = np.int64(2)
+    assert torch.equal(
+        dbp.decor_conv2d(x, weight, R, stride=two), dbp.decor_conv2d(x, weight, R, stride=2)
+    )
+    assert torch.equal(
+        dbp.patch_gram(x, np.int64(3), padding=(two, 1)), dbp.patch_gram(x, 3, padding=(2, 1))
+    )
+
+
+def test_no_features_and_no_outputs():
+    assert torch.equal(
+        dbp.decor_linear(torch.randn(2, 0), torch.randn(3, 0), torch.zeros(0, 0)), torch.zeros(2, 3)
+    )
+    assert dbp.decor_linear(torch.randn(2, 4), torch.randn(0, 4), torch.eye(4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("stride", 9), ("padding", 3), ("dilation", (2,))])
+def test_a_linear_patch_has_no_window(name, value):
+    with pytest.raises(ValueError, match=name):
+        dbp.patch_gram(torch.randn(4, 3), (), **{name: value})
+    arguments = {"stride": [], "padding": [], "dilation": [], name: [2]}
+    with pytest.raises(ValueError, match=name):
+        torch.ops.dbp.patch_gram(torch.randn(4, 3), [], *arguments.values(), 1)
+
+
+def test_four_spatial_dimensions_are_refused():
+    x = torch.randn(1, 2, 3, 3, 3, 3)
+    with pytest.raises(ValueError, match="kernel_size"):
+        torch.ops.dbp.decorrelate(x, torch.eye(2), [1] * 4, [1] * 4, [0] * 4, [1] * 4, 1)
+
+
+def test_operands_on_two_devices_are_refused():
+    x, R = torch.randn(1, 2, 4, 4), torch.eye(18)
+    for call in (dbp.decor_stats, lambda *a: dbp.decor_update(*a, lr=0.1)):
+        with pytest.raises(ValueError, match="R is on meta"):
+            call(x, R.to("meta"), 3)
+        with pytest.raises(ValueError, match="R is on cpu"):
+            call(x.to("meta"), R, 3)
+
+
+def test_eight_bit_floats_and_lists_are_refused():
+    with pytest.raises(TypeError, match=r"input has dtype torch.float8"):
+        dbp.patch_gram(torch.randn(1, 2, 4, 4).to(torch.float8_e4m3fn), 3)
+    with pytest.raises(TypeError, match="input is a list"):
+        dbp.patch_gram([[1.0]], 3)
+
+
+def test_fake_kernels_name_bad_arguments():
+    with pytest.raises(ValueError, match="R has shape"):
+        dbp.decor_stats(torch.empty(1, 2, 4, 4, device="meta"), torch.empty(3, 3, device="meta"), 3)
