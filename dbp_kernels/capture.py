@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 _next_key = count()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -68,7 +69,10 @@ class Recorder:
             layer._recorder = layer._recorder_key = None
 
     def record(self, input: Tensor) -> None:
-        """Copy the sampled images of one forward pass, free of any autograd graph."""
+        """Copy the sampled images of one forward pass, free of any autograd graph.
+
+        Raises RuntimeError while a CUDA graph is being captured.
+        """
         # A recomputation by activation checkpointing runs inside a backward pass. Grad mode cannot
         # tell: the first pass of a reentrant checkpoint runs without it too.
         if torch._C._current_graph_task_id() != -1:
@@ -77,16 +81,25 @@ class Recorder:
         options = None if owner is None else owner._sampling_options(self._group)
         if layer is None or options is None:
             return
+        if _capturing(input):
+            raise RuntimeError(
+                "a decorrelated layer attached to a DecorUpdate was called in training mode while "
+                "a CUDA graph was being captured: samples would be taken at capture only, and no "
+                "replay would ever learn; capture without it (decor.detach() or model.eval()), or "
+                "use torch.compile, which keeps sampling out of its CUDA graphs"
+            )
         with torch.no_grad():
             batch = layer._as_images(_unwrapped(input).detach())
-            images = batch.shape[0]
+            images = int(batch.shape[0])
             size = sample_size(options["sample"], images)
             if size == 0:
                 return
             # A copy even of the whole batch: a view would keep the activation alive until step(),
             # and would see whatever the model does to it in place.
             if options["sampling"] == "random" and size < images:
-                chosen = torch.randperm(images, generator=owner._generator)[:size]
+                # on the CPU whatever the default device is: there its generator lives
+                order = torch.randperm(images, generator=owner._generator, device="cpu")
+                chosen = order[:size]
                 self.samples.append(batch[chosen.to(batch.device, non_blocking=True)])
             else:
                 self.samples.append(batch[:size].clone())
@@ -102,18 +115,30 @@ def record(layer: nn.Module, input: Tensor) -> None:
     """Called by a layer after its forward pass; does nothing unless an optimiser is attached."""
     if layer._recorder is None or not layer.training:
         return
+    # Traces run on example inputs, which are no samples, and their graphs are for use elsewhere.
     if torch.compiler.is_compiling():
-        torch.ops.dbp_nn.record(input.detach(), layer._recorder_key)
+        if not torch.compiler.is_exporting():
+            torch.ops.dbp_nn.record(input.detach(), layer._recorder_key)
+        return
+    if torch.jit.is_tracing() or isinstance(input, FakeTensor):
         return
     recorder = recorder_of(layer)
     if recorder is not None:
         recorder.record(input)
 
 
+def _capturing(input: Tensor) -> bool:
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 # The same under torch.compile: opaque, so that nothing in it is traced, guarded or recomputed. The
 # key is declared mutated (it is not) to keep the call, which returns nothing, from being removed;
-# it lives on the CPU, so reading it never waits for a device and CUDA graphs leave the call out.
-@torch.library.custom_op("dbp_nn::record", mutates_args=("key",))
+# it lives on the CPU, so that reading it never waits for a device. The tag keeps the call out of
+# the compiler's CUDA graphs, whose replays would not run it.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ["cudagraph_unsafe"] if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("dbp_nn::record", mutates_args=("key",), tags=_TAGS)
 def _record_op(input: Tensor, key: Tensor) -> None:
     recorder = _recorders.get(int(key))
     if recorder is not None:

@@ -46,7 +46,8 @@ def decorrelate_model(
     Swapped are modules whose type is exactly Linear, Conv1d, Conv2d, Conv3d or ConvTranspose2d of
     torch.nn. Left alone are subclasses (`MultiheadAttention.out_proj` is one: attention reads its
     weight directly), lazy layers, and layers whose weight is not a plain parameter (weight_norm,
-    spectral_norm, pruning, parametrisations). Layers that are decorrelated already stay as they
+    spectral_norm, pruning, parametrisations), and layers whose ``forward`` has been replaced on the
+    instance (LoRA and offloading hooks do so): it may read the weight and ignore R. Layers that are decorrelated already stay as they
     are, so calling it twice does no harm.
 
     `torch.nn.TransformerEncoderLayer` has a fast path for evaluation that reads the weights of its
@@ -114,9 +115,9 @@ def fuse_model(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no module.
-        ValueError: a decorrelated layer cannot be fused: it is a subclass, or its weight is not a
-            plain parameter (weight_norm, pruning, parametrisations: remove those first). Nothing
-            is changed.
+        ValueError: a decorrelated layer cannot be fused: it is a subclass, its weight is not a
+            plain parameter (weight_norm, pruning, parametrisations), or its ``forward`` has been
+            replaced on the instance; remove those first. Nothing is changed.
     """
     _check_model(model)
     weights: dict[nn.Module, nn.Parameter] = {}
@@ -132,6 +133,11 @@ def fuse_model(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"cannot fuse layer {name!r}: its weight is not a plain parameter; remove "
                 "weight_norm, spectral_norm or pruning first"
+            )
+        if "forward" in module.__dict__:  # it calls the decorrelated class's, which needs R
+            raise ValueError(
+                f"cannot fuse layer {name!r}: its forward has been replaced on the instance; "
+                "remove what has done so (a hook, an adapter) first"
             )
         weights[module] = _fused_weight(module)
 
@@ -157,7 +163,9 @@ def _check_model(model: nn.Module) -> None:
 def _swappable(module: nn.Module) -> bool:
     # Old-style weight_norm, spectral_norm and pruning keep the class but move the parameter.
     weight = module._parameters.get("weight")
-    return type(module) in _DECORRELATED and weight is not None and weight.is_floating_point()
+    if type(module) not in _DECORRELATED or weight is None or not weight.is_floating_point():
+        return False
+    return "forward" not in module.__dict__  # a replaced forward would go on without R
 
 
 def _identity(module: nn.Module, decorrelated: type[nn.Module]) -> Tensor:

@@ -492,3 +492,21 @@ def test_the_list_of_buffers_ddp_leaves_alone():
     dbp.DecorUpdate(nn.Sequential(built_by_hand))
     dbp.DecorUpdate(built_by_hand)
     assert built_by_hand._ddp_params_and_buffers_to_ignore == ["0.R"]
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    """Adapters and offloading hooks replace it on the instance, and would go on without R."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain_forward = model[0].forward
+    model[0].forward = lambda x: plain_forward(x) * 2
+    dbp.decorrelate_model(model)
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is dnn.DecorLinear
+    forward = model[1].forward
+    model[1].forward = lambda x: forward(x) * 2
+    with pytest.raises(ValueError, match=r"'1'.*forward"):
+        dbp.fuse_model(model)
+    assert type(model[1]) is dnn.DecorLinear
+    del model[1].forward
+    dbp.fuse_model(model)
+    assert type(model[1]) is nn.Linear
