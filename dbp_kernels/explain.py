@@ -16,6 +16,7 @@ from .functional import op_arguments
 from .geometry import ConvGeometry, make_geometry
 from .planner import Choice, gram_choices, update_choices
 from .surgery import decorrelated_class
+from .update import checked_options
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _name(choice: Choice) -> str:
 
 def explain(
     model: nn.Module,
-    input: Tensor | tuple[Any, ...],
+    input: Tensor | tuple[Any, ...] | dict[str, Any],
     sample: float | int = 0.1,
     update_every: int = 1,
 ) -> Explanation:
@@ -99,36 +100,48 @@ def explain(
 
     Args:
         model: a model or one layer, plain or decorrelated.
-        input: an example batch, or a tuple of the model's positional arguments; one forward pass in
-            eval mode, without gradients, tells the layers' input shapes. Nothing is changed.
+        input: an example batch, or a tuple of the model's positional arguments, or a dict of its
+            keyword arguments; one forward pass in eval mode, without gradients, tells the layers'
+            input shapes. Nothing is changed.
         sample, update_every: as of ``DecorUpdate``.
 
+    Describes one process: with several, each adds up its own second moments (plan "gram" always),
+    whatever the table says. Every layer is described as updated alone, though ``step()`` updates
+    small layers of equal shape together.
+
     Returns an object that prints as a table; estimated times come from the planner's cost model.
-    Raises ValueError if the model has no layer that can be decorrelated.
+    Raises ValueError if ``sample`` or ``update_every`` is out of range, or if the model runs no
+    layer that can be decorrelated.
     """
-    arguments = input if isinstance(input, tuple) else (input,)
-    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    with _recorded(model, seen), _evaluating(model), torch.no_grad():
-        model(*arguments)
-    if not seen:
+    options = checked_options({"sample": sample, "update_every": update_every})
+    reports: list[LayerReport] = []
+    with _reporting(model, options["sample"], reports), _evaluating(model), torch.no_grad():
+        if isinstance(input, dict):
+            model(**input)
+        else:
+            model(*(input if isinstance(input, tuple) else (input,)))
+    if not reports:
         raise ValueError(
             f"model={type(model).__name__} ran no layer that can be decorrelated (Linear, Conv1d, "
             "Conv2d, Conv3d, ConvTranspose2d, Decorrelate)"
         )
-    layers = tuple(_report(*one, sample) for one in seen)
-    return Explanation(layers, sample, update_every)
+    return Explanation(tuple(reports), **options)
 
 
 @contextmanager
-def _recorded(model: nn.Module, seen: list) -> Iterator[None]:
+def _reporting(model: nn.Module, sample: float | int, reports: list[LayerReport]) -> Iterator[None]:
+    """Adds a report for every layer that runs; no activation is kept."""
     handles = []
     for name, module in model.named_modules():
         if decorrelated_class(module) is not None:
 
-            def hook(module, arguments, output, name=name):
-                seen.append((name or type(module).__name__, module, arguments[0], output))
+            def hook(module, arguments, keywords, output, name=name):
+                input = arguments[0] if arguments else keywords["input"]
+                reports.append(
+                    _report(name or type(module).__name__, module, input, output, sample)
+                )
 
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

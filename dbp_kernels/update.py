@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,12 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dbp_kernels import distributed, functional, plans
+from dbp_kernels import backends, distributed, functional, plans
+from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.capture import Recorder
+from dbp_kernels.geometry import ConvGeometry, make_geometry
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.planner import update_choices
 from dbp_kernels.surgery import switch_fast_paths
 
 _SAMPLINGS = ("first", "random")
+# Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
+# above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
+_SMALL = {"gram": 128, "direct": 256, "samples": 256}
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -40,6 +46,10 @@ class DecorUpdate(torch.optim.Optimizer):
     recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
     ``step()`` is to be left out, call ``discard()`` to free the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
+
+    Under torch.compile, CUDA graphs included, samples are taken on every call. Capturing a training
+    forward pass in a CUDA graph by hand raises RuntimeError: a replay would take no samples. Traces
+    (torch.jit.trace, torch.export, fake tensors) take none.
 
     With torch.distributed initialised, ``step()`` uses the samples of all ranks, and all of them
     must call it. DDP is told to leave R alone; instead, the first ``step()`` makes every R that of
@@ -79,7 +89,7 @@ class DecorUpdate(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         sampling: str = "first",
     ) -> None:
-        defaults = _checked_options(
+        defaults = checked_options(
             {
                 "lr": lr,
                 "kappa": kappa,
@@ -132,7 +142,10 @@ class DecorUpdate(torch.optim.Optimizer):
                     group["params"][index] = layer.R
                     if before in self.state:
                         state = self.state.pop(before)
-                        self.state[layer.R] = {k: v.to(layer.R.device) for k, v in state.items()}
+                        self.state[layer.R] = {
+                            "loss": state["loss"].to(layer.R),
+                            "skipped": state["skipped"].to(layer.R.device),
+                        }
 
     def _sampling_options(self, group: int) -> dict[str, Any] | None:
         """Asked by the recorders: the group's options, or None where this step copies nothing."""
@@ -160,9 +173,16 @@ class DecorUpdate(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every R from the samples taken since the last ``step()``, and free those.
 
-        A layer without samples stays as it is, and so does one whose samples or result are not
+        Call it after ``backward()``, which needs the R of the forward pass: between the two it
+        makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose samples or result are not
         finite (see `skipped`). Nothing waits for the device. If an error is raised, no R has
-        changed.
+        changed (but for the first step's broadcast, below). Small layers of equal shape and
+        options are computed together.
+
+        With several ranks, the first step (also after ``load_state_dict()``, and in a copy) sets
+        every R to that of the group's first rank, then updates it from all ranks' samples. These
+        samples, and the gradients of that one iteration, come from forward passes with each rank's
+        own R; load or set R alike on all ranks beforehand where that matters.
 
         Args:
             closure: evaluated first, with gradients; for the forward pass that takes the samples.
@@ -189,13 +209,14 @@ class DecorUpdate(torch.optim.Optimizer):
             with ExitStack() as stack:
                 # Statistics and updates run in their own precision wherever step() is called.
                 for device_type in {job.R.device.type for job in jobs}:
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
+                    if torch.amp.is_autocast_available(device_type):
+                        stack.enter_context(torch.autocast(device_type, enabled=False))
                 # All computed before any is written, so that an error leaves every R as it was.
                 if many:
                     updates = list(self._reduced(jobs))
                 else:
                     jobs = [job for job in jobs if job.samples]
-                    updates = [(*_local_update(job), None) for job in jobs]
+                    updates = [(*update, None) for update in _local_updates(jobs)]
             self._write(jobs, updates)
         finally:
             self.discard()
@@ -245,12 +266,13 @@ class DecorUpdate(torch.optim.Optimizer):
             for R, R_new, ok in zip(Rs, Rs_new, accept.unbind()):
                 torch.where(ok, R_new.reshape(R.shape), R, out=R)
             states = [self._state_of(R) for R in Rs]
-            counts = torch._foreach_add(
+            reported = [state["loss"] for state in states]
+            if sampled[0] is not None:
+                losses = map(torch.where, sampled, losses, reported)
+            torch._foreach_copy_(reported, list(losses))
+            torch._foreach_add_(
                 [state["skipped"] for state in states], list(skip.to(torch.int64).unbind())
             )
-            for state, loss, some, count in zip(states, losses, sampled, counts):
-                state["loss"] = loss if some is None else torch.where(some, loss, state["loss"])
-                state["skipped"] = count
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state = self.state[R]
@@ -276,7 +298,7 @@ class DecorUpdate(torch.optim.Optimizer):
     def _report(self, key: str) -> dict[str, Tensor]:
         self._follow_R()
         return {
-            name: self.state[layer.R][key]
+            name: self.state[layer.R][key].clone()  # step() writes in place
             for name, layer in self._named_layers()
             if layer.R in self.state
         }
@@ -287,32 +309,64 @@ class DecorUpdate(torch.optim.Optimizer):
         R belongs to the model's state_dict. Samples are not saved: take it after ``step()``.
         """
         self._follow_R()
-        own = {"steps": self._steps, "generator": self._generator.get_state()}
-        return {**super().state_dict(), **own}
+        packed = super().state_dict()
+        packed["state"] = {  # a snapshot: step() writes in place
+            index: {key: value.clone() for key, value in state.items()}
+            for index, state in packed["state"].items()
+        }
+        return {**packed, "steps": self._steps, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict`: with the model's own, the run continues bit for bit.
 
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
-        groups.
+        groups, or an option in it is out of range.
         """
-        missing = {"state", "param_groups", "steps", "generator"} - set(state_dict)
-        if missing:
-            raise ValueError(
-                f"state_dict has no {sorted(missing)}; expected one of DecorUpdate.state_dict()"
-            )
+        generator = self._check_state_dict(state_dict)
         self._follow_R()
         names = [group["param_names"] for group in self.param_groups]
-        steps, generator = state_dict["steps"], state_dict["generator"].cpu()
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own
-        for state in self.state.values():  # torch casts all state to R's dtype
+        for state in self.state.values():  # torch casts all state to R's dtype, or shares it
+            state["loss"] = state["loss"].clone()
             state["skipped"] = state["skipped"].to(torch.int64)
-        self._steps = steps
-        self._generator.set_state(generator)
+        self._steps = state_dict["steps"]
+        self._generator.set_state(generator.get_state())
         self._ranks_agree = False
         self.discard()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> torch.Generator:
+        """Raise ValueError unless all of it can be loaded; returns a generator in its state."""
+
+        def check(valid: bool, what: str) -> None:
+            if not valid:
+                raise ValueError(f"state_dict {what}; expected one of DecorUpdate.state_dict()")
+
+        check(isinstance(state_dict, dict), f"is a {type(state_dict).__name__}")
+        missing = {"state", "param_groups", "steps", "generator"} - set(state_dict)
+        check(not missing, f"has no {sorted(missing)}")
+        steps, groups, entries = (state_dict[key] for key in ("steps", "param_groups", "state"))
+        check(isinstance(steps, int) and steps >= 0, f"has steps={steps!r}")
+        check(isinstance(groups, list), "has no list of param_groups")
+        check(isinstance(entries, dict), f"has state={entries!r}")
+        for group in groups:
+            missing = {"params", *self.defaults} - set(group)
+            check(not missing, f"has a group without {sorted(missing)}")
+            checked_options({key: group[key] for key in self.defaults})
+        sizes = [len(group["params"]) for group in groups]
+        own = [len(group["params"]) for group in self.param_groups]
+        check(sizes == own, f"has groups of {sizes} layers, this DecorUpdate has {own}")
+        for index, entry in entries.items():
+            valid = isinstance(entry, dict) and entry.keys() == {"loss", "skipped"}
+            valid = valid and all(isinstance(v, Tensor) and v.dim() == 0 for v in entry.values())
+            check(valid, f"has state[{index!r}]={entry!r} without scalars 'loss' and 'skipped'")
+        generator = torch.Generator()
+        try:
+            generator.set_state(state_dict["generator"].cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            check(False, f"has no valid state of a CPU generator ({error})")
+        return generator
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_R()
@@ -384,14 +438,103 @@ class _Job:
         return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
 
 
-def _local_update(job: _Job) -> tuple[Tensor, Tensor]:
-    """(R_new, loss) from this process's samples."""
-    batches = job.batches()
-    if len(batches) > 1:
-        return _update_from(job, _moments(job))
-    return functional.decor_update(
-        batches[0], job.R, **job.layer._patch_geometry(), **job.rule, demean=job.demean
-    )
+def _local_updates(jobs: list[_Job]) -> list[tuple[Tensor, Tensor]]:
+    """(R_new, loss) of every job from this process's samples, small equal layers together."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
+    for index, job in enumerate(jobs):
+        prepared = _one_input(job)
+        if prepared is None:
+            results[index] = _update_from(job, _moments(job))
+            continue
+        x, arguments = prepared
+        geometry = make_geometry(x.shape, *arguments)
+        key = _bucket(job, x, geometry)
+        if key is None:
+            results[index] = _update_alone(job, x, arguments)
+        else:
+            buckets.setdefault(key, []).append((index, x, geometry, arguments))
+    for (plan, *_), members in buckets.items():
+        indices, xs, geometries, arguments = zip(*members)
+        if len(members) == 1:
+            results[indices[0]] = _update_alone(jobs[indices[0]], xs[0], arguments[0])
+        else:
+            together = [jobs[i] for i in indices]
+            results.update(
+                zip(indices, _update_together(plan, together, xs, geometries, arguments))
+            )
+    return [results[index] for index in range(len(jobs))]
+
+
+def _one_input(job: _Job) -> tuple[Tensor, tuple] | None:
+    """All samples as one input of an op, with its geometry's arguments; None: moments are better.
+
+    Few patches from inputs of several shapes become rows, so that the planner has its choice.
+    """
+    prepared = list(_prepared(job))
+    if len(prepared) == 1:
+        return prepared[0]
+    geometries = [make_geometry(x.shape, *arguments) for x, arguments in prepared]
+    groups, size, _ = job.grouped_R.shape
+    if sum(geometry.samples for geometry in geometries) > size:
+        return None
+    Z = torch.cat([rows(x, g, job.R.dtype) for (x, _), g in zip(prepared, geometries)], 1)
+    return Z.transpose(0, 1).flatten(1), ([], [], [], [], groups)
+
+
+def _prepared(job: _Job) -> Iterator[tuple[Tensor, tuple]]:
+    """Every batch of the job's samples as an op's input, with its geometry's arguments."""
+    for batch in job.batches():
+        yield functional.op_arguments(batch, **{**_NO_WINDOW, **job.layer._patch_geometry()})[:2]
+
+
+_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+
+
+def _bucket(job: _Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
+    """The plan, and all that layers must share to be updated together; None: each by itself."""
+    R = job.grouped_R
+    if (
+        backends.requested() not in ("auto", "eager")
+        or geometry.dim == 0
+        or R.shape[:2] != (geometry.groups, geometry.dim)
+        or geometry.samples == 0
+        or (x.dtype == torch.float64) != (R.dtype == torch.float64)
+    ):
+        return None
+    plan = update_choices(geometry, R.device.type, R.dtype.itemsize)[0].name
+    if geometry.dim > _SMALL[plan]:
+        return None
+    n = None if plan == "gram" else geometry.samples
+    return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
+
+
+def _update_alone(job: _Job, x: Tensor, arguments: tuple) -> tuple[Tensor, Tensor]:
+    return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
+
+
+def _update_together(
+    plan: str,
+    jobs: list[_Job],
+    xs: Sequence[Tensor],
+    geometries: Sequence[ConvGeometry],
+    arguments: Sequence[tuple],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
+    R, demean = torch.cat([job.grouped_R for job in jobs]), jobs[0].demean
+    if plan == "gram":
+        S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
+        if demean:
+            m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+        R_new, loss = plans.update_from_gram(S, R, **jobs[0].rule)
+    else:
+        Z = torch.cat([rows(x, geometry, R.dtype) for x, geometry in zip(xs, geometries)])
+        if demean:
+            Z = Z - Z.mean(1, keepdim=True)
+        update = plans.update_direct if plan == "direct" else plans.update_from_samples
+        R_new, loss = update(Z, R, **jobs[0].rule)
+    return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
 
 
 def _moments(job: _Job) -> distributed.Moments:
@@ -400,12 +543,11 @@ def _moments(job: _Job) -> distributed.Moments:
     total = distributed.Moments(
         torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
     )
-    for batch in job.batches():
-        geometry = job.layer._patch_geometry()
-        n = _patch_count(batch, geometry)
-        total.second.add_(functional.patch_gram(batch, **geometry).to(R.dtype), alpha=n)
+    for x, arguments in _prepared(job):
+        n = make_geometry(x.shape, *arguments).samples
+        total.second.add_(torch.ops.dbp.patch_gram(x, *arguments).to(R.dtype), alpha=n)
         if job.demean:
-            total.first.add_(functional.patch_mean(batch, **geometry).to(R.dtype), alpha=n)
+            total.first.add_(torch.ops.dbp.patch_mean(x, *arguments).to(R.dtype), alpha=n)
         total.count.add_(n)
     return total
 
@@ -413,23 +555,6 @@ def _moments(job: _Job) -> distributed.Moments:
 def _update_from(job: _Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
     R_new, loss = plans.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
     return R_new, loss.mean()
-
-
-def _patch_count(batch: Tensor, geometry: dict[str, Any]) -> int:
-    """Number of patches in a batch of images."""
-    kernel = geometry["kernel_size"]
-    if not kernel:
-        return batch.shape[0]
-    one = (1,) * len(kernel)
-    stride, dilation = geometry.get("stride", one), geometry.get("dilation", one)
-    padding = geometry.get("padding", 0)
-    if padding == "same":
-        return batch.shape[0] * math.prod(batch.shape[2:])
-    pads = (0,) * len(kernel) if padding in (0, "valid") else padding
-    return batch.shape[0] * math.prod(
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(batch.shape[2:], pads, dilation, kernel, stride)
-    )
 
 
 # The constructor's arguments.
@@ -461,14 +586,17 @@ def _parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], 
         raise ValueError(f"group has unknown options {sorted(unknown)}: expected {list(defaults)}")
     layers: _Layers = {}
     for name, layer in _decorrelated_layers(group["modules"]):
-        if layer not in layers.values():
-            layers[name] = layer
+        if layer in layers.values():
+            continue
+        if name in layers:
+            raise ValueError(f"two layers are called {name!r}: expected a name for each")
+        layers[name] = layer
     if not layers:
         raise ValueError(
             "found no decorrelated layer in the model or group: expected layers of "
             "dbp_kernels.nn; call dbp_kernels.decorrelate_model(model) first"
         )
-    return _checked_options({**defaults, **options}), layers
+    return checked_options({**defaults, **options}), layers
 
 
 def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -501,33 +629,41 @@ def _check_groups(groups: list[tuple[Any, _Layers]]) -> None:
             seen[layer] = name
 
 
-def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as plain Python values."""
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
-    def check(name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{name}={options[name]!r}: expected {expected}")
 
-    def is_number(value: Any, kind: type) -> bool:
-        return isinstance(value, kind) and not isinstance(value, bool)
-
-    lr, kappa, sample, every = (options[k] for k in ("lr", "kappa", "sample", "update_every"))
-    check("lr", is_number(lr, Real) and 0 <= lr < math.inf, "a finite number of at least 0")
-    check("kappa", is_number(kappa, Real) and 0 <= kappa <= 1, "a number from 0 to 1")
-    check("rule", options["rule"] in plans.RULES, f"one of {plans.RULES}")
-    check("update_every", is_number(every, Integral) and every >= 1, "an int of at least 1")
-    check("demean", isinstance(options["demean"], bool), "True or False")
-    check("sampling", options["sampling"] in _SAMPLINGS, f"one of {_SAMPLINGS}")
-    whole = is_number(sample, Integral)
-    check(
-        "sample",
-        sample >= 1 if whole else is_number(sample, Real) and 0 < sample <= 1,
+# For each option: what it is turned into, whether a value is valid, and what is.
+_OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
+    "lr": (
+        float,
+        lambda v: _is_number(v, Real) and 0 <= v < math.inf,
+        "a finite number of at least 0",
+    ),
+    "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
+    "sample": (
+        lambda v: int(v) if isinstance(v, Integral) else float(v),
+        lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
         "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
-    )
-    return {
-        **options,
-        "lr": float(lr),
-        "kappa": float(kappa),
-        "sample": int(sample) if whole else float(sample),
-        "update_every": int(every),
-    }
+    ),
+    "rule": (str, lambda v: v in plans.RULES, f"one of {plans.RULES}"),
+    "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
+    "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
+}
+
+
+def checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as plain Python values; names it does not know pass through.
+
+    Raises ValueError naming the option, its value and what was expected.
+    """
+    checked = dict(options)
+    for name in options:
+        if name not in _OPTIONS:
+            continue
+        convert, valid, expected = _OPTIONS[name]
+        if not valid(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: expected {expected}")
+        checked[name] = convert(options[name])
+    return checked

@@ -1,5 +1,7 @@
 """``explain``: one row per layer, the planner's own choices, nothing changed in the model."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +72,42 @@ def test_changes_nothing():
 def test_a_model_without_layers_is_an_error():
     with pytest.raises(ValueError, match=r"model=ReLU"):
         dbp.explain(nn.ReLU(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"sample": 0}, "sample"), ({"sample": 1.5}, "sample"), ({"update_every": 0}, "update_every")],
+)
+def test_options_are_checked_as_by_the_optimiser(options, name):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        dbp.explain(nn.Linear(3, 2), torch.randn(2, 3), **options)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, *, scale):
+        return self.layer(input=x) * scale
+
+
+def test_layers_and_models_called_by_keyword():
+    explanation = dbp.explain(ByKeyword(), {"x": torch.randn(4, 3), "scale": 2.0}, sample=0.5)
+    (row,) = explanation.layers
+    assert (row.name, row.geometry.dim, row.geometry.samples) == ("layer", 3, 2)
+
+
+def test_no_activation_is_kept():
+    alive = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            assert all(reference() is None for reference in alive)
+            y = x + 1
+            alive.append(weakref.ref(y))
+            return y
+
+    layers = [module for _ in range(3) for module in (Watch(), nn.Linear(3, 3))]
+    assert len(dbp.explain(nn.Sequential(*layers), torch.randn(2, 3)).layers) == 3
+    assert len(alive) == 3

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
+from dbp_kernels import capture
 from dbp_kernels import nn as dnn
+from dbp_kernels import update as update_module
 
 D64 = torch.float64
 
@@ -541,6 +543,8 @@ def test_bad_first_argument():
         dbp.DecorUpdate([{"modules": layer}, {"modules": [layer]}])
     with pytest.raises(ValueError, match="learning_rate"):
         dbp.DecorUpdate([{"modules": layer, "learning_rate": 0.1}])
+    with pytest.raises(ValueError, match="called 'a'"):
+        dbp.DecorUpdate([("a", layer), ("a", dnn.DecorLinear(3, 2))])
     for argument in (3, {"modules": layer}, layer.parameters(), [{"params": layer}], [layer, 3]):
         with pytest.raises(TypeError, match="expected"):
             dbp.DecorUpdate(argument)
@@ -665,11 +669,261 @@ def test_bad_state_dicts():
     with pytest.raises(ValueError, match="generator"):
         decor.load_state_dict({"state": {}, "param_groups": []})
     other = dbp.DecorUpdate(dnn.DecorLinear(3, 2)).state_dict()
-    with pytest.raises(ValueError, match="size of optimizer's group"):
+    with pytest.raises(ValueError, match=r"groups of \[1\] layers"):
         decor.load_state_dict(other)
     after = decor.state_dict()
     assert torch.equal(before.pop("generator"), after.pop("generator"))
     assert before == after
+
+
+def broken_state(state: dict, what: str) -> dict:
+    """A good state_dict with another learning rate and step, and one thing wrong."""
+    state = copy.deepcopy(state)
+    state["steps"] += 1
+    state["param_groups"][0]["lr"] = 0.5
+    if what == "generator":
+        state["generator"] = state["generator"][:7]
+    elif what == "generator=None":
+        state["generator"] = None
+    elif what == "steps":
+        state["steps"] = -1
+    elif what == "kappa":
+        state["param_groups"][0]["kappa"] = 2.0
+    elif what == "demean":
+        del state["param_groups"][0]["demean"]
+    elif what == "skipped":
+        del state["state"][1]["skipped"]
+    elif what == "layers":
+        state["param_groups"][0]["params"].pop()
+    elif what == "param_groups":
+        state["param_groups"] = None
+    return state
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "generator",
+        "generator=None",
+        "steps",
+        "kappa",
+        "demean",
+        "skipped",
+        "layers",
+        "param_groups",
+    ],
+)
+def test_a_bad_state_dict_changes_nothing(what):
+    net, optimiser, decor = run()
+    train(net, optimiser, decor, torch.randn(3, 8, 2, 5, 5))
+    before = copy.deepcopy(decor.state_dict())
+    net(torch.randn(8, 2, 5, 5))
+    with pytest.raises(ValueError, match=what.split("=")[0]):
+        decor.load_state_dict(broken_state(before, what))
+    after = decor.state_dict()
+    assert torch.equal(before["generator"], after["generator"])
+    assert before["steps"] == after["steps"]
+    assert before["param_groups"] == after["param_groups"]
+    for index, entry in before["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(value, after["state"][index][key], equal_nan=True)
+
+
+def test_reports_and_state_dicts_are_snapshots():
+    layer = dnn.DecorLinear(3, 2)
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0)
+    layer(torch.randn(4, 3))
+    update.step()
+    taken = update.losses()["DecorLinear"], update.state_dict()["state"][0]["loss"]
+    value = taken[0].clone()
+    saved = update.state_dict()
+    update.load_state_dict(saved)
+    layer(torch.randn(4, 3) * 9)
+    update.step()
+    assert [bool(t == value) for t in taken] == [True, True]
+    assert saved["state"][0]["loss"] == value
+    assert update.losses()["DecorLinear"] != value
+    state = update.state[layer.R]
+    inside = dict(state)
+    layer(torch.randn(4, 3))
+    update.step()
+    assert all(state[key] is inside[key] for key in inside)  # written in place
+
+
+# Where nothing can or should be recorded.
+
+
+def test_a_trace_takes_no_samples():
+    layer = dnn.DecorConv2d(2, 3, 3)
+    update = dbp.DecorUpdate(layer, sample=1.0)
+    x = torch.randn(4, 2, 5, 5)
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    assert samples_of(update) == [[]]
+    torch.testing.assert_close(traced(x), layer(x))
+    update.discard()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x))
+    assert samples_of(update) == [[]]
+    exported = torch.export.export(layer, (x,))
+    assert samples_of(update) == [[]]
+    assert "record" not in str(exported.graph)
+
+
+def test_capturing_a_cuda_graph_by_hand_raises(monkeypatch):
+    layer = dnn.DecorLinear(3, 2)
+    update = dbp.DecorUpdate(layer)
+    monkeypatch.setattr(capture, "_capturing", lambda input: True)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        layer(torch.randn(4, 3))
+    layer.eval()
+    layer(torch.randn(4, 3))
+    layer.train()
+    update.detach()
+    layer(torch.randn(4, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_capturing_a_cuda_graph_on_a_device():
+    layer = dnn.DecorLinear(3, 2).cuda()
+    update = dbp.DecorUpdate(layer)
+    x = torch.randn(4, 3, device="cuda")
+    layer(x)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        layer(x)
+    assert len(samples_of(update)[0]) == 1
+
+
+def test_the_recording_op_stays_out_of_the_compilers_cuda_graphs():
+    if hasattr(torch.Tag, "cudagraph_unsafe"):
+        assert torch.Tag.cudagraph_unsafe in torch.ops.dbp_nn.record.default.tags
+
+
+def test_another_default_device_changes_nothing():
+    layer = dnn.DecorLinear(3, 2)
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=2, sampling="random")
+    x = torch.randn(8, 3)
+    with torch.device("meta"):
+        layer(x)
+        update.step()
+    assert layer.R.device.type == "cpu"
+    assert not torch.equal(layer.R, torch.eye(3))
+
+
+def test_step_on_a_device_without_autocast():
+    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2)).to("meta")
+    update = dbp.DecorUpdate(net, lr=0.1, sample=1.0)
+    net(torch.randn(4, 3, device="meta"))
+    update.step()
+    assert update.losses()["0"].is_meta
+
+
+# Layers of equal shape together.
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func._schema.name.split("::")[1].rstrip("_") in ("bmm", "baddbmm")
+        return func(*args, **(kwargs or {}))
+
+
+def equal_layers(make, count: int) -> nn.ModuleList:
+    layers = nn.ModuleList([make() for _ in range(count)]).to(D64)
+    for layer in layers:
+        layer.R.add_(torch.randn_like(layer.R) * 0.1)
+    return layers
+
+
+@pytest.mark.parametrize("images", [4, 400])  # few samples and many: other plans
+def test_equal_layers_share_their_products(images):
+    counts = []
+    for layers in (3, 12):
+        net = equal_layers(lambda: dnn.DecorLinear(32, 32), layers)
+        update = dbp.DecorUpdate(net, lr=1e-2, sample=1.0)
+        for layer in net:
+            layer(torch.randn(images, 32, dtype=D64))
+        with Products() as products:
+            update.step()
+        counts.append(products.calls)
+    assert counts[0] == counts[1] <= 6
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "normalized", "kappa": 0.3, "demean": True}])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_layers_together_equal_layers_alone(layer, shape, batch, options, monkeypatch):
+    net = equal_layers(lambda: copy.deepcopy(layer), 3)
+    alone = copy.deepcopy(net)
+    xs = [torch.randn(batch, *shape[1:], dtype=D64) + 0.3 for _ in net]
+    updates, together = [], []
+    original = update_module._update_together
+    monkeypatch.setattr(
+        update_module, "_update_together", lambda *a: together.append(a) or original(*a)
+    )
+    for model, small in ((net, 256), (alone, 0)):
+        limits = dict.fromkeys(("gram", "direct", "samples"), small)
+        monkeypatch.setattr(update_module, "_SMALL", limits)
+        updates.append(dbp.DecorUpdate(model, lr=1e-2, sample=1.0, **options))
+        for m, x in zip(model, xs):
+            m(x)
+        updates[-1].step()
+    assert len(together) == 1
+    for a, b in zip(net, alone):
+        torch.testing.assert_close(a.R, b.R, rtol=1e-12, atol=1e-12)
+    for name, loss in updates[0].losses().items():
+        torch.testing.assert_close(loss, updates[1].losses()[name], rtol=1e-10, atol=1e-12)
+
+
+def test_only_equal_layers_go_together():
+    """Each has a neighbour of another option, dtype, size or number of samples."""
+    make = dnn.DecorLinear
+    net = nn.ModuleList([make(4, 2), make(4, 3), make(5, 2), make(4, 2), make(4, 2, dtype=D64)])
+    groups = [{"modules": [("a", net[0])], "kappa": 0.1}, {"modules": net[1:]}]
+    update = dbp.DecorUpdate(groups, lr=0.1, sample=1.0)
+    xs = [torch.randn(6 if i == 3 else 2, m.in_features).to(m.R) for i, m in enumerate(net)]
+    for layer, x in zip(net, xs):
+        layer(x)
+    net[4](xs[4])
+    update.step()
+    for i, (layer, x) in enumerate(zip(net, xs)):
+        R, _ = expected(x[None], torch.eye(len(layer.R)), 0.1, 0.5 if i else 0.1)
+        torch.testing.assert_close(layer.R, R.to(layer.R.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_requested_backend_gets_layers_one_by_one(monkeypatch):
+    net = equal_layers(lambda: dnn.DecorLinear(4, 4), 3)
+    update = dbp.DecorUpdate(net, sample=1.0)
+    for layer in net:
+        layer(torch.randn(4, 4, dtype=D64))
+    with dbp.backend("triton"):
+        jobs = update._jobs()
+        x, arguments = update_module._one_input(jobs[0])
+        geometry = update_module.make_geometry(x.shape, *arguments)
+        assert update_module._bucket(jobs[0], x, geometry) is None
+    assert update_module._bucket(jobs[0], x, geometry) is not None
+
+
+@pytest.mark.parametrize("demean", [False, True])
+def test_few_patches_of_different_shapes_become_rows(demean, monkeypatch):
+    layer = fresh(dnn.DecorConv2d(8, 4, 3, groups=2, padding=1, padding_mode="reflect"))
+    R = layer.R.clone()
+    monkeypatch.setattr(update_module, "_moments", None)
+    update = dbp.DecorUpdate(layer, lr=1e-2, sample=1.0, demean=demean)
+    inputs = [torch.randn(1, 8, h, w, dtype=D64) + 0.5 for h, w in ((2, 3), (4, 2), (3, 3))]
+    for x in inputs:
+        layer(x)
+    update.step()
+    Z = torch.cat([patches(layer, x) for x in inputs], 1)
+    R_new, loss = expected(Z, R, 1e-2, 0.5, demean=demean)
+    torch.testing.assert_close(layer.R, R_new, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(next(iter(update.losses().values())), loss)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
