@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .capture import sample_size
 from .functional import op_arguments
 from .geometry import ConvGeometry, make_geometry
+from .param_groups import checked_options
 from .planner import Choice, gram_choices, update_choices
 from .surgery import decorrelated_class
-from .update import checked_options
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,19 @@ def decor_linear(input, weight, R, bias):
 # --------------------------------------------------------------------------- registration
 
 
-def _differentiable(op: Callable, save: Callable, gradient: Callable) -> Callable:
+def _nothing_between(x: Tensor) -> bool:
+    """Whether dispatching ``x`` further would go straight to the kernel: small layers notice."""
+    return (
+        type(x) is Tensor
+        and (x.is_cpu or x.is_cuda)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _differentiable(
+    op: Callable, implementation: Callable, save: Callable, gradient: Callable
+) -> Callable:
     """The Autograd kernel of an opaque op.
 
     ``torch.library.register_autograd`` would lose forward-mode tangents silently when no input
@@ -422,7 +434,9 @@ def _differentiable(op: Callable, save: Callable, gradient: Callable) -> Callabl
         # the dispatcher leaves out arguments that equal their defaults
         rest = [named.get(a.name, a.default_value) for a in schema[len(args) :]]
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not wanted and forward_ad._current_level < 0:  # small layers notice the short way
+        if not wanted and forward_ad._current_level < 0:
+            if _nothing_between(args[0]):
+                return implementation(*args, *rest)
             return OpaqueOp.forward(keyset, *args, *rest)
         with enable_single_level_autograd_function():
             return OpaqueOp.apply(keyset, *args, *rest)
@@ -438,7 +452,7 @@ for _name, _kernel, _fake, _save, _backward in (
 ):
     _op = getattr(torch.ops.dbp, _name).default
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _lib.impl(_name, _differentiable(_op, _save, _backward), "Autograd", with_keyset=True)
+    _lib.impl(_name, _differentiable(_op, _kernel, _save, _backward), "Autograd", with_keyset=True)
     torch.library.register_fake(f"dbp::{_name}", _fake, lib=_lib)
 
 for _name, _composite in (

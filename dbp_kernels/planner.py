@@ -135,7 +135,8 @@ def _shift_cost(
     block = geometry.groups * layout.side**2
     flop = 2.0 * _half(classes, self_inverse) * block * layout.rows
     elements = geometry.input_numel * layout.expansion
-    calls = 1.5 * _half(segments, self_segments) * max(1.0, layout.expansion / 2)
+    # slicing, multiplying and adding to blocks: about ten calls to a product
+    calls = 10 * _half(segments, self_segments) * max(1.0, layout.expansion / 2)
     moved = size * (
         (3 + 2 * layout.copies) * elements
         + 4 * _half(windows, self_inverse) * block
@@ -159,9 +160,15 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     return Choice("self_wgrad", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + calls * m.call)
 
 
+def _upper(dim: int, rows: int) -> float:
+    """The part of a symmetric product's operations that is left when it is cut into panels."""
+    count = panels(dim, rows)
+    return (count + 1) / (2 * count)
+
+
 def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
-    count = panels(geometry.dim, geometry.samples)
-    flop = 2.0 * geometry.groups * geometry.samples * geometry.dim**2 * (count + 1) / (2 * count)
+    n, d = geometry.samples, geometry.dim
+    flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
     copied = 0 if geometry.pointwise else 6 * geometry.samples * geometry.groups * geometry.dim
     moved = size * (copied + 2 * geometry.groups * geometry.dim**2)
     seconds = flop / m.rate(geometry.dim) + moved / (m.gbytes * 1e9) + 4 * m.call
@@ -201,9 +208,10 @@ def update_choices(
         seconds = flop / m.rate(side) + squares * square / bandwidth + 8 * m.call
         return Choice(name, flop / 1e9, seconds, **more)
 
-    copied = 0.0 if geometry.pointwise else 3 * itemsize * n * d * g / bandwidth
-    base = plan("gram", 6.0 * g * d**3, d, 8)
-    direct = plan("direct", g * (4.0 * n * d**2 + 2.0 * d**3), min(n, d), 6)
+    upper = _upper(d, min(n, d))
+    copied = 0.0 if geometry.pointwise else 6 * itemsize * n * d * g / bandwidth
+    base = plan("gram", 2.0 * g * d**3 * (2 + upper), d, 8)
+    direct = plan("direct", 2.0 * g * (n * d**2 * (1 + upper) + d**3), min(n, d), 6)
     samples = plan("samples", g * (6.0 * n * d**2 + 2.0 * n**2 * d), min(n, d), 4)
     choices = [
         Choice("gram", base.gflop + gram.gflop, base.seconds + gram.seconds, gram=gram),

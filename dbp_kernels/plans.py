@@ -2,11 +2,11 @@
 
 With n patches Z (n x D), second moment S = Z^T Z / n and x = R z:
 
-    gram      M = R S R^T          then R - lr M' R                     6 D^3 (+ the cost of S)
-    direct    X = Z R^T; M = X^T X / n; then R - lr M' R                4 n D^2 + 2 D^3
+    gram      M = R S R^T          then R - lr M' R                     5 D^3 (+ the cost of S)
+    direct    X = Z R^T; M = X^T X / n; then R - lr M' R                3 n D^2 + 2 D^3
     samples   X = Z R^T; U = X R;  R - lr [c/n X^T U + diag(d) R]       6 n D^2 (+ 2 n^2 D: the loss)
 
-multiply-adds counted twice; M' is M with its diagonal replaced (``UpdateRule``). All tensors are
+multiply-adds counted twice, and half of the symmetric M (large D come near it); M' is M with its diagonal replaced (``UpdateRule``). All tensors are
 batched over a leading dimension G (groups of one layer, or layers of equal shape). Functions are
 pure: no host synchronisation, nothing changed in place but their own temporaries.
 
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .backends.eager.matmul import symmetric_product
 
 RULES = ("standard", "normalized")
 
@@ -68,7 +70,7 @@ def update_from_gram(
     Raises ValueError for an unknown rule or a kappa outside [0, 1].
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    return _apply(torch.bmm(torch.bmm(R, S), R.mT), R, lr, weights)
+    return _apply(symmetric_product(torch.bmm(S, R.mT), R.mT), R, lr, weights)
 
 
 def update_direct(
@@ -77,7 +79,7 @@ def update_direct(
     """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     X = torch.bmm(Z, R.mT)
-    return _apply(torch.bmm(X.mT, X).div_(Z.shape[1]), R, lr, weights)
+    return _apply(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
 def update_from_samples(

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dbp_kernels import backends, distributed, functional, plans
-from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels import distributed
 from dbp_kernels.capture import Recorder
-from dbp_kernels.geometry import ConvGeometry, make_geometry
-from dbp_kernels.nn import is_decorrelated
-from dbp_kernels.planner import update_choices
+from dbp_kernels.jobs import Job, local_updates, moments_of, update_from
+from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
 from dbp_kernels.surgery import switch_fast_paths
-
-_SAMPLINGS = ("first", "random")
-# Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
-# above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
-_SMALL = {"gram": 128, "direct": 256, "samples": 256}
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -100,8 +91,8 @@ class DecorUpdate(torch.optim.Optimizer):
                 "sampling": sampling,
             }
         )
-        groups = _as_groups(model)
-        _check_groups([_parse_group(group, defaults) for group in groups])
+        groups = as_groups(model)
+        check_groups([parse_group(group, defaults) for group in groups])
         self.process_group = process_group
         self._layers: list[list[nn.Module]] = []  # parallel to param_groups
         self._recorders: list[list[Recorder]] = []
@@ -120,8 +111,8 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Raises ValueError as the constructor does, before anything is changed.
         """
-        options, layers = _parse_group(param_group, self.defaults)
-        _check_groups([(None, dict(self._named_layers())), (options, layers)])
+        options, layers = parse_group(param_group, self.defaults)
+        check_groups([(None, dict(self._named_layers())), (options, layers)])
         taken = {name for name, _ in self._named_layers()}
         index = len(self.param_groups)
         names = [f"group{index}.{name}" if name in taken else name for name in layers]
@@ -216,7 +207,7 @@ class DecorUpdate(torch.optim.Optimizer):
                     updates = list(self._reduced(jobs))
                 else:
                     jobs = [job for job in jobs if job.samples]
-                    updates = [(*update, None) for update in _local_updates(jobs)]
+                    updates = [(*update, None) for update in local_updates(jobs)]
             self._write(jobs, updates)
         finally:
             self.discard()
@@ -232,25 +223,25 @@ class DecorUpdate(torch.optim.Optimizer):
                     "fused, or a later DecorUpdate has taken the layer over"
                 )
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self) -> list[Job]:
         """The layers to update in this step, samples or not: the same ones on every rank."""
         return [
-            _Job(layer, recorder.samples, group)
+            Job(layer, recorder.samples, group)
             for index, group in enumerate(self.param_groups)
             if self._sampling_options(index) is not None
             for layer, recorder in zip(self._layers[index], self._recorders[index])
         ]
 
-    def _reduced(self, jobs: list[_Job]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _reduced(self, jobs: list[Job]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(R_new, loss, whether any rank had samples) of every job, from all ranks' samples."""
         shapes = [(job.R.device, job.R.dtype, *job.grouped_R.shape[:2], job.demean) for job in jobs]
-        moments = map(_moments, jobs)
+        moments = map(moments_of, jobs)
         for job, total in zip(
             jobs, distributed.all_reduce(moments, shapes, self.process_group), strict=True
         ):
-            yield *_update_from(job, total), total.count > 0
+            yield *update_from(job, total), total.count > 0
 
-    def _write(self, jobs: list[_Job], updates: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    def _write(self, jobs: list[Job], updates: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
         """Write (R_new, loss, whether there were samples; None: yes) where the result is finite."""
         by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
         for job, update in zip(jobs, updates):
@@ -263,8 +254,13 @@ class DecorUpdate(torch.optim.Optimizer):
             if sampled[0] is not None:
                 some = torch.stack(sampled)
                 accept, skip = finite & some, skip & some
-            for R, R_new, ok in zip(Rs, Rs_new, accept.unbind()):
-                torch.where(ok, R_new.reshape(R.shape), R, out=R)
+            # a CPU has nothing to wait for, and a copy is a third of the traffic of a selection
+            verdicts = accept.tolist() if accept.is_cpu else accept.unbind()
+            for R, R_new, ok in zip(Rs, Rs_new, verdicts):
+                if ok is True:
+                    R.copy_(R_new.reshape(R.shape))
+                elif ok is not False:
+                    torch.where(ok, R_new.reshape(R.shape), R, out=R)
             states = [self._state_of(R) for R in Rs]
             reported = [state["loss"] for state in states]
             if sampled[0] is not None:
@@ -397,273 +393,3 @@ class DecorUpdate(torch.optim.Optimizer):
             options = ", ".join(f"{k}={v!r}" for k, v in group.items() if "param" not in k)
             lines.append(f"  group {index}: {len(group['params'])} layers, {options}")
         return "\n".join([*lines, ")"])
-
-
-# Computing one layer's update.
-
-
-@dataclass
-class _Job:
-    """One layer's update in one step."""
-
-    layer: nn.Module
-    samples: list[Tensor]
-    options: dict[str, Any]
-
-    @property
-    def R(self) -> Tensor:
-        return self.layer.R
-
-    @property
-    def grouped_R(self) -> Tensor:
-        """R as (groups, D, D)."""
-        return self.R.view(-1, *self.R.shape[-2:])
-
-    @property
-    def demean(self) -> bool:
-        return self.options["demean"]
-
-    @property
-    def rule(self) -> dict[str, Any]:
-        return {key: self.options[key] for key in ("lr", "kappa", "rule")}
-
-    def batches(self) -> list[Tensor]:
-        """The samples in as few batches as their shapes allow, on R's device."""
-        samples = [sample.to(self.R.device) for sample in self.samples]
-        if not self.layer._patch_geometry()["kernel_size"]:
-            samples = [sample.reshape(-1, sample.shape[-1]) for sample in samples]
-        alike: dict[Any, list[Tensor]] = {}
-        for sample in samples:
-            alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
-        return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
-
-
-def _local_updates(jobs: list[_Job]) -> list[tuple[Tensor, Tensor]]:
-    """(R_new, loss) of every job from this process's samples, small equal layers together."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
-    for index, job in enumerate(jobs):
-        prepared = _one_input(job)
-        if prepared is None:
-            results[index] = _update_from(job, _moments(job))
-            continue
-        x, arguments = prepared
-        geometry = make_geometry(x.shape, *arguments)
-        key = _bucket(job, x, geometry)
-        if key is None:
-            results[index] = _update_alone(job, x, arguments)
-        else:
-            buckets.setdefault(key, []).append((index, x, geometry, arguments))
-    for (plan, *_), members in buckets.items():
-        indices, xs, geometries, arguments = zip(*members)
-        if len(members) == 1:
-            results[indices[0]] = _update_alone(jobs[indices[0]], xs[0], arguments[0])
-        else:
-            together = [jobs[i] for i in indices]
-            results.update(
-                zip(indices, _update_together(plan, together, xs, geometries, arguments))
-            )
-    return [results[index] for index in range(len(jobs))]
-
-
-def _one_input(job: _Job) -> tuple[Tensor, tuple] | None:
-    """All samples as one input of an op, with its geometry's arguments; None: moments are better.
-
-    Few patches from inputs of several shapes become rows, so that the planner has its choice.
-    """
-    prepared = list(_prepared(job))
-    if len(prepared) == 1:
-        return prepared[0]
-    geometries = [make_geometry(x.shape, *arguments) for x, arguments in prepared]
-    groups, size, _ = job.grouped_R.shape
-    if sum(geometry.samples for geometry in geometries) > size:
-        return None
-    Z = torch.cat([rows(x, g, job.R.dtype) for (x, _), g in zip(prepared, geometries)], 1)
-    return Z.transpose(0, 1).flatten(1), ([], [], [], [], groups)
-
-
-def _prepared(job: _Job) -> Iterator[tuple[Tensor, tuple]]:
-    """Every batch of the job's samples as an op's input, with its geometry's arguments."""
-    for batch in job.batches():
-        yield functional.op_arguments(batch, **{**_NO_WINDOW, **job.layer._patch_geometry()})[:2]
-
-
-_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
-
-
-def _bucket(job: _Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
-    """The plan, and all that layers must share to be updated together; None: each by itself."""
-    R = job.grouped_R
-    if (
-        backends.requested() not in ("auto", "eager")
-        or geometry.dim == 0
-        or R.shape[:2] != (geometry.groups, geometry.dim)
-        or geometry.samples == 0
-        or (x.dtype == torch.float64) != (R.dtype == torch.float64)
-    ):
-        return None
-    plan = update_choices(geometry, R.device.type, R.dtype.itemsize)[0].name
-    if geometry.dim > _SMALL[plan]:
-        return None
-    n = None if plan == "gram" else geometry.samples
-    return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
-
-
-def _update_alone(job: _Job, x: Tensor, arguments: tuple) -> tuple[Tensor, Tensor]:
-    return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
-
-
-def _update_together(
-    plan: str,
-    jobs: list[_Job],
-    xs: Sequence[Tensor],
-    geometries: Sequence[ConvGeometry],
-    arguments: Sequence[tuple],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
-    R, demean = torch.cat([job.grouped_R for job in jobs]), jobs[0].demean
-    if plan == "gram":
-        S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
-        if demean:
-            m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
-            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        R_new, loss = plans.update_from_gram(S, R, **jobs[0].rule)
-    else:
-        Z = torch.cat([rows(x, geometry, R.dtype) for x, geometry in zip(xs, geometries)])
-        if demean:
-            Z = Z - Z.mean(1, keepdim=True)
-        update = plans.update_direct if plan == "direct" else plans.update_from_samples
-        R_new, loss = update(Z, R, **jobs[0].rule)
-    return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
-
-
-def _moments(job: _Job) -> distributed.Moments:
-    """Sums over all patches of the job's samples."""
-    R = job.grouped_R
-    total = distributed.Moments(
-        torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
-    )
-    for x, arguments in _prepared(job):
-        n = make_geometry(x.shape, *arguments).samples
-        total.second.add_(torch.ops.dbp.patch_gram(x, *arguments).to(R.dtype), alpha=n)
-        if job.demean:
-            total.first.add_(torch.ops.dbp.patch_mean(x, *arguments).to(R.dtype), alpha=n)
-        total.count.add_(n)
-    return total
-
-
-def _update_from(job: _Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
-    R_new, loss = plans.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
-    return R_new, loss.mean()
-
-
-# The constructor's arguments.
-
-_Layers = dict[str, nn.Module]
-
-
-def _as_groups(model: Any) -> list[dict[str, Any]]:
-    if isinstance(model, nn.Module):
-        return [{"modules": model}]
-    if isinstance(model, dict) or not isinstance(model, Iterable):
-        raise TypeError(
-            f"model={type(model).__name__}: expected a torch.nn.Module, an iterable of modules, or "
-            "a list of groups {'modules': ..., 'lr': ...}"
-        )
-    entries = list(model)
-    if entries and all(isinstance(entry, dict) for entry in entries):
-        return entries
-    return [{"modules": entries}]
-
-
-def _parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _Layers]:
-    """(options, layers by name) of one group."""
-    if not isinstance(group, dict) or "modules" not in group:
-        raise TypeError(f"group={group!r}: expected a dict with the key 'modules'")
-    options = {key: value for key, value in group.items() if key != "modules"}
-    unknown = set(options) - set(defaults) - {"initial_lr"}
-    if unknown:
-        raise ValueError(f"group has unknown options {sorted(unknown)}: expected {list(defaults)}")
-    layers: _Layers = {}
-    for name, layer in _decorrelated_layers(group["modules"]):
-        if layer in layers.values():
-            continue
-        if name in layers:
-            raise ValueError(f"two layers are called {name!r}: expected a name for each")
-        layers[name] = layer
-    if not layers:
-        raise ValueError(
-            "found no decorrelated layer in the model or group: expected layers of "
-            "dbp_kernels.nn; call dbp_kernels.decorrelate_model(model) first"
-        )
-    return checked_options({**defaults, **options}), layers
-
-
-def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers of a module, or of an iterable of modules or (name, module) pairs."""
-    if isinstance(modules, nn.Module):
-        for name, module in distributed.unwrap(modules).named_modules():
-            if is_decorrelated(module):
-                yield name or type(module).__name__, module
-        return
-    if not isinstance(modules, Iterable):
-        raise TypeError(f"modules={modules!r}: expected a torch.nn.Module or several")
-    for index, entry in enumerate(modules):
-        name, module = entry if isinstance(entry, tuple) and len(entry) == 2 else (index, entry)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"modules contains {entry!r}: expected a torch.nn.Module")
-        for inner, layer in distributed.unwrap(module).named_modules():
-            if is_decorrelated(layer):
-                yield ".".join(filter(None, (str(name), inner))) or type(layer).__name__, layer
-
-
-def _check_groups(groups: list[tuple[Any, _Layers]]) -> None:
-    seen: dict[nn.Module, str] = {}
-    for _, layers in groups:
-        for name, layer in layers.items():
-            if layer in seen:
-                raise ValueError(
-                    f"layer {name!r} is in more than one group (also as {seen[layer]!r}): expected "
-                    "every layer once"
-                )
-            seen[layer] = name
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-# For each option: what it is turned into, whether a value is valid, and what is.
-_OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-    "lr": (
-        float,
-        lambda v: _is_number(v, Real) and 0 <= v < math.inf,
-        "a finite number of at least 0",
-    ),
-    "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
-    "sample": (
-        lambda v: int(v) if isinstance(v, Integral) else float(v),
-        lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
-        "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
-    ),
-    "rule": (str, lambda v: v in plans.RULES, f"one of {plans.RULES}"),
-    "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
-    "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
-    "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
-}
-
-
-def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as plain Python values; names it does not know pass through.
-
-    Raises ValueError naming the option, its value and what was expected.
-    """
-    checked = dict(options)
-    for name in options:
-        if name not in _OPTIONS:
-            continue
-        convert, valid, expected = _OPTIONS[name]
-        if not valid(options[name]):
-            raise ValueError(f"{name}={options[name]!r}: expected {expected}")
-        checked[name] = convert(options[name])
-    return checked

@@ -496,9 +496,10 @@ def test_products(n, dim, groups, dtype):
     for count in (1, matmul.panels(dim, n)):
         out = torch.empty(groups, dim, dim, dtype=dtype)
         for times in (1, 2):
-            matmul.symmetric_product(x, out, times > 1, count)
+            matmul.upper_product(x, x, out, times > 1, count)
             matmul.mirror(out, count)
             assert error(out, times * xx) < tolerance
+    assert error(matmul.symmetric_product(x, x, alpha=0.5), 0.5 * xx) < tolerance
     out = torch.empty(groups, dim, dim + 2, dtype=dtype)
     for times in (1, 2):
         matmul.product(x, y, out, times > 1)

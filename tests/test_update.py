@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
 from dbp_kernels import capture
+from dbp_kernels import jobs as jobs_module
 from dbp_kernels import nn as dnn
-from dbp_kernels import update as update_module
 
 D64 = torch.float64
 
@@ -863,13 +863,13 @@ def test_layers_together_equal_layers_alone(layer, shape, batch, options, monkey
     alone = copy.deepcopy(net)
     xs = [torch.randn(batch, *shape[1:], dtype=D64) + 0.3 for _ in net]
     updates, together = [], []
-    original = update_module._update_together
+    original = jobs_module._update_together
     monkeypatch.setattr(
-        update_module, "_update_together", lambda *a: together.append(a) or original(*a)
+        jobs_module, "_update_together", lambda *a: together.append(a) or original(*a)
     )
     for model, small in ((net, 256), (alone, 0)):
         limits = dict.fromkeys(("gram", "direct", "samples"), small)
-        monkeypatch.setattr(update_module, "_SMALL", limits)
+        monkeypatch.setattr(jobs_module, "_SMALL", limits)
         updates.append(dbp.DecorUpdate(model, lr=1e-2, sample=1.0, **options))
         for m, x in zip(model, xs):
             m(x)
@@ -904,17 +904,17 @@ def test_a_requested_backend_gets_layers_one_by_one(monkeypatch):
         layer(torch.randn(4, 4, dtype=D64))
     with dbp.backend("triton"):
         jobs = update._jobs()
-        x, arguments = update_module._one_input(jobs[0])
-        geometry = update_module.make_geometry(x.shape, *arguments)
-        assert update_module._bucket(jobs[0], x, geometry) is None
-    assert update_module._bucket(jobs[0], x, geometry) is not None
+        x, arguments = jobs_module._one_input(jobs[0])
+        geometry = jobs_module.make_geometry(x.shape, *arguments)
+        assert jobs_module._bucket(jobs[0], x, geometry) is None
+    assert jobs_module._bucket(jobs[0], x, geometry) is not None
 
 
 @pytest.mark.parametrize("demean", [False, True])
 def test_few_patches_of_different_shapes_become_rows(demean, monkeypatch):
     layer = fresh(dnn.DecorConv2d(8, 4, 3, groups=2, padding=1, padding_mode="reflect"))
     R = layer.R.clone()
-    monkeypatch.setattr(update_module, "_moments", None)
+    monkeypatch.setattr(jobs_module, "moments_of", None)
     update = dbp.DecorUpdate(layer, lr=1e-2, sample=1.0, demean=demean)
     inputs = [torch.randn(1, 8, h, w, dtype=D64) + 0.5 for h, w in ((2, 3), (4, 2), (3, 3))]
     for x in inputs:

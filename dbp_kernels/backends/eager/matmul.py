@@ -48,15 +48,27 @@ def panels(dim: int, rows: int) -> int:
     return 1 if rows < _FEW_ROWS else max(1, min(_MAX_PANELS, dim // _PANEL))
 
 
-def symmetric_product(
-    X: Tensor, out: Tensor, accumulate: bool, count: int, alpha: float = 1.0
+def upper_product(
+    X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, count: int, alpha: float = 1.0
 ) -> None:
-    """The upper triangle, in ``count`` panels, of out (G, D, D) = alpha X^T X; then ``mirror``."""
+    """The upper triangle, in ``count`` panels, of out (G, D, D) = alpha X^T Y, which is symmetric.
+
+    Finish with ``mirror``.
+    """
     if count == 1:
-        return product(X, X, out, accumulate, alpha)
+        return product(X, Y, out, accumulate, alpha)
     for start, stop in _edges(X.shape[-1], count):
-        product(X[..., :stop], X[..., start:stop], out[:, :stop, start:stop], accumulate, alpha)
+        product(X[..., :stop], Y[..., start:stop], out[:, :stop, start:stop], accumulate, alpha)
     return None
+
+
+def symmetric_product(X: Tensor, Y: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric."""
+    count = panels(X.shape[-1], X.shape[1])
+    out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1])
+    upper_product(X, Y, out, False, count, alpha)
+    mirror(out, count)
+    return out
 
 
 def mirror(out: Tensor, count: int) -> None:

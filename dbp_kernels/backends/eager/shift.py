@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, PairClass, Window
 from ...precision import product_dtype, statistics_dtype
-from .matmul import mirror, panels, product, symmetric_product
+from .matmul import mirror, panels, product, upper_product
 from .unfold import chunks, windows
 
 Phases = tuple[int, ...]
@@ -340,7 +340,7 @@ class _Blocks:
 def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
     if X.data_ptr() == Y.data_ptr() and X.shape == Y.shape:
         count = panels(X.shape[-1], X.shape[1])
-        symmetric_product(X, out, accumulate, count)
+        upper_product(X, X, out, accumulate, count)
         mirror(out, count)  # what lies below the diagonal is overwritten, accumulated or not
     else:
         product(X, Y, out, accumulate)
@@ -404,8 +404,7 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
                 _multiply_columns(box, copies, blocks)
         del buffers, copies
     blocks.tensor.mul_(1 / geometry.samples)
-    for index in range(program.blocks, len(program.sources)):
-        source = program.sources[index]
+    for index, source in enumerate(program.sources[program.blocks :], start=program.blocks):
         if source is None:
             sources[index].zero_()
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry
 from ...precision import product_dtype, statistics_dtype
-from .matmul import mirror, panels, symmetric_product
+from .matmul import mirror, panels, upper_product
 
 
 def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
@@ -73,17 +73,23 @@ def chunks(
 def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
     dtype = statistics_dtype(x.dtype)
-    out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     count, mean = panels(geometry.dim, geometry.samples), 1 / geometry.samples
+    few = geometry.groups == 1 and geometry.samples <= geometry.dim
+    if few and not geometry.axes and count == 1 and x.dtype == dtype:
+        Z = x.reshape(-1, geometry.dim)  # one call: a small linear layer notices every other
+        return torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
+    out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     many_pixels = len(geometry.axes) and geometry.positions >= 4 * geometry.dim
     if geometry.pointwise and many_pixels and not x.is_cuda:
         _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
-        symmetric_product(rows(x, geometry, product_dtype(x)), out, False, count, mean)
+        Z = rows(x, geometry, product_dtype(x))
+        upper_product(Z, Z, out, False, count, mean)
     else:
         expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
         for i, (part, g) in enumerate(chunks(x, geometry, expansion)):
-            symmetric_product(rows(part, g, product_dtype(x)), out, i > 0, count, mean)
+            Z = rows(part, g, product_dtype(x))
+            upper_product(Z, Z, out, i > 0, count, mean)
     mirror(out, count)
     return out
 
@@ -96,4 +102,4 @@ def _sum_over_images(
     x = x[(slice(None), slice(None), *strides)]
     for i, image in enumerate(x):
         pixels = image.to(out.dtype).reshape(geometry.groups, geometry.group_channels, -1)
-        symmetric_product(pixels.mT, out, i > 0, count, mean)
+        upper_product(pixels.mT, pixels.mT, out, i > 0, count, mean)

@@ -1,0 +1,175 @@
+"""What one ``DecorUpdate.step()`` computes: every layer's new R and loss, small equal layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbp_kernels import backends, distributed, functional, plans
+from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels.geometry import ConvGeometry, make_geometry
+from dbp_kernels.planner import update_choices
+
+# Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
+# above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
+_SMALL = {"gram": 128, "direct": 256, "samples": 256}
+
+
+@dataclass
+class Job:
+    """One layer's update in one step."""
+
+    layer: nn.Module
+    samples: list[Tensor]
+    options: dict[str, Any]
+
+    @property
+    def R(self) -> Tensor:
+        return self.layer.R
+
+    @property
+    def grouped_R(self) -> Tensor:
+        """R as (groups, D, D)."""
+        return self.R.view(-1, *self.R.shape[-2:])
+
+    @property
+    def demean(self) -> bool:
+        return self.options["demean"]
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        return {key: self.options[key] for key in ("lr", "kappa", "rule")}
+
+    def batches(self) -> list[Tensor]:
+        """The samples in as few batches as their shapes allow, on R's device."""
+        samples = [sample.to(self.R.device) for sample in self.samples]
+        if not self.layer._patch_geometry()["kernel_size"]:
+            samples = [sample.reshape(-1, sample.shape[-1]) for sample in samples]
+        alike: dict[Any, list[Tensor]] = {}
+        for sample in samples:
+            alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
+        return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
+
+
+def local_updates(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+    """(R_new, loss) of every job from this process's samples, small equal layers together."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
+    for index, job in enumerate(jobs):
+        prepared = _one_input(job)
+        if prepared is None:
+            results[index] = update_from(job, moments_of(job))
+            continue
+        x, arguments = prepared
+        geometry = make_geometry(x.shape, *arguments)
+        key = _bucket(job, x, geometry)
+        if key is None:
+            results[index] = _update_alone(job, x, arguments)
+        else:
+            buckets.setdefault(key, []).append((index, x, geometry, arguments))
+    for (plan, *_), members in buckets.items():
+        indices, xs, geometries, arguments = zip(*members)
+        if len(members) == 1:
+            results[indices[0]] = _update_alone(jobs[indices[0]], xs[0], arguments[0])
+        else:
+            together = [jobs[i] for i in indices]
+            results.update(
+                zip(indices, _update_together(plan, together, xs, geometries, arguments))
+            )
+    return [results[index] for index in range(len(jobs))]
+
+
+def _one_input(job: Job) -> tuple[Tensor, tuple] | None:
+    """All samples as one input of an op, with its geometry's arguments; None: moments are better.
+
+    Few patches from inputs of several shapes become rows, so that the planner has its choice.
+    """
+    prepared = list(_prepared(job))
+    if len(prepared) == 1:
+        return prepared[0]
+    geometries = [make_geometry(x.shape, *arguments) for x, arguments in prepared]
+    groups, size, _ = job.grouped_R.shape
+    if sum(geometry.samples for geometry in geometries) > size:
+        return None
+    Z = torch.cat([rows(x, g, job.R.dtype) for (x, _), g in zip(prepared, geometries)], 1)
+    return Z.transpose(0, 1).flatten(1), ([], [], [], [], groups)
+
+
+def _prepared(job: Job) -> Iterator[tuple[Tensor, tuple]]:
+    """Every batch of the job's samples as an op's input, with its geometry's arguments."""
+    for batch in job.batches():
+        yield functional.op_arguments(batch, **{**_NO_WINDOW, **job.layer._patch_geometry()})[:2]
+
+
+_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+
+
+def _bucket(job: Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
+    """The plan, and all that layers must share to be updated together; None: each by itself."""
+    R = job.grouped_R
+    if (
+        backends.requested() not in ("auto", "eager")
+        or geometry.dim == 0
+        or R.shape[:2] != (geometry.groups, geometry.dim)
+        or geometry.samples == 0
+        or (x.dtype == torch.float64) != (R.dtype == torch.float64)
+    ):
+        return None
+    plan = update_choices(geometry, R.device.type, R.dtype.itemsize)[0].name
+    if geometry.dim > _SMALL[plan]:
+        return None
+    n = None if plan == "gram" else geometry.samples
+    return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
+
+
+def _update_alone(job: Job, x: Tensor, arguments: tuple) -> tuple[Tensor, Tensor]:
+    return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
+
+
+def _update_together(
+    plan: str,
+    jobs: list[Job],
+    xs: Sequence[Tensor],
+    geometries: Sequence[ConvGeometry],
+    arguments: Sequence[tuple],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
+    R, demean = torch.cat([job.grouped_R for job in jobs]), jobs[0].demean
+    if plan == "gram":
+        S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
+        if demean:
+            m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+        R_new, loss = plans.update_from_gram(S, R, **jobs[0].rule)
+    else:
+        Z = torch.cat([rows(x, geometry, R.dtype) for x, geometry in zip(xs, geometries)])
+        if demean:
+            Z = Z - Z.mean(1, keepdim=True)
+        update = plans.update_direct if plan == "direct" else plans.update_from_samples
+        R_new, loss = update(Z, R, **jobs[0].rule)
+    return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
+
+
+def moments_of(job: Job) -> distributed.Moments:
+    """Sums over all patches of the job's samples."""
+    R = job.grouped_R
+    total = distributed.Moments(
+        torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
+    )
+    for x, arguments in _prepared(job):
+        n = make_geometry(x.shape, *arguments).samples
+        total.second.add_(torch.ops.dbp.patch_gram(x, *arguments).to(R.dtype), alpha=n)
+        if job.demean:
+            total.first.add_(torch.ops.dbp.patch_mean(x, *arguments).to(R.dtype), alpha=n)
+        total.count.add_(n)
+    return total
+
+
+def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
+    """(R_new, loss) of one job from the moments of all its samples."""
+    R_new, loss = plans.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
+    return R_new, loss.mean()
