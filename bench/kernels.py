@@ -131,7 +131,8 @@ def failed(failure: Exception) -> dict:
 
 def planned(case: Case, x: Tensor) -> dict:
     """The planner's {"choice": algorithm, "predicted_seconds"}; empty where it does not say."""
-    window = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    lists = (case.kernel, case.stride, case.padding, case.dilation)
+    window = (*(() if case.is_linear else v for v in lists), case.groups)
     best = plan_for("gram_choices", x, window)
     if best is None:
         return {}
