@@ -131,10 +131,11 @@ def op_arguments(
         raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
     dims = input.dim() - 2 if one else len(kernel_size)
     if dims == 0 and not one:
-        given = {"stride": stride, "padding": padding, "dilation": dilation}
-        for name, value in given.items():
-            if value not in ((0 if name == "padding" else 1), (), [], "valid"):
-                raise ValueError(f"{name}={value}: expected none with kernel_size=()")
+        given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
+        for name, (value, default) in given.items():
+            values = [value] if _is_int(value) or isinstance(value, str) else value
+            if any(v not in (default, "valid", "same") for v in values):
+                raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
         return input, ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or input.dim() not in (dims + 1, dims + 2):
         raise ValueError(

@@ -35,6 +35,13 @@ def test_a_linear_patch_has_no_window(name, value):
         torch.ops.dbp.patch_gram(torch.randn(4, 3), [], *arguments.values(), 1)
 
 
+def test_a_linear_patch_may_say_it_has_no_window():
+    x = torch.randn(4, 3)
+    plain = dbp.patch_gram(x, ())
+    assert torch.equal(dbp.patch_gram(x, (), stride=(1, 1), padding=(0, 0), dilation=1), plain)
+    assert torch.equal(dbp.patch_gram(x, [], padding="valid"), plain)
+
+
 def test_four_spatial_dimensions_are_refused():
     x = torch.randn(1, 2, 3, 3, 3, 3)
     with pytest.raises(ValueError, match="kernel_size"):

@@ -10,6 +10,9 @@ from ...geometry import ConvGeometry
 from ...precision import product_dtype, statistics_dtype
 from .matmul import mirror, panels, upper_product
 
+# Patches per image from which on one product per image beats packing all images into rows.
+_MANY = 512
+
 
 def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
     """A view of x (N, C, *spatial) with each of ``axes`` replaced by its output positions.
@@ -79,7 +82,7 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         Z = x.reshape(-1, geometry.dim)  # one call: a small linear layer notices every other
         return torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
-    many_pixels = len(geometry.axes) and geometry.positions >= 4 * geometry.dim
+    many_pixels = len(geometry.axes) and geometry.positions >= max(_MANY, 4 * geometry.dim)
     if geometry.pointwise and many_pixels and not x.is_cuda:
         _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
