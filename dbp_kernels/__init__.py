@@ -1,4 +1,4 @@
-"""Decorrelated backpropagation made nearly free: ops, layers, update rule.
+"""Decorrelated backpropagation without im2col: ops, layers, update rule.
 
 Start with ``decorrelate_model`` and ``DecorUpdate``, or with ``torch.ops.dbp`` (``functional``).
 ``reference`` states the definitions.
