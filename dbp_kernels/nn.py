@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dbp_kernels import functional
 from dbp_kernels.capture import record
+from dbp_kernels.precision import statistics_dtype
 
 __all__ = [
     "DecorConv1d",
@@ -31,16 +32,12 @@ __all__ = [
 ]
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def identity_R(
     groups: int, size: int, device: torch.device | str | None, dtype: torch.dtype
 ) -> Tensor:
     """The R a layer starts with: (D, D), or (groups, D, D) with groups > 1, at least float32."""
     shape = (size, size) if groups == 1 else (groups, size, size)
-    R = torch.zeros(shape, device=device, dtype=_at_least_float32(dtype))
+    R = torch.zeros(shape, device=device, dtype=statistics_dtype(dtype))
     R.diagonal(dim1=-2, dim2=-1).fill_(1)
     return R
 
@@ -103,7 +100,7 @@ class _Decorrelated(nn.Module):
         before = self._buffers["R"]
         super()._apply(fn, recurse)
         after = self._buffers["R"]
-        dtype = _at_least_float32(after.dtype)
+        dtype = statistics_dtype(after.dtype)
         if before.is_meta and not after.is_meta:
             # Leaving the meta device gives uninitialised memory, for which R knows a value.
             self._buffers["R"] = identity_R(*self._patch_size(), after.device, dtype)
@@ -141,8 +138,8 @@ class _Decorrelated(nn.Module):
                 self._buffers["R"] = identity_R(*self._patch_size(), weight.device, R.dtype)
             else:
                 self.reset_decorrelation()
-        elif R.dtype != _at_least_float32(R.dtype):  # assign=True with a half-precision R
-            self._buffers["R"] = R.to(_at_least_float32(R.dtype))
+        elif R.dtype != statistics_dtype(R.dtype):  # assign=True with a half-precision R
+            self._buffers["R"] = R.to(statistics_dtype(R.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
