@@ -1,4 +1,4 @@
-"""Settings shared by all tests: one thread per process, and hypothesis profiles."""
+"""Settings shared by all tests: one thread per process, Triton's mode, and hypothesis profiles."""
 
 import os
 
@@ -10,6 +10,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Before Triton is imported: without a GPU its kernels run in the interpreter. What this means
+    # for tests of compiled code is in tests/triton/conftest.py.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _COMMON = {
     "deadline": None,  # first calls build programs and kernels

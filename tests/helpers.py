@@ -9,9 +9,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dbp_kernels.backends.triton import runtime
 from dbp_kernels.geometry import ConvGeometry, make_geometry
 from dbp_kernels.planner import Choice, gram_choices
 
+# Where tests of kernels put their tensors: interpreted kernels take CPU tensors.
+DEVICE = torch.device("cpu" if runtime.INTERPRET or not torch.cuda.is_available() else "cuda")
 LAYOUTS = ("contiguous", "channels_last", "reversed", "sliced", "expanded", "offset")
 
 

@@ -1,0 +1,175 @@
+"""What all kernel files share: where kernels run, how they are launched, what is shipped.
+
+Importable without Triton, so that ``unusable`` can say that it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton reads this once, when it is imported: the kernels of a process are either all interpreted
+# (on CPU tensors) or all compiled.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities the kernels are compiled for in tests
+_SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+_OLDEST_TRITON = (3, 6)
+_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One shipped compilation of a kernel: what ahead-of-time tests compile.
+
+    Attributes:
+        name: e.g. "gram_shift[bf16, 64x64x64]".
+        kernel: the function under ``@triton.jit``.
+        signature: type of every argument that is not a constexpr: "*bf16", "i32", "i64", "fp32",
+            "tensordesc<bf16[64,64]>".
+        constexprs: value of every constexpr argument.
+        tensor_cores: the code for sm_90 must contain wgmma (bf16, fp16 and tf32 operands).
+        divisible: arguments known to be multiples of 16 (pointers: 16-byte aligned), as the JIT
+            finds out at a launch.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool
+    divisible: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Stands in for the GPU in tests: ``launch(kernel, grid, arguments, num_warps, num_stages)``."""
+
+    target: int
+    launch: Callable[[Any, tuple[int, ...], dict[str, Any], int, int], None]
+
+
+_simulator: Simulator | None = None
+
+
+def simulate(simulator: Simulator | None) -> None:
+    """From now on compiled kernels go to ``simulator`` and take CPU tensors; None ends it."""
+    global _simulator
+    _simulator = simulator
+
+
+def on_cpu() -> bool:
+    """Whether kernels take CPU tensors here: interpreted or simulated."""
+    return INTERPRET or _simulator is not None
+
+
+def launch(
+    kernel: Any, grid: Sequence[int], *args: Any, num_warps: int, num_stages: int, **kwargs: Any
+) -> None:
+    """The one place kernels start from: on the tensors' device, on its current stream.
+
+    ``args`` and ``kwargs`` are the kernel's arguments in any mix, constexprs included. An empty
+    grid launches nothing.
+    """
+    grid = tuple(grid)
+    if 0 in grid:
+        return
+    if _simulator is not None:
+        arguments = dict(zip(kernel.arg_names, args)) | kwargs
+        _simulator.launch(kernel, grid, arguments, num_warps, num_stages)
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if INTERPRET:
+        kernel[grid](*args, **kwargs, **options)
+        return
+    anchor = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    with torch.cuda.device_of(anchor):
+        kernel[grid](*args, **kwargs, **options)
+
+
+def unusable(device_type: str) -> str | None:
+    """None if kernels can run on tensors of this device type, else the reason in one sentence."""
+    reason = _no_triton()
+    if reason or on_cpu():
+        return reason
+    if device_type != "cuda":
+        return f"the triton backend runs on CUDA tensors, not on {device_type}"
+    if torch.version.hip is not None:
+        return "the triton backend is written for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "the triton backend needs a CUDA device and none is available"
+    return _old_device(torch.cuda.current_device())
+
+
+@lru_cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (3.6 or newer is needed)"
+    try:
+        version = importlib.metadata.version("triton")
+        known = tuple(int(part) for part in version.split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None  # a build of one's own
+    if known < _OLDEST_TRITON:
+        return f"triton {version} is installed and 3.6 or newer is needed"
+    return None
+
+
+@lru_cache
+def _old_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the triton backend needs compute capability 8.0 and the device has {major}.{minor}"
+    return None
+
+
+def target(device: torch.device) -> int:
+    """Compute capability as a number, e.g. 90. The interpreter counts as 90."""
+    if _simulator is not None:
+        return _simulator.target
+    return 90 if INTERPRET else _target(torch.cuda._utils._get_device_index(device, True))
+
+
+@lru_cache
+def _target(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors to fill; few where every program is run one after the other."""
+    if on_cpu():
+        return 4
+    return _sm_count(torch.cuda._utils._get_device_index(device, True))
+
+
+@lru_cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def shared_limit(target: int) -> int:
+    """Bytes of shared memory one block can have; the smallest of all for an unknown target."""
+    return 1024 * _SHARED_KIB.get(target, 99)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of tl.dot: float32 follows ``torch.set_float32_matmul_precision``."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def element(dtype: torch.dtype) -> str:
+    """Triton's name of a dtype. Raises KeyError for one that no kernel takes."""
+    return _ELEMENTS[dtype]
