@@ -49,8 +49,10 @@ class UpdateRule:
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
 
 
-def _apply(M: Tensor, R: Tensor, lr: float, rule: UpdateRule) -> tuple[Tensor, Tensor]:
-    """The update from M = <x x^T>, which is overwritten."""
+def _apply(
+    M: Tensor, R: Tensor, lr: float, rule: UpdateRule, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The update from M = <x x^T>, which is overwritten; R_new goes to ``out`` if given."""
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     v = diagonal - 1
     diagonal.zero_()
@@ -59,18 +61,26 @@ def _apply(M: Tensor, R: Tensor, lr: float, rule: UpdateRule) -> tuple[Tensor, T
     if rule.c_weight != 1:
         M.mul_(rule.c_weight)
     diagonal.copy_(rule.v_weight * v)
-    return torch.baddbmm(R, M, R, alpha=-lr), loss
+    return torch.baddbmm(R, M, R, alpha=-lr, out=out), loss
 
 
 def update_from_gram(
-    S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+    S: Tensor,
+    R: Tensor,
+    lr: float,
+    kappa: float,
+    rule: str = "standard",
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plan "gram". S, R (G, D, D) of one dtype -> R_new (G, D, D), loss (G,).
 
-    Raises ValueError for an unknown rule or a kappa outside [0, 1].
+    With ``overwrite`` S serves as workspace: one D x D buffer instead of three. Raises ValueError
+    for an unknown rule or a kappa outside [0, 1].
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    return _apply(symmetric_product(torch.bmm(S, R.mT), R.mT), R, lr, weights)
+    P = torch.bmm(S, R.mT)
+    M = symmetric_product(P, R.mT, out=S if overwrite else None)
+    return _apply(M, R, lr, weights, out=P)
 
 
 def update_direct(
@@ -92,7 +102,8 @@ def update_from_samples(
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     n = Z.shape[1]
-    X = torch.bmm(Z, R.mT)
+    # Few samples against a large R: its rows times short columns stream through memory best.
+    X = torch.bmm(R, Z.mT).mT
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
     total = torch.linalg.vector_norm(torch.bmm(X, X.mT), dim=(-2, -1)).square() / n**2

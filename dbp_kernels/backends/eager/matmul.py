@@ -62,10 +62,12 @@ def upper_product(
     return None
 
 
-def symmetric_product(X: Tensor, Y: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric."""
+def symmetric_product(
+    X: Tensor, Y: Tensor, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric; into ``out`` if given."""
     count = panels(X.shape[-1], X.shape[1])
-    out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1])
+    out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1]) if out is None else out
     upper_product(X, Y, out, False, count, alpha)
     mirror(out, count)
     return out

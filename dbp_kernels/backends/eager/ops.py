@@ -74,7 +74,7 @@ def decor_update(
     choice = choice or update_choices(geometry, x.device.type, _itemsize(x))[0]
     if choice.name == "gram":
         S = _centred_gram(x, geometry, demean, choice.gram)
-        return plans.update_from_gram(S, R, lr, kappa, rule)
+        return plans.update_from_gram(S, R, lr, kappa, rule, overwrite=True)
     Z = rows(x, geometry, R.dtype)
     if demean:
         Z = Z - Z.mean(1, keepdim=True)
