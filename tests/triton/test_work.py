@@ -1,0 +1,190 @@
+"""The work list alone: a model of the kernels in torch, in float64, must reproduce the definition."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import case, cases, moment_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbp_kernels import reference
+from dbp_kernels.backends.triton import work as W
+
+EXACT = 1e-11  # float64 rounding
+
+
+def pixel(box: W.Box, p: torch.Tensor, stride: W.Triple):
+    """(image, z, y, x) of the left pixels numbered ``p``."""
+    coordinates = []
+    for start, size, step in reversed(list(zip(box.start, box.size, stride))):
+        coordinates.append(start + step * (p % size))
+        p = p // size
+    return p, *reversed(coordinates)
+
+
+def partials(x: torch.Tensor, work: W.Work, stride: W.Triple) -> torch.Tensor:
+    """(slots, block, block): what the items write; NaN where none does."""
+    block = work.block
+    x = x.movedim(1, -1)
+    padded = torch.nn.functional.pad(x, (0, -work.channels % block))
+    out = torch.full((work.slots, block, block), torch.nan, dtype=x.dtype)
+    for item in work.items:
+        box = work.program.boxes[item.box]
+        n, *left = pixel(box, torch.arange(item.first, item.last), stride)
+        right = [c + d for c, d in zip(left, box.offset)]
+        X = padded[n, left[0], left[1], left[2], item.i * block : (item.i + 1) * block]
+        Y = padded[n, right[0], right[1], right[2], item.j * block : (item.j + 1) * block]
+        assert out[item.slot].isnan().all(), "two items share a slot"
+        out[item.slot] = X.T @ Y
+    return out
+
+
+def assembled(parts: torch.Tensor, work: W.Work, samples: int) -> torch.Tensor:
+    """S (groups, D, D) from the partial tiles, element after element."""
+    number = {pair: p for p, pair in enumerate(work.pairs)}
+    upper = {pair: u for u, pair in enumerate(work.upper)}
+    taps, block, cg = work.program.taps, work.block, work.group_channels
+    groups = work.channels // cg
+    S = torch.full((groups, cg, taps, cg, taps), torch.nan, dtype=parts.dtype)
+    for g, c, d in itertools.product(range(groups), range(cg), range(cg)):
+        row, column = g * cg + c, g * cg + d
+        for k, j in itertools.product(range(taps), repeat=2):
+            index = k * taps + j
+            source, slots = work.program.sources[index], work.lists[index]
+            r, s = row, column
+            if source.kind == W.TRANSPOSED or (source.kind == W.SYMMETRIC and r > s):
+                r, s = s, r
+            pair = (r // block, s // block)
+            if source.kind == W.SYMMETRIC:
+                base = work.symmetric_base + upper[pair] * work.symmetric
+            else:
+                base = number[pair] * work.straight
+            S[g, c, k, d, j] = sum(parts[base + slot, r % block, s % block] for slot in slots)
+    return S.reshape(groups, cg * taps, cg * taps) / samples
+
+
+def model(x: torch.Tensor, case_, block: int, block_k: int, items: int, limit: int = 1 << 26):
+    geometry = case_.geometry
+    work = W.shift_work(geometry, block, block_k, items, limit)
+    missing = W.AXES - len(geometry.axes)
+    x = x.reshape(*x.shape[:2], *(1,) * missing, *x.shape[2:])
+    stride = (*(1,) * missing, *(a.stride for a in geometry.axes))
+    return assembled(partials(x, work, stride), work, geometry.samples)
+
+
+@given(
+    case_=cases(),
+    block=st.sampled_from([1, 2, 4]),
+    block_k=st.sampled_from([1, 2, 8]),
+    items=st.sampled_from([1, 7, 100]),
+)
+def test_model_equals_definition(case_, block, block_k, items):
+    x = case_.input()
+    S = model(x, case_, block, block_k, items)
+    assert moment_error(S, reference.patch_gram(x, *case_.arguments)) < EXACT
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 26])
+def test_many_channel_tiles(limit):
+    case_ = case(3, 10, (5, 4), (3, 2), stride=(1, 2), padding=1, groups=2)
+    x = case_.input()
+    S = model(x, case_, 4, 2, 1000, limit)
+    assert moment_error(S, reference.patch_gram(x, *case_.arguments)) < EXACT
+
+
+def test_direct_program_is_the_product_of_a_matrix_with_itself():
+    X = torch.randn(37, 6, dtype=torch.float64)
+    work = W.make_work(W.direct_program(37), 1, 6, 3, 2, 4, 20)
+    assert len(work.items) > len(work.upper)
+    S = assembled(partials(X.T.reshape(1, 6, 1, 1, 37), work, (1, 1, 1)), work, 37)
+    Z = X.reshape(37, 2, 3).transpose(0, 1)
+    assert torch.allclose(S, Z.mT @ Z / 37, rtol=0, atol=EXACT)
+
+
+def test_a_3x3_kernel_needs_13_products():
+    boxes = W.shift_program(case(1, 1, (56, 56), 3, padding=1).geometry.axes).boxes
+    main = [b for b in boxes if b.positions > 56 * 56 // 2]
+    assert len(main) == 13
+    assert sum(b.symmetric for b in main) == 1
+
+
+@given(case_=cases(max_batch=40), block_k=st.sampled_from([16, 64]), items=st.integers(1, 300))
+def test_items_cover_every_box_once(case_, block_k, items):
+    geometry = case_.geometry
+    work = W.shift_work(geometry, 16, block_k, items)
+    assert len({item.slot for item in work.items}) == len(work.items) == work.slots
+    reached = {}
+    for item in sorted(work.items, key=lambda t: t.first):
+        assert item.first < item.last
+        assert item.first % block_k == 0
+        key = item.box, item.i, item.j
+        assert item.first == reached.get(key, 0)
+        reached[key] = item.last
+        assert not work.program.boxes[item.box].symmetric or item.i <= item.j
+    for (box, _, _), last in reached.items():
+        assert last == geometry.batch * work.program.boxes[box].positions
+
+
+def test_splits_fill_the_machine_evenly():
+    geometry = case(25, 64, (56, 56), 3, padding=1).geometry
+    work = W.shift_work(geometry, 64, 64, 264)
+    assert 264 <= len(work.items) <= 350
+    lengths = [t.last - t.first for t in work.items]
+    assert lengths[0] <= 1.3 * geometry.batch * 56 * 56 * 12.5 / 264
+
+
+def test_workspace_is_bounded_unless_one_part_each_is_more():
+    geometry = case(25, 64, (56, 56), 3, padding=1).geometry
+    work = W.shift_work(geometry, 64, 64, 10**6, max_workspace=1 << 22)
+    assert 4 * work.workspace <= 1 << 22
+    least = W.shift_work(geometry, 64, 64, 10**6, max_workspace=1)
+    assert set(least.splits) == {1}
+
+
+def test_pairs_of_groups():
+    assert W.tile_pairs(8, 8, 4) == ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert W.tile_pairs(8, 1, 4) == ((0, 0), (1, 1))
+    # groups of 3: channels 3..5 meet tiles 0 and 1, channels 6..8 tiles 1 and 2
+    assert W.tile_pairs(9, 3, 4) == ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2))
+
+
+@given(divisor=st.integers(1, 2**31 - 1), p=st.integers(0, 2**31 - 1))
+def test_reciprocal_divides_exactly(divisor, p):
+    multiplier, shift = W.reciprocal(divisor)
+    assert multiplier < 2**32
+    for number in (p, 0, 2**31 - 1, p // divisor * divisor, max(0, p // divisor * divisor - 1)):
+        assert (number * multiplier) >> shift == number // divisor
+
+
+def test_tables_are_made_once_and_hold_the_work():
+    device = torch.device("cpu")
+    geometry = case(2, 5, (6, 5), 3, stride=2, padding=1).geometry
+    work = W.shift_work(geometry, 4, 8, 10)
+    tables = W.make_tables(work, device)
+    assert tables is W.make_tables(W.shift_work(geometry, 4, 8, 10), device)
+    assert tables.items.shape == (len(work.items), 6)
+    assert tables.boxes.shape == (len(work.program.boxes), 15)
+    for (first, count, kind), entries, source in zip(
+        tables.taps.tolist(), work.lists, work.program.sources
+    ):
+        assert tuple(tables.slots[first : first + count, 0].tolist()) == entries
+        assert kind == source.kind
+    assert tables.longest == max(tables.taps[:, 1])
+    i, j, straight, transposed = tables.tiles[1].tolist()
+    assert (work.pairs[straight], work.pairs[transposed]) == ((i, j), (j, i))
+
+
+def test_taps_that_read_padding_only_have_no_boxes():
+    geometry = case(1, 1, (1,), 2, stride=9, padding=4, dilation=5).geometry
+    tables = W.make_tables(W.shift_work(geometry, 4, 8, 10), torch.device("cpu"))
+    assert tables.boxes.shape == (0, 15)
+    assert tables.items.shape == (0, 6)
+    assert tables.taps.tolist() == [[0, 0, W.STRAIGHT]] * 4
+    assert tables.longest == 0
+
+
+def test_too_many_pixels_are_refused():
+    geometry = case(2**20, 1, (2**11,), 1).geometry
+    with pytest.raises(ValueError, match="batch=1048576"):
+        W.shift_work(geometry, 16, 16, 1)
