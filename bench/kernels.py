@@ -146,10 +146,9 @@ def plan_for(question: str, x: Tensor, window: tuple):
     has no such planner: the benchmark also runs on older and newer ones.
     """
     try:
-        from dbp_kernels import geometry, planner
+        from dbp_kernels import choices, geometry
 
         shape = geometry.make_geometry(x.shape, *window)
-        itemsize = 8 if x.dtype == torch.float64 else 4  # of the accumulation
-        return getattr(planner, question)(shape, x.device.type, itemsize)[0]
+        return getattr(choices, question)(shape, x.device.type, x.dtype)[0]
     except (ImportError, AttributeError, TypeError, LookupError):
         return None

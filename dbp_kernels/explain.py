@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture import sample_size
+from .choices import gram_choices, update_choices
 from .functional import op_arguments
 from .geometry import ConvGeometry, make_geometry
 from .param_groups import checked_options
-from .planner import Choice, gram_choices, update_choices
+from .planner import Choice
 from .surgery import decorrelated_class
 
 
@@ -175,7 +176,7 @@ def _report(
         multiplied = input.numel() * math.prod(module.weight.shape[1:])
     else:
         multiplied = output.numel() * geometry.dim
-    where = (geometry, input.device.type, 8 if input.dtype == torch.float64 else 4)
+    where = (geometry, input.device.type, input.dtype)
     # multiply-adds count twice; forward, gradient of the input, gradient of the weight
     step_gflop = 6 * multiplied / 1e9
     return LayerReport(name, geometry, update_choices(*where), gram_choices(*where), step_gflop)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from dbp_kernels import backends, distributed, functional, plans
 from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels.choices import update_choices
 from dbp_kernels.geometry import ConvGeometry, make_geometry
-from dbp_kernels.planner import update_choices
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
 _SMALL = {"gram": 128, "direct": 256, "samples": 256}
+# GUESS, not measured: above this D one layer's tiles fill a GPU, and stacking only costs memory.
+_SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
 
 
 @dataclass
@@ -112,15 +114,15 @@ def _bucket(job: Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
     """The plan, and all that layers must share to be updated together; None: each by itself."""
     R = job.grouped_R
     if (
-        backends.requested() not in ("auto", "eager")
-        or geometry.dim == 0
+        geometry.dim == 0
         or R.shape[:2] != (geometry.groups, geometry.dim)
         or geometry.samples == 0
         or (x.dtype == torch.float64) != (R.dtype == torch.float64)
     ):
         return None
-    plan = update_choices(geometry, R.device.type, R.dtype.itemsize)[0].name
-    if geometry.dim > _SMALL[plan]:
+    plan = update_choices(geometry, R.device.type, x.dtype)[0].name
+    small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
+    if geometry.dim > small[plan]:
         return None
     n = None if plan == "gram" else geometry.samples
     return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
@@ -139,17 +141,18 @@ def _update_together(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
     R, demean = torch.cat([job.grouped_R for job in jobs]), jobs[0].demean
+    backend = backends.select(R.device.type)
     if plan == "gram":
         S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
         if demean:
             m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        R_new, loss = plans.update_from_gram(S, R, **jobs[0].rule)
+        R_new, loss = backend.update_from_gram(S, R, **jobs[0].rule, overwrite=True)
     else:
         Z = torch.cat([rows(x, geometry, R.dtype) for x, geometry in zip(xs, geometries)])
         if demean:
             Z = Z - Z.mean(1, keepdim=True)
-        update = plans.update_direct if plan == "direct" else plans.update_from_samples
+        update = backend.update_direct if plan == "direct" else plans.update_from_samples
         R_new, loss = update(Z, R, **jobs[0].rule)
     return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
 
@@ -171,5 +174,6 @@ def moments_of(job: Job) -> distributed.Moments:
 
 def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
     """(R_new, loss) of one job from the moments of all its samples."""
-    R_new, loss = plans.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
+    backend = backends.select(job.R.device.type)
+    R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
     return R_new, loss.mean()

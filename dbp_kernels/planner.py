@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from .backends.eager import self_wgrad
@@ -18,7 +18,8 @@ from .backends.eager.shift import shift_layout
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
-ALGORITHMS = ("shift", "self_wgrad", "unfold")
+ALGORITHMS = ("shift", "self_wgrad", "unfold", "triton_shift", "triton_direct")
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of a product's operands; float32 is ieee or tf32
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Machine:
     ``gflops``: float32 matmul rate on large matrices. ``thin``: points (side, fraction of it) for
     X^T Y with a long inner dimension, by the shorter side of the result. ``gbytes``: copy bandwidth
     in GB/s. ``call``: seconds per library call. ``wgrad``: points (channels per group, fraction of
-    ``gflops``) for weight-gradient convolutions.
+    ``gflops``) for weight-gradient convolutions. ``tensor_cores``: rates in GFLOP/s that take the
+    place of ``gflops`` for operands in other precisions.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Machine:
     call: float
     thin: tuple[tuple[int, float], ...]
     wgrad: tuple[tuple[int, float], ...]
+    tensor_cores: tuple[tuple[str, float], ...] = ()
 
     def rate(self, side: int) -> float:
         """Operations per second of a product whose result's shorter side is ``side``."""
@@ -57,8 +60,8 @@ def _interpolate(points: tuple[tuple[int, float], ...], x: int) -> float:
     return points[-1][1]
 
 
-# CPU: two cores of an AMD EPYC (AVX2), MKL and oneDNN, float32. The GPU's figures are the data
-# sheet's and not measured yet.
+# CPU: two cores of an AMD EPYC (AVX2), MKL and oneDNN, float32. The GPU's figures are GUESSES from
+# data sheets, for the Hopper generation, and not measured yet.
 MACHINES = {
     "cpu": Machine(
         "cpu",
@@ -75,13 +78,16 @@ MACHINES = {
         call=5e-6,
         thin=((3, 0.01), (16, 0.05), (64, 0.2), (128, 0.4), (512, 1.0)),
         wgrad=((3, 0.02), (16, 0.1), (64, 0.3)),
+        tensor_cores=(("tf32", 350_000), ("bf16", 700_000), ("fp16", 700_000)),
     ),
 }
 
 
-def machine(device_type: str) -> Machine:
-    """The figures for "cuda", or the CPU's for any other device type."""
-    return MACHINES.get(device_type, MACHINES["cpu"])
+@lru_cache
+def machine(device_type: str, precision: str = "ieee") -> Machine:
+    """The figures for "cuda", or the CPU's for any other device type, at an operand precision."""
+    m = MACHINES.get(device_type, MACHINES["cpu"])
+    return replace(m, gflops=dict(m.tensor_cores).get(precision, m.gflops))
 
 
 @dataclass(frozen=True)
@@ -175,32 +181,95 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     return Choice("unfold", flop / 1e9, seconds)
 
 
+# GUESSES, not measured: fractions of the machine's matmul rate that the Triton kernels reach, by the
+# channels of a group (rounded up to a tile), and what gathering taps costs beside reading rows.
+_TRITON_RATE = ((16, 0.03), (32, 0.12), (64, 0.35), (128, 0.6))
+_GATHER = 0.6
+
+
+def _tiles(side: int) -> tuple[int, int]:
+    """(padded side, tiles along it) of the Triton kernels' square output tiles."""
+    tile = min(128, max(16, 1 << (side - 1).bit_length()))
+    count = -(-side // tile)
+    return count * tile, count
+
+
+def _triton_shift_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+    """Products of boxes of pixels: no mask at borders, only the upper tiles of a shift of zero."""
+    side, count = _tiles(geometry.group_channels)
+    pixels, self_pixels = [], []
+    for axis in geometry.axes:
+        lengths = [
+            (sum(stop - start for start, stop in c.segments), c.self_inverse)
+            for c in axis.pair_classes
+        ]
+        pixels.append(sum(n for n, _ in lengths))
+        self_pixels.append(sum(n for n, self_inverse in lengths if self_inverse))
+    products = (math.prod(pixels) + math.prod(self_pixels) / count) / 2
+    flop = 2.0 * geometry.groups * side**2 * geometry.batch * products
+    counts = [_axis_counts(axis) for axis in geometry.axes]
+    boxes = _half([c[2] for c in counts], [c[3] for c in counts])
+    block = geometry.groups * side**2
+    moved = size * (3 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    moved += 2 * 4 * boxes * block  # partial sums, written and read
+    seconds = flop / (m.gflops * 1e9 * _interpolate(_TRITON_RATE, side))
+    return Choice("triton_shift", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + 3 * m.call)
+
+
+def _triton_direct_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+    """The upper tiles of Z^T Z, its columns gathered from the input."""
+    side, count = _tiles(geometry.dim)
+    flop = geometry.groups * geometry.samples * side**2 * (1 + 1 / count)
+    moved = size * (2 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    rate = m.gflops * 1e9 * _interpolate(_TRITON_RATE, min(side, 128))
+    rate *= 1 if geometry.pointwise else _GATHER
+    return Choice("triton_direct", flop / 1e9, flop / rate + moved / (m.gbytes * 1e9) + 2 * m.call)
+
+
 @lru_cache(maxsize=4096)
 def gram_choices(
-    geometry: ConvGeometry, device_type: str = "cpu", itemsize: int = 4
+    geometry: ConvGeometry,
+    device_type: str = "cpu",
+    itemsize: int = 4,
+    backend: str = "eager",
+    precision: str = "ieee",
 ) -> tuple[Choice, ...]:
-    """The algorithms for S = patch_gram of this geometry, cheapest first."""
-    m = machine(device_type)
+    """The algorithms for S = patch_gram of this geometry, cheapest first.
+
+    ``itemsize`` is that of the accumulation, ``precision`` that of the operands. The Triton backend
+    has its own algorithms beside the libraries'.
+    """
+    m = machine(device_type, precision)
     choices = [_unfold_cost(geometry, m, itemsize)]
     if not geometry.pointwise:
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
             if not all(unfolded):
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize))
         choices.append(_self_wgrad_cost(geometry, m, itemsize))
+    if backend == "triton":
+        choices.append(_triton_direct_cost(geometry, m, itemsize))
+        if not geometry.pointwise:
+            choices.append(_triton_shift_cost(geometry, m, itemsize))
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
 @lru_cache(maxsize=4096)
 def update_choices(
-    geometry: ConvGeometry, device_type: str = "cpu", itemsize: int = 4
+    geometry: ConvGeometry,
+    device_type: str = "cpu",
+    itemsize: int = 4,
+    backend: str = "eager",
+    precision: str = "ieee",
+    float32: str = "ieee",
 ) -> tuple[Choice, ...]:
     """The plans for one update of R from this geometry's samples, cheapest first.
 
-    Plan "samples" is left out for n > D, where its loss would lose its digits.
+    Plan "samples" is left out for n > D, where its loss would lose its digits. ``precision`` is
+    that of S's operands, ``float32`` that of all other products; the rest as in ``gram_choices``.
     """
-    m = machine(device_type)
+    m = machine(device_type, float32)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
-    gram = gram_choices(geometry, device_type, itemsize)[0]
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
     bandwidth = m.gbytes * 1e9
     square = itemsize * g * d * d
 
@@ -210,6 +279,8 @@ def update_choices(
 
     upper = _upper(d, min(n, d))
     copied = 0.0 if geometry.pointwise else 6 * itemsize * n * d * g / bandwidth
+    if backend == "triton":  # the products of a GPU do not hide writing and reading Z and X
+        copied += 5 * itemsize * n * d * g / bandwidth
     base = plan("gram", 2.0 * g * d**3 * (2 + upper), d, 8)
     direct = plan("direct", 2.0 * g * (n * d**2 * (1 + upper) + d**3), min(n, d), 6)
     samples = plan("samples", g * (6.0 * n * d**2 + 2.0 * n**2 * d), min(n, d), 4)

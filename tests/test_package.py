@@ -1,6 +1,8 @@
 """The package from outside: import without torch, with an old torch, the environment report."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -15,9 +17,14 @@ from dbp_kernels import info
 ROOT = Path(__file__).parent.parent
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess:
+def python(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -61,6 +68,9 @@ def test_info_reports_versions_devices_and_backends():
     assert report["backends"]["cpu"]["eager"] == "usable"
     for name in ("triton", "cuda"):
         assert name in report["backends"]["cpu"][name]  # the reason names it
+    if importlib.util.find_spec("triton"):
+        interpreted = python("-m", "dbp_kernels", "info", "--json", interpret="1").stdout
+        assert json.loads(interpreted)["backends"]["cpu"]["triton"] == "usable"
     text = info.report()
     assert torch.__version__ in text
     assert "eager on cpu" in text

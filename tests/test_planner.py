@@ -7,15 +7,22 @@ from helpers import case, cases, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbp_kernels.planner import ALGORITHMS, PLANS, gram_choices, update_choices
+from dbp_kernels.planner import ALGORITHMS, PLANS, PRECISIONS, gram_choices, update_choices
 
 
 @settings(max_examples=100)
-@given(cases(), st.sampled_from(["cpu", "cuda", "something else"]), st.sampled_from([4, 8]))
-def test_choices_are_sound(c, device, itemsize):
+@given(
+    cases(),
+    st.sampled_from(["cpu", "cuda", "something else"]),
+    st.sampled_from([4, 8]),
+    st.sampled_from(["eager", "triton"]),
+    st.sampled_from(PRECISIONS),
+)
+def test_choices_are_sound(c, device, itemsize, backend, precision):
+    where = (device, itemsize, backend, precision)
     for choices, names in (
-        (gram_choices(c.geometry, device, itemsize), ALGORITHMS),
-        (update_choices(c.geometry, device, itemsize), PLANS),
+        (gram_choices(c.geometry, *where), ALGORITHMS),
+        (update_choices(c.geometry, *where), PLANS),
     ):
         assert choices
         for choice in choices:
@@ -27,7 +34,7 @@ def test_choices_are_sound(c, device, itemsize):
                 assert len(choice.unfolded) == len(c.geometry.axes)
                 assert not all(choice.unfolded)
             if choice.name == "gram":
-                assert choice.gram == gram_choices(c.geometry, device, itemsize)[0]
+                assert choice.gram == gram_choices(c.geometry, *where)[0]
                 assert choice.gflop > choice.gram.gflop
         keys = [(choice.name, choice.unfolded) for choice in choices]
         assert len(set(keys)) == len(keys)
@@ -100,6 +107,25 @@ def test_shift_costs_what_it_should():
     shift = next(c for c in choices if c.name == "shift" and not any(c.unfolded))
     full = 2 * 32 * 56**2 * (9 * 64) ** 2 / 1e9
     assert 5.8 < full / shift.gflop < 6.6
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_each_backend_has_its_own_algorithms(c):
+    names = {choice.name for choice in gram_choices(c.geometry, "cuda", 4, "triton", "bf16")}
+    assert "triton_direct" in names
+    assert ("triton_shift" in names) == (not c.geometry.pointwise)
+    assert not any("triton" in choice.name for choice in gram_choices(c.geometry, "cuda", 4))
+
+
+def test_the_triton_shift_form_needs_as_few_operations():
+    """No zero columns, no pixel twice: at most the library's shift form's."""
+    g = case(32, 128, (28, 28), 3, padding=1).geometry
+    flop = {c.name: c.gflop for c in reversed(gram_choices(g, "cuda", 4, "triton", "bf16"))}
+    full = 2 * 32 * 28**2 * (9 * 128) ** 2 / 1e9
+    assert flop["triton_shift"] < flop["shift"]
+    assert 5.8 < full / flop["triton_shift"] < 8
+    assert full / flop["triton_direct"] == pytest.approx(2, rel=0.15)
 
 
 def test_more_work_costs_more():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
-from dbp_kernels import capture
+from dbp_kernels import backends, capture, plans
 from dbp_kernels import jobs as jobs_module
 from dbp_kernels import nn as dnn
 
@@ -897,17 +897,21 @@ def test_only_equal_layers_go_together():
         torch.testing.assert_close(layer.R, R.to(layer.R.dtype), rtol=1e-5, atol=1e-6)
 
 
-def test_a_requested_backend_gets_layers_one_by_one(monkeypatch):
+@pytest.mark.parametrize(("rows", "name"), [(20_000, "update_from_gram"), (6, "update_direct")])
+def test_the_selected_backend_gets_equal_layers_together(rows, name, monkeypatch):
+    batches = []
+
+    def spy(Z, R, *rest, **rule):
+        batches.append(R.shape)
+        return getattr(plans, name)(Z, R, *rest, **rule)
+
     net = equal_layers(lambda: dnn.DecorLinear(4, 4), 3)
     update = dbp.DecorUpdate(net, sample=1.0)
     for layer in net:
-        layer(torch.randn(4, 4, dtype=D64))
-    with dbp.backend("triton"):
-        jobs = update._jobs()
-        x, arguments = jobs_module._one_input(jobs[0])
-        geometry = jobs_module.make_geometry(x.shape, *arguments)
-        assert jobs_module._bucket(jobs[0], x, geometry) is None
-    assert jobs_module._bucket(jobs[0], x, geometry) is not None
+        layer(torch.randn(rows, 4, dtype=D64))
+    monkeypatch.setattr(backends.select("cpu"), name, spy)
+    update.step()
+    assert batches == [(3, 4, 4)]
 
 
 @pytest.mark.parametrize("demean", [False, True])

@@ -1,7 +1,8 @@
 """Backends: each implements the opaque ops for the tensors it supports; ``select`` picks one.
 
-A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats`` and ``decor_update`` (see
-``eager/ops.py``) and ``unusable(device_type) -> str | None``: None, or the reason it cannot be used.
+A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``decor_update``,
+``update_from_gram`` and ``update_direct`` (see ``eager/ops.py``). The module in ``_USABLE`` has
+``unusable(device_type) -> str | None``: None, or the reason the backend cannot be used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from types import ModuleType
 # Fastest first; "auto" takes the first usable one. A planned backend joins by adding its line.
 _MODULES = {
     "cuda": None,
-    "triton": None,
+    "triton": "dbp_kernels.backends.triton.ops",
+    "eager": "dbp_kernels.backends.eager.ops",
+}
+# Where ``unusable`` is, which must import without what the backend needs.
+_USABLE = {
+    "triton": "dbp_kernels.backends.triton.runtime",
     "eager": "dbp_kernels.backends.eager.ops",
 }
 NAMES = ("auto", *sorted(_MODULES))
@@ -52,20 +58,30 @@ def unusable(name: str, device_type: str) -> str | None:
     """None if the backend works for tensors on this device type, else the reason in one sentence."""
     if _MODULES[name] is None:
         return f"the {name} backend is not part of this version"
-    return _load(name).unusable(device_type)
+    return _load(_USABLE[name]).unusable(device_type)
 
 
 @lru_cache
-def _load(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def selected(device_type: str) -> str:
+    """The name of the backend to run on. Raises RuntimeError if the requested one is not usable."""
+    name = requested()
+    if name == "auto":
+        return next(n for n in _MODULES if _automatic(n, device_type))
+    reason = unusable(name, device_type)
+    if reason:
+        raise RuntimeError(f"backend {name!r} was requested, but {reason}")
+    return name
+
+
+def _automatic(name: str, device_type: str) -> bool:
+    # kernels that take CPU tensors do so in an interpreter, for tests: only on request
+    return (device_type != "cpu" or name == "eager") and unusable(name, device_type) is None
 
 
 def select(device_type: str) -> ModuleType:
     """The backend module to run on. Raises RuntimeError if the requested one is not usable."""
-    name = requested()
-    if name != "auto":
-        reason = unusable(name, device_type)
-        if reason:
-            raise RuntimeError(f"backend {name!r} was requested, but {reason}")
-        return _load(name)
-    return next(_load(n) for n in _MODULES if unusable(n, device_type) is None)
+    return _load(_MODULES[selected(device_type)])

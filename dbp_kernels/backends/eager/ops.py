@@ -60,6 +60,10 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
     return M, V
 
 
+update_from_gram = plans.update_from_gram
+update_direct = plans.update_direct
+
+
 def decor_update(
     x: Tensor,
     R: Tensor,

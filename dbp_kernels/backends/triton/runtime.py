@@ -100,7 +100,7 @@ def launch(
 def unusable(device_type: str) -> str | None:
     """None if kernels can run on tensors of this device type, else the reason in one sentence."""
     reason = _no_triton()
-    if reason or on_cpu():
+    if reason or (on_cpu() and device_type == "cpu"):
         return reason
     if device_type != "cuda":
         return f"the triton backend runs on CUDA tensors, not on {device_type}"

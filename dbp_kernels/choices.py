@@ -1,0 +1,36 @@
+"""The planner asked on behalf of the backend that is selected now, for tensors of a dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends, planner
+from .geometry import ConvGeometry
+from .precision import statistics_dtype
+
+_HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def gram_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+) -> tuple[planner.Choice, ...]:
+    """The algorithms for S of an input of this dtype, cheapest first."""
+    return planner.gram_choices(geometry, *_where(device_type, dtype)[:4])
+
+
+def update_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+) -> tuple[planner.Choice, ...]:
+    """The plans for one update from samples of this dtype, cheapest first."""
+    return planner.update_choices(geometry, *_where(device_type, dtype))
+
+
+def _where(device_type: str, dtype: torch.dtype) -> tuple:
+    """The planner's arguments, after the geometry."""
+    itemsize = statistics_dtype(dtype).itemsize
+    backend = backends.selected(device_type)
+    if backend == "eager" or dtype == torch.float64:
+        return device_type, itemsize
+    float32 = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # interpreted kernels make the choices of a GPU
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32
