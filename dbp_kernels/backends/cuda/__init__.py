@@ -1,0 +1,1 @@
+"""The CUDA C++ backend: ``library.py`` loads csrc's kernels, ``ops.py`` puts them behind the ops."""
