@@ -16,6 +16,7 @@ fixed order. All tables are made once per geometry and kept on the device.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ import torch
 from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry, PairClass
+
+# In steps of block_k pixels: what an item costs beside its steps, and how short a part may be. The
+# partial tile is written here and read again by the reduction.
+_OVERHEAD, _SHORTEST = 8, 4
 
 AXES = 3  # fewer spatial axes are preceded by axes of size 1
 MAX_PIXELS = 2**31 - 2**16  # of one box, over all images: pixel numbers and their tiles are int32
@@ -201,32 +206,55 @@ def tile_pairs(channels: int, group_channels: int, block: int) -> tuple[tuple[in
     return tuple(pairs)
 
 
-def _splits(
-    program: Program,
-    batch: int,
-    counts: tuple[int, int],
-    block_k: int,
-    items: int,
-    slots: int,
-) -> list[tuple[int, int]]:
-    """(parts, pixels per part) of each box: about ``items`` items in all, of about equal length.
+Parts = tuple[tuple[int, int], ...]  # per box: number of parts, pixels of each but the last
 
-    ``counts`` are the tile pairs of a box that is not symmetric and of one that is.
+
+def _cut(pixels: list[int], length: int, block_k: int) -> Parts:
+    """Parts of nearly equal length, about ``length``, multiples of ``block_k``."""
+    parts = []
+    for p in pixels:
+        n = max(1, round(p / length))
+        each = -(-p // (n * block_k)) * block_k
+        parts.append((-(-p // each), each))
+    return tuple(parts)
+
+
+def _makespan(pixels: list[int], tiles: list[int], parts: Parts, block_k: int, slots: int) -> int:
+    """Steps until all items are done, when the longest waiting one goes to the next free slot."""
+    steps = []
+    for p, t, (n, each) in zip(pixels, tiles, parts):
+        steps += [each // block_k + _OVERHEAD] * (t * (n - 1))
+        steps += [-(-(p - (n - 1) * each) // block_k) + _OVERHEAD] * t
+    busy = [0] * slots
+    for length in sorted(steps, reverse=True):
+        heapq.heapreplace(busy, busy[0] + length)
+    return max(busy)
+
+
+def _split(
+    pixels: list[int], tiles: list[int], block_k: int, parallel: int, max_tiles: int
+) -> Parts:
+    """How to cut the boxes so that all of them are done soonest.
+
+    Args:
+        pixels: of each box, over all images.
+        tiles: channel tiles of each box.
+        parallel: programs that run at the same time.
+        max_tiles: partial tiles the workspace has room for.
     """
-    pixels = [batch * box.positions for box in program.boxes]
-    tiles = [counts[box.symmetric] for box in program.boxes]
     total = sum(p * t for p, t in zip(pixels, tiles))
-    # A part shorter than a few steps costs more in writing and reading its partial than it saves.
-    length = max(4 * block_k, total // max(1, items))
-    while True:
-        parts = []
-        for p in pixels:
-            n = max(1, round(p / length))
-            each = -(-p // (n * block_k)) * block_k
-            parts.append((-(-p // each), each))
-        if all(n == 1 for n, _ in parts) or sum(n * t for (n, _), t in zip(parts, tiles)) <= slots:
-            return parts
-        length = length * 5 // 4 + 1
+    best, least = None, 0
+    for percent in (300, 200, 150, 120, 100, 90, 80, 70, 60, 50):
+        length = max(_SHORTEST * block_k, total * 100 // (parallel * percent))
+        parts = _cut(pixels, length, block_k)
+        if sum(n * t for (n, _), t in zip(parts, tiles)) > max_tiles:
+            continue
+        span = _makespan(pixels, tiles, parts, block_k, parallel)
+        if best is None or span <= least:  # of equal ones the one with fewer parts
+            best, least = parts, span
+        if sum(tiles) > 4 * parallel:
+            break  # there is enough to do without splitting
+    return best or _cut(pixels, max(pixels, default=1), block_k)
 
 
 @lru_cache(maxsize=512)
@@ -237,22 +265,23 @@ def make_work(
     group_channels: int,
     block: int,
     block_k: int,
-    items: int,
+    parallel: int,
     max_workspace: int = 1 << 26,
 ) -> Work:
-    """The work list for tiles of ``block`` channels and about ``items`` programs.
+    """The work list for tiles of ``block`` channels.
 
     Args:
         block_k: pixels per step; all items but the last of a box have a multiple of it.
+        parallel: programs that run at the same time.
         max_workspace: bytes of float32 partials above which pixels are not split further.
     """
     if any(batch * box.positions > MAX_PIXELS for box in program.boxes):
         raise ValueError(f"batch={batch}: expected at most {MAX_PIXELS} pixels in all images")
     pairs = tile_pairs(channels, group_channels, block)
     upper = [pair for pair in pairs if pair[0] <= pair[1]]
-    parts = _splits(
-        program, batch, (len(pairs), len(upper)), block_k, items, max_workspace // (4 * block**2)
-    )
+    pixels = [batch * box.positions for box in program.boxes]
+    tiles = [len(upper if box.symmetric else pairs) for box in program.boxes]
+    parts = _split(pixels, tiles, block_k, parallel, max_workspace // (4 * block**2))
 
     first_slot, counts = [], [0, 0]
     for box, (n, _) in zip(program.boxes, parts):
@@ -260,19 +289,18 @@ def make_work(
         counts[box.symmetric] += n
     straight, symmetric = counts
 
-    items_ = []
+    items = []
     for b, (box, (n, each)) in enumerate(zip(program.boxes, parts)):
-        pixels = batch * box.positions
         base, owned = (len(pairs) * straight, symmetric) if box.symmetric else (0, straight)
         for p, (i, j) in enumerate(upper if box.symmetric else pairs):
             for part in range(n):
-                first, last = part * each, min(pixels, (part + 1) * each)
+                first, last = part * each, min(pixels[b], (part + 1) * each)
                 slot = base + p * owned + first_slot[b] + part
-                items_.append(Item(b, i, j, first, last, slot))
+                items.append(Item(b, i, j, first, last, slot))
     # Long items first, so that short ones fill the end. Among items of about equal length those of
     # the same pixels run together and find them in the cache.
     unit = max(1, max((e for _, e in parts), default=1) // 8)
-    items_.sort(key=lambda t: (-((t.last - t.first) // unit), t.first, t.i, t.j, t.box))
+    items.sort(key=lambda t: (-((t.last - t.first) // unit), t.first, t.i, t.j, t.box))
 
     lists = tuple(
         tuple(first_slot[b] + part for b in s.boxes for part in range(parts[b][0]))
@@ -285,7 +313,7 @@ def make_work(
         block=block,
         pairs=pairs,
         splits=tuple(n for n, _ in parts),
-        items=tuple(items_),
+        items=tuple(items),
         straight=straight,
         symmetric=symmetric,
         lists=lists,
@@ -369,7 +397,7 @@ def make_tables(work: Work, device: torch.device) -> Tables:
 
 
 def shift_work(
-    geometry: ConvGeometry, block: int, block_k: int, items: int, max_workspace: int = 1 << 26
+    geometry: ConvGeometry, block: int, block_k: int, parallel: int, max_workspace: int = 1 << 26
 ) -> Work:
     """The work list of a convolution's second moment."""
     program = shift_program(geometry.axes)
@@ -380,6 +408,6 @@ def shift_work(
         geometry.group_channels,
         block,
         block_k,
-        items,
+        parallel,
         max_workspace,
     )
