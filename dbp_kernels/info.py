@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends.cuda import library
 from .version import __version__
 
 
@@ -37,6 +38,7 @@ def environment() -> dict[str, Any]:
 
     ``backends`` maps a name to "usable" or the reason it is not, for every device type present.
     """
+    built = library.build_text()
     types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {
         "dbp-kernels": __version__,
@@ -46,7 +48,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
         "devices": _devices(),
-        "compiled parts": "none (pure Python)",
+        "compiled parts": f"cuda kernels, {built}" if built else "none (pure Python)",
         "backend requested": backends.requested(),
         "backends": {
             device: {

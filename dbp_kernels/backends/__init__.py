@@ -15,14 +15,16 @@ from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 
-# Fastest first; "auto" takes the first usable one. A planned backend joins by adding its line.
+# "auto" takes the first usable one that is not in _ON_REQUEST.
 _MODULES = {
-    "cuda": None,
+    "cuda": "dbp_kernels.backends.cuda.ops",
     "triton": "dbp_kernels.backends.triton.ops",
     "eager": "dbp_kernels.backends.eager.ops",
 }
+_ON_REQUEST = {"cuda"}  # has not run on hardware yet: nobody gets it unasked
 # Where ``unusable`` is, which must import without what the backend needs.
 _USABLE = {
+    "cuda": "dbp_kernels.backends.cuda.library",
     "triton": "dbp_kernels.backends.triton.runtime",
     "eager": "dbp_kernels.backends.eager.ops",
 }
@@ -56,8 +58,6 @@ def backend(name: str) -> Iterator[None]:
 
 def unusable(name: str, device_type: str) -> str | None:
     """None if the backend works for tensors on this device type, else the reason in one sentence."""
-    if _MODULES[name] is None:
-        return f"the {name} backend is not part of this version"
     return _load(_USABLE[name]).unusable(device_type)
 
 
@@ -79,7 +79,11 @@ def selected(device_type: str) -> str:
 
 def _automatic(name: str, device_type: str) -> bool:
     # kernels that take CPU tensors do so in an interpreter, for tests: only on request
-    return (device_type != "cpu" or name == "eager") and unusable(name, device_type) is None
+    return (
+        name not in _ON_REQUEST
+        and (device_type != "cpu" or name == "eager")
+        and unusable(name, device_type) is None
+    )
 
 
 def select(device_type: str) -> ModuleType:
