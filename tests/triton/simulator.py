@@ -42,6 +42,7 @@ def simulated(target: int = 80, seed: int = 0, race_check: bool = True) -> Itera
             num_warps,
             num_stages,
             target,
+            compile_options=runtime.OPTIONS,
             seed=seed + len(launched),
             race_check=race_check,
         )

@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "ye
 
 TARGETS = (80, 86, 89, 90, 100, 120)  # compute capabilities the kernels are compiled for in tests
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+OPTIONS = {"enable_fp_fusion": True}  # of every compilation; Triton's default is about to change
 _OLDEST_TRITON = (3, 6)
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -37,8 +38,8 @@ class KernelCase:
             "tensordesc<bf16[64,64]>".
         constexprs: value of every constexpr argument.
         tensor_cores: the code for sm_90 must contain wgmma (bf16, fp16 and tf32 operands).
-        divisible: arguments known to be multiples of 16 (pointers: 16-byte aligned), as the JIT
-            finds out at a launch.
+        divisible: integer arguments that often are multiples of 16, of which the JIT makes a variant
+            of its own. Pointers always count as 16-byte aligned.
     """
 
     name: str
@@ -48,7 +49,7 @@ class KernelCase:
     num_warps: int
     num_stages: int
     tensor_cores: bool
-    divisible: Sequence[str] = field(default=())
+    divisible: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def launch(
         arguments = dict(zip(kernel.arg_names, args)) | kwargs
         _simulator.launch(kernel, grid, arguments, num_warps, num_stages)
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
     if INTERPRET:
         kernel[grid](*args, **kwargs, **options)
         return
