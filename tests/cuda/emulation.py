@@ -1,0 +1,211 @@
+"""Builds csrc/emulation (with every kernel registered there and in tests/cuda) and calls it.
+
+``call("pack", seed=0, x=..., out=..., n=...)`` runs a kernel's launcher under emulation on numpy
+arrays (bf16 as uint16, see ``bf16``), which are changed in place as on a device. ``run_ptx`` runs the
+same launch from the PTX that nvcc makes of the same source.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+SHARED_LIMIT = 227 * 1024  # bytes per block on sm_90; 99 KB on sm_86, 89 and 120, 163 on sm_80
+DTYPES = {"fp32": 0, "tf32": 1, "fp16": 2, "bf16": 3}  # enum class DType
+
+_FLAGS = (
+    "-std=c++17 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -DDBP_EMULATE"
+).split()
+
+
+def _cache() -> Path:
+    path = Path(tempfile.gettempdir()) / f"dbp-kernels-emulation-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def _pybind11_include() -> str | None:
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        return pybind11.get_include()
+    from torch.utils.cpp_extension import include_paths  # torch ships the headers too
+
+    return next((p for p in include_paths() if (Path(p) / "pybind11").is_dir()), None)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:24]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+
+
+def build(sources: Iterable[Path], compiler: str, include: str) -> Path:
+    """A Python module of these C++ files; every object is cached by the hash of all it is made of."""
+    headers = sorted([*CSRC.glob("kernels/*.cuh"), *CSRC.glob("emulation/*.h")])
+    common = [f.read_bytes() for f in headers]
+    common += [" ".join([compiler, *_FLAGS]).encode(), sysconfig.get_python_version().encode()]
+    cache = _cache()
+    objects, jobs = [], []
+    for source in sources:
+        target = cache / f"{source.stem}-{_digest(source.read_bytes(), *common)}.o"
+        objects.append(target)
+        if not target.exists():
+            jobs.append((source, target))
+    name = f"dbp_emulation_{_digest(*(o.name.encode() for o in objects))}"
+
+    def compile_one(job: tuple[Path, Path]) -> None:
+        source, target = job
+        scratch = target.with_suffix(f".{os.getpid()}.o")
+        command = [compiler, *_FLAGS, f"-I{CSRC}", f"-I{include}", "-c"]
+        _run([*command, f"-I{sysconfig.get_paths()['include']}", str(source), "-o", str(scratch)])
+        scratch.replace(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, jobs))
+    module = cache / f"{name}.so"
+    if not module.exists():
+        scratch = cache / f"{name}.{os.getpid()}.so"
+        _run([compiler, "-shared", *map(str, objects), "-ldl", "-o", str(scratch)])
+        scratch.replace(module)
+    return module
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The built module; skips the test where it cannot be built for want of a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no host C++ compiler (g++ or clang++, or CXX)")
+    include = _pybind11_include()
+    if include is None or not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        pytest.skip("no pybind11 or Python headers")
+    sources = sorted([*CSRC.glob("emulation/*.cpp"), *Path(__file__).parent.glob("*.cpp")])
+    with open(_cache() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
+        path = build(sources, compiler, include)
+    spec = importlib.util.spec_from_file_location("dbp_emulation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class LaunchError(RuntimeError):
+    """A launcher returned a CUDA error: ``code`` is its number."""
+
+    def __init__(self, kernel: str, code: int):
+        super().__init__(f"{kernel}: CUDA error {code}")
+        self.code = code
+
+
+def call(kernel: str, /, seed: int = 0, shared_limit: int = SHARED_LIMIT, **arguments) -> dict:
+    """Runs a registered kernel under emulation; returns what the emulation counted."""
+    module = load()
+    code = module.call(kernel, seed, shared_limit, False, **arguments)
+    if code:
+        raise LaunchError(kernel, code)
+    return module.stats()
+
+
+def record(kernel: str, /, **arguments) -> list[dict]:
+    """The launches a call would make (kernel, grid, block, shared_bytes, params), none of them run."""
+    module = load()
+    code = module.call(kernel, 0, SHARED_LIMIT, True, **arguments)
+    if code:
+        raise LaunchError(kernel, code)
+    return module.launches()
+
+
+@functools.cache
+def ptx(header: str, arch: str, defines: tuple[str, ...] = ()):
+    """The kernels that the launchers of csrc/kernels/``header`` can choose, compiled and loaded."""
+    ptxsim = pytest.importorskip("ptxsim", reason="no PTX simulator")
+    import ptxsim.cuda
+
+    nvcc = os.environ.get("NVCC", "nvcc")
+    if shutil.which(nvcc) is None:
+        pytest.skip("no nvcc")
+    source = f'#include "{header}"\n'
+    text = ptxsim.cuda.compile(
+        source, arch=arch, include_dirs=[str(CSRC / "kernels")], defines=defines
+    )
+    return ptxsim.load(text)
+
+
+def run_ptx(
+    kernel: str,
+    /,
+    header: str,
+    arch: str = "compute_80",
+    seed: int = 0,
+    race_check: bool = True,
+    defines: tuple[str, ...] = (),
+    **arguments,
+) -> None:
+    """The same call as ``call``, by the compiled PTX. The launcher chooses kernel, grid and block."""
+    module = ptx(header, arch, defines)
+    from ptxsim import GlobalMemory
+
+    memory = GlobalMemory()
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
+    addresses = {k: memory.address(v) if v.size else 256 for k, v in arrays.items()}
+    for launch in record(kernel, **{**arguments, **addresses}):
+        module.launch(
+            launch["kernel"],
+            launch["grid"],
+            launch["block"],
+            [launch["params"]],
+            shared_bytes=launch["shared_bytes"],
+            seed=seed,
+            race_check=race_check,
+            memory=memory,
+        )
+
+
+# --- numpy has no bf16 ----------------------------------------------------------------------------
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """float -> bf16 bits (uint16), rounded to nearest even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """bf16 bits -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def encode(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as the device stores them: float32, float16 or bf16 bits."""
+    if dtype == "bf16":
+        return bf16(x)
+    return np.ascontiguousarray(x, np.float16 if dtype == "fp16" else np.float32)
+
+
+def decode(x: np.ndarray) -> np.ndarray:
+    """Stored values as float64."""
+    return (from_bf16(x) if x.dtype == np.uint16 else x).astype(np.float64)
