@@ -1,0 +1,47 @@
+"""The compiled library for tests: built once for two targets, kept between runs."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = "8.0;9.0a"
+
+
+@functools.cache
+def script(name: str) -> ModuleType:
+    """csrc/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"csrc_{name}", ROOT / "csrc" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def directory() -> Path:
+    """Where the library is built for ``TARGETS``; skips the test where it cannot be."""
+    build = script("build")
+    reason = build.missing()
+    if reason:
+        pytest.skip(reason)
+    path = Path(tempfile.gettempdir()) / f"dbp-kernels-cuda-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    with open(path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
+        build.build(path, TARGETS, jobs=os.environ.get("MAX_JOBS", "2"))
+    return path
+
+
+def library() -> Path:
+    """The library's file."""
+    return directory() / script("build").LIBRARY
