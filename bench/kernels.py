@@ -11,7 +11,7 @@ from torch import Tensor
 from . import check
 from .memory import extra_bytes
 from .registry import Case
-from .rivals import RIVALS, Rival
+from .rivals import RIVALS, Rival, rivals_on
 from .timing import time_interleaved
 
 OURS = "dbp"
@@ -42,9 +42,9 @@ def patch_gram(x: Tensor, case: Case) -> Tensor:
     return dbp.patch_gram(x, case.kernel, case.stride, case.padding, case.dilation, case.groups)
 
 
-def default_methods() -> dict[str, Rival]:
+def default_methods(device: torch.device = CPU) -> dict[str, Rival]:
     """Ours first, then the rivals."""
-    return {OURS: Rival("dbp.patch_gram", patch_gram, lambda case: ""), **RIVALS}
+    return {OURS: Rival("dbp.patch_gram", patch_gram, lambda case: ""), **rivals_on(device)}
 
 
 def run_case(
@@ -58,7 +58,7 @@ def run_case(
     Each method's record has "status": "ok" (with "seconds", "error", "extra_bytes"), "wrong" or
     "failed" (with a reason and no number), or "n/a".
     """
-    methods = default_methods() if methods is None else methods
+    methods = default_methods(settings.device) if methods is None else methods
     x = make_input(case, settings)
     exact = check.oracle(x, case)
     records: dict[str, dict] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import bars
 
 _RIVALS = ("unfold", "self_wgrad")
+_GPU_RIVALS = ("padded_gemm",)
 
 
 def text_report(result: dict) -> str:
@@ -42,16 +43,23 @@ def kernel_table(records: Sequence[dict]) -> str:
     In brackets the quartiles of our time. "memory" is the extra memory of one call over the bytes
     of the float32 input, ours and (unfold's).
     """
-    head = ["case", "n", "D", "ours ms [quartiles]", *(f"{r} x" for r in _RIVALS)]
+    rivals = _rivals(records)
+    head = ["case", "n", "D", "ours ms [quartiles]", *(f"{r} x" for r in rivals)]
     rows = [[*head, "memory (unfold)", "algorithm"]]
     for record in records:
         row = [record["name"], str(record["n"]), str(record["D"])]
         row.append(_milliseconds(record["methods"].get(bars.OURS)))
-        row += [_ratio(record, rival) for rival in _RIVALS]
+        row += [_ratio(record, rival) for rival in rivals]
         memory = (_memory(record, name) for name in (bars.OURS, "unfold"))
         row.append("{} ({})".format(*memory))
         rows.append([*row, record.get("choice") or "-"])
     return format_table(rows)
+
+
+def _rivals(records: Iterable[dict]) -> tuple[str, ...]:
+    """The rivals of patch_gram; those of GPUs only where some case was measured with them."""
+    measured = {name for record in records for name in record["methods"]}
+    return (*_RIVALS, *(name for name in _GPU_RIVALS if name in measured))
 
 
 def step_table(records: Sequence[dict]) -> str:
@@ -80,8 +88,10 @@ def geometric_means(records: Iterable[dict]) -> dict[str, tuple[float, int]]:
     rival of each case.
     """
     logs: dict[str, list[float]] = {}
+    records = list(records)
+    rivals = _rivals(records)
     for record in records:
-        ratios = {rival: bars.speedup(record, rival) for rival in _RIVALS}
+        ratios = {rival: bars.speedup(record, rival) for rival in rivals}
         known = {rival: ratio for rival, ratio in ratios.items() if ratio}
         structured = bool(record["kernel"]) and min(record["kernel"]) >= 3
         structured = structured and set(record["stride"]) == {1}

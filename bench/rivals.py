@@ -8,12 +8,15 @@ have rounded its sums (the weight gradient is).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import padded
+from .product import product
 from .registry import Case
 
 
@@ -32,31 +35,18 @@ class Rival:
     why_not: Callable[[Case], str]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with a float32 (float64) result: by out_dtype on CUDA, by upcasting on the CPU.
-
-    Takes matrices, or batches of them.
-    """
-    if left.dtype in (torch.float32, torch.float64):
-        return left @ right
-    if left.is_cuda:
-        multiply = torch.mm if left.dim() == 2 else torch.bmm
-        return multiply(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
 def unfold_matmul(x: Tensor, case: Case) -> Tensor:
     """im2col, then one matrix product: what K-FAC libraries do."""
     if case.is_linear:
         z = x.reshape(-1, case.C)
-        return (_product(z.t(), z) / z.shape[0]).unsqueeze(0)
+        return (product(z.t(), z) / z.shape[0]).unsqueeze(0)
     patches = F.unfold(x, case.kernel, case.dilation, case.padding, case.stride)
     if case.groups == 1:
         z = patches.transpose(1, 2).reshape(-1, case.D)
-        return (_product(z.t(), z) / z.shape[0]).unsqueeze(0)
+        return (product(z.t(), z) / z.shape[0]).unsqueeze(0)
     grouped = patches.reshape(x.shape[0], case.groups, case.D, -1)
     z = grouped.permute(1, 0, 3, 2).reshape(case.groups, -1, case.D)
-    return _product(z.transpose(1, 2), z) / z.shape[1]
+    return product(z.transpose(1, 2), z) / z.shape[1]
 
 
 def _self_wgrad_why_not(case: Case) -> str:
@@ -75,19 +65,36 @@ def _self_wgrad_why_not(case: Case) -> str:
 def _weight_gradient(grad: Tensor, x: Tensor, kernel: tuple[int, int], case: Case) -> Tensor:
     """The library's weight gradient, (C, C/groups, kernel): grad and x are already padded."""
     shape = (case.C, case.C // case.groups, *kernel)
-    return torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        x.new_empty(1).expand(shape),  # only its shape is read
-        None,
-        [1, 1],
-        [0, 0],
-        list(case.dilation),
-        False,
-        [0, 0],
-        case.groups,
-        [False, True, False],
-    )[1]
+    with _cudnn_at_its_best(x):
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            x.new_empty(1).expand(shape),  # only its shape is read
+            None,
+            [1, 1],
+            [0, 0],
+            list(case.dilation),
+            False,
+            [0, 0],
+            case.groups,
+            [False, True, False],
+        )[1]
+
+
+def _cudnn_at_its_best(x: Tensor) -> AbstractContextManager:
+    """cuDNN may try all its algorithms, and obeys the precision that products obey."""
+    if not x.is_cuda:
+        return nullcontext()
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32
+    )
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous; on CUDA in channels-last order if it is in that order: cuDNN prefers it."""
+    format = torch.channels_last if x.is_cuda and x.stride(1) == 1 else torch.contiguous_format
+    return x.contiguous(memory_format=format)
 
 
 def self_wgrad(x: Tensor, case: Case) -> Tensor:
@@ -103,7 +110,7 @@ def self_wgrad(x: Tensor, case: Case) -> Tensor:
     n, groups, per_group = case.n, case.groups, case.C // case.groups
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if case.kernel == (1, 1):
-        x = x[:, :, :: case.stride[0], :: case.stride[1]].contiguous()
+        x = _packed(x[:, :, :: case.stride[0], :: case.stride[1]])
         s = _weight_gradient(x, x, (1, 1), case).to(dtype)
         return s.reshape(groups, per_group, per_group) / n
 
@@ -112,8 +119,8 @@ def self_wgrad(x: Tensor, case: Case) -> Tensor:
     span_h, span_w = (d * (k - 1) for d, k in zip(case.dilation, case.kernel, strict=True))
     (ph, pw) = case.padding
     padded = F.pad(x, (pw, pw, ph, ph))  # position q of x is q + padding here
-    core = padded[:, :, span_h:oh, span_w:ow].contiguous()
-    lower = padded[:, :, span_h:].contiguous()  # row shifts e >= 0 only
+    core = _packed(padded[:, :, span_h:oh, span_w:ow])
+    lower = _packed(padded[:, :, span_h:])  # row shifts e >= 0 only
     shifts = _weight_gradient(core, lower, (kh, 2 * kw - 1), case).to(dtype)
     shifts = shifts.reshape(groups, per_group, per_group, kh, 2 * kw - 1)
     shifts = shifts.permute(0, 1, 3, 4, 2).contiguous()  # (groups, c, KH, 2 KW - 1, c')
@@ -188,7 +195,7 @@ def _border_columns(lower: Tensor, case: Case, span: int) -> list[Tensor]:
         for patches in parts:  # (groups, columns, rows, N, KH, KW, c)
             left = patches[..., 0, kx, :].flatten(1, 3)
             right = patches.flatten(4).flatten(1, 3)
-            total = total + _product(left.transpose(1, 2), right)
+            total = total + product(left.transpose(1, 2), right)
         columns.append(total.unflatten(2, (*case.kernel, -1)))
     return columns
 
@@ -202,7 +209,7 @@ def _border_rows(padded: Tensor, case: Case, span: int) -> list[Tensor]:
         for patches in parts:  # (groups, rows, columns, N, KH, KW, c)
             right = patches[..., ky:, :, :].flatten(4).flatten(1, 3)
             left = patches[..., ky, :, :].flatten(4).flatten(1, 3)
-            total = total + _product(left.transpose(1, 2), right)
+            total = total + product(left.transpose(1, 2), right)
         rows.append(total.unflatten(2, (kh - ky, kw, -1)).unflatten(1, (kw, -1)))
     return rows
 
@@ -211,3 +218,12 @@ RIVALS: dict[str, Rival] = {
     "unfold": Rival("unfold + matmul", unfold_matmul, lambda case: ""),
     "self_wgrad": Rival("self weight gradient + borders", self_wgrad, _self_wgrad_why_not),
 }
+# Written for GPUs: many products with little work each.
+GPU_RIVALS: dict[str, Rival] = {
+    "padded_gemm": Rival("GEMMs on a padded buffer", padded.padded_gemm, padded.why_not),
+}
+
+
+def rivals_on(device: torch.device) -> dict[str, Rival]:
+    """What patch_gram is compared with on a device."""
+    return {**RIVALS, **(GPU_RIVALS if device.type == "cuda" else {})}

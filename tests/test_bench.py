@@ -13,7 +13,7 @@ from torch import nn
 
 from bench import bars, check, cli, kernels, memory, registry, report, rivals, steps, timing
 from bench.published import PublishedConv2d, publish_model, publish_update
-from bench.rivals import RIVALS, Rival
+from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
 # --- registry -----------------------------------------------------------------------------------
@@ -132,9 +132,9 @@ def definition(x: torch.Tensor, case: registry.Case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("rival", [*RIVALS, *GPU_RIVALS])
 def test_rival_equals_the_definition(rival, case):
-    method = RIVALS[rival]
+    method = {**RIVALS, **GPU_RIVALS}[rival]
     if method.why_not(case):
         pytest.skip(method.why_not(case))
     x = torch.randn(case.input_shape, dtype=torch.float64)
@@ -146,6 +146,19 @@ def test_rival_equals_the_definition(rival, case):
         assert result.dtype == torch.float32
         loose = dtype == torch.bfloat16 and rival == "self_wgrad"  # sums in bfloat16 itself
         assert check.error(result, definition(low, case)) < (3e-2 if loose else limit)
+
+
+def test_rivals_by_device():
+    assert set(rivals_on(torch.device("cpu"))) == set(RIVALS)
+    assert set(rivals_on(torch.device("cuda"))) == {*RIVALS, *GPU_RIVALS}
+
+
+def test_padded_gemm_covers_the_cases_of_the_gpu_bars():
+    why_not = GPU_RIVALS["padded_gemm"].why_not
+    for case in registry.all_cases():
+        wide = case.kernel not in ((), (1, 1))
+        plain = wide and case.stride == (1, 1) and case.groups == 1
+        assert (not why_not(case)) == plain
 
 
 def test_self_wgrad_covers_what_it_should():
