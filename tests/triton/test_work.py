@@ -158,7 +158,7 @@ def test_reciprocal_divides_exactly(divisor, p):
     multiplier, shift = W.reciprocal(divisor)
     assert multiplier < 2**32
     for number in (p, 0, 2**31 - 1, p // divisor * divisor, max(0, p // divisor * divisor - 1)):
-        assert (number * multiplier) >> shift == number // divisor
+        assert 2 * number * multiplier >> 32 >> shift == number // divisor
 
 
 def test_tables_are_made_once_and_hold_the_work():

@@ -30,9 +30,10 @@ _MAX_INT = 2**31 - 1
 @triton.jit
 def divide(p, reciprocal):
     """p // divisor for 0 <= p < 2**31; ``reciprocal`` points to work.reciprocal(divisor)."""
-    multiplier = tl.load(reciprocal).to(tl.uint32, bitcast=True).to(tl.uint64)
-    shift = tl.load(reciprocal + 1).to(tl.uint64)
-    return ((p.to(tl.uint32, bitcast=True).to(tl.uint64) * multiplier) >> shift).to(tl.int32)
+    twice = (p * 2).to(tl.uint32, bitcast=True)
+    multiplier = tl.load(reciprocal).to(tl.uint32, bitcast=True)
+    shift = tl.load(reciprocal + 1).to(tl.uint32, bitcast=True)
+    return (tl.umulhi(twice, multiplier) >> shift).to(tl.int32, bitcast=True)
 
 
 @triton.jit

@@ -346,12 +346,13 @@ class Tables:
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
-    """(multiplier, shift) with ``p // divisor == (p * multiplier) >> shift`` for 0 <= p < 2**31.
+    """(multiplier, shift): ``p // divisor == 2 * p * multiplier >> 32 >> shift`` for p < 2**31.
 
-    The multiplier has 32 bits, unsigned.
+    Both factors have 32 bits, unsigned: the high word of a product, which GPUs have as one
+    instruction; a division is a subroutine.
     """
-    log = (divisor - 1).bit_length()
-    return (1 << (31 + log)) // divisor + 1, 31 + log
+    shift = (divisor - 1).bit_length()
+    return (1 << (31 + shift)) // divisor + 1, shift
 
 
 def _signed(word: int) -> int:
