@@ -8,8 +8,8 @@
 
 #if defined(__x86_64__)
 
-// Saves the callee-saved registers on the current stack and resumes another: swapcontext without its
-// system calls, which would dominate the run time.
+// Saves the callee-saved registers on the current stack and resumes another: swapcontext without
+// its system calls, which would dominate the run time.
 extern "C" void dbp_switch_stack(void** save, void* resume);
 asm(R"(
 .text

@@ -22,7 +22,8 @@ std::string text(uint3 i) {
 
 }  // namespace
 
-// --- The host's side ------------------------------------------------------------------------------
+// --- The host's side
+// ------------------------------------------------------------------------------
 
 Machine::Region::~Region() { munmap(mapping, mapped); }
 
@@ -31,8 +32,8 @@ void* Machine::allocate(const std::string& name, const void* host, size_t bytes)
   region->name = name;
   region->bytes = bytes;
   region->mapped = 2 * kGuard + bytes + 4096;
-  void* mapping = mmap(nullptr, region->mapped, PROT_NONE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping =
+      mmap(nullptr, region->mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   region->mapping = static_cast<unsigned char*>(mapping);
   unsigned char* page = region->mapping + kGuard;
@@ -90,7 +91,8 @@ cudaError_t Machine::launch(const std::string& kernel, const void* function, dim
   return cudaSuccess;
 }
 
-// --- The block ------------------------------------------------------------------------------------
+// --- The block
+// ------------------------------------------------------------------------------------
 
 void Machine::run_block(int64_t number) {
   stats_.blocks++;
@@ -194,7 +196,8 @@ void Machine::release_barrier() {
 
 void Machine::warp(WarpOp op, void* argument, void (*act)(Machine&, void* const*)) {
   Warp& warp = warps_[current_ / 32];
-  if (warp.alive < 32) fail<DeadlockFault>("a lane of the warp has exited before a warp-level operation");
+  if (warp.alive < 32)
+    fail<DeadlockFault>("a lane of the warp has exited before a warp-level operation");
   if (warp.arrived && warp.op != op)
     fail<DeadlockFault>("lanes of the warp are at different warp-level operations");
   warp.op = op;
@@ -216,11 +219,11 @@ void Machine::warp(WarpOp op, void* argument, void (*act)(Machine&, void* const*
 }
 
 void Machine::warp_barrier() {
-  warp(WarpOp::sync, nullptr,
-       [](Machine& m, void* const*) { m.warps_[m.current_ / 32].epoch++; });
+  warp(WarpOp::sync, nullptr, [](Machine& m, void* const*) { m.warps_[m.current_ / 32].epoch++; });
 }
 
-// --- Global memory --------------------------------------------------------------------------------
+// --- Global memory
+// --------------------------------------------------------------------------------
 
 Machine::Region& Machine::region(const void* address, size_t bytes, size_t alignment,
                                  const char* what) {
@@ -236,8 +239,8 @@ Machine::Region& Machine::region(const void* address, size_t bytes, size_t align
     if (!found) {
       std::string where = "no array is near";
       if (nearest)
-        where = "byte " + std::to_string(p - nearest->base) + " of '" + nearest->name + "', which has " +
-                std::to_string(nearest->bytes);
+        where = "byte " + std::to_string(p - nearest->base) + " of '" + nearest->name +
+                "', which has " + std::to_string(nearest->bytes);
       fail<MemoryFault>(std::string("global ") + what + " of " + std::to_string(bytes) +
                         " bytes out of bounds: " + where);
     }
@@ -277,14 +280,15 @@ void Machine::global_write(const void* address, size_t bytes, size_t alignment) 
   stats_.global_write_bytes += static_cast<int64_t>(bytes);
 }
 
-// --- Shared memory --------------------------------------------------------------------------------
+// --- Shared memory
+// --------------------------------------------------------------------------------
 
 // What is wrong with an access to the array [begin, end) of shared memory, or nothing.
 static std::string bounds_problem(uint32_t address, uint32_t bytes, uint32_t begin, uint32_t end) {
   if (address < begin || address > end || bytes > end - address)
     return "out of bounds: byte " + std::to_string(static_cast<int64_t>(address) - begin) +
-              " of an array of " + std::to_string(end - begin) + " bytes at shared byte " +
-              std::to_string(begin);
+           " of an array of " + std::to_string(end - begin) + " bytes at shared byte " +
+           std::to_string(begin);
   else if (address % bytes)
     return "misaligned: shared byte " + std::to_string(address);
   return {};
@@ -303,8 +307,7 @@ const unsigned char* Machine::shared_read(uint32_t address, uint32_t bytes, uint
     auto at = [&] { return "reads shared byte " + std::to_string(c * kGranule); };
     if (cell.state == Cell::pending)
       fail<UninitialisedRead>(at() + " before the cp.async that fills it was waited for");
-    if (cell.state == Cell::unwritten)
-      fail<UninitialisedRead>(at() + ", which was never written");
+    if (cell.state == Cell::unwritten) fail<UninitialisedRead>(at() + ", which was never written");
     if (cell.writer != self && cell.write_epoch == epoch_ &&
         !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch))
       fail<RaceFault>(at() + ", written by thread " + std::to_string(cell.writer) +
@@ -329,7 +332,8 @@ void Machine::check_write(uint32_t address, uint32_t bytes, const char* what) {
     const Cell& cell = cells_[c];
     auto at = [&] { return std::string(what) + " shared byte " + std::to_string(c * kGranule); };
     if (cell.state == Cell::pending && cell.writer != self)
-      fail<RaceFault>(at() + ", which a cp.async of thread " + std::to_string(cell.writer) + " fills");
+      fail<RaceFault>(at() + ", which a cp.async of thread " + std::to_string(cell.writer) +
+                      " fills");
     if (cell.writer != kNobody && cell.writer != self && cell.write_epoch == epoch_ &&
         !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch))
       fail<RaceFault>(at() + ", written by thread " + std::to_string(cell.writer) +
@@ -361,7 +365,8 @@ unsigned char* Machine::shared_write(uint32_t address, uint32_t bytes, uint32_t 
   return shared_.data() + address;
 }
 
-// --- cp.async -------------------------------------------------------------------------------------
+// --- cp.async
+// -------------------------------------------------------------------------------------
 
 void Machine::cp_async(uint32_t destination, const void* source, uint32_t bytes, bool valid) {
   tick();
@@ -392,7 +397,8 @@ void Machine::cp_async_wait(size_t pending) {
   }
 }
 
-// --- Faults ---------------------------------------------------------------------------------------
+// --- Faults
+// ---------------------------------------------------------------------------------------
 
 template <class F>
 void Machine::fail(const std::string& what) const {
@@ -400,7 +406,8 @@ void Machine::fail(const std::string& what) const {
 }
 
 std::string Machine::place() const {
-  return kernel_ + ", block " + text(block_index_) + ", thread " + text(threads_[current_].index) + ": ";
+  return kernel_ + ", block " + text(block_index_) + ", thread " + text(threads_[current_].index) +
+         ": ";
 }
 
 }  // namespace dbp::emulation

@@ -3,7 +3,8 @@
 // one another in random order. Every access goes through this class, which checks
 //   - bounds and alignment, in global memory and per array in shared memory;
 //   - reads of shared memory nobody wrote, or whose cp.async has not been waited for;
-//   - races: two threads on the same shared bytes, one writing, no barrier between them, whatever the
+//   - races: two threads on the same shared bytes, one writing, no barrier between them, whatever
+//   the
 //     schedule was; two blocks of one launch on the same global bytes, one writing;
 //   - deadlocks, and warp-level operations that not all 32 lanes reach.
 #pragma once
@@ -42,7 +43,8 @@ struct DeadlockFault : Fault {
 struct Stats {
   int64_t launches = 0, blocks = 0, barriers = 0, switches = 0;
   int64_t global_read_bytes = 0, global_write_bytes = 0;
-  int64_t ldmatrix_phases = 0;     // 8 rows of 16 bytes each: one shared memory cycle if no two collide
+  int64_t ldmatrix_phases =
+      0;  // 8 rows of 16 bytes each: one shared memory cycle if no two collide
   int64_t ldmatrix_conflicts = 0;  // further cycles because rows fall on the same banks
   int64_t mma = 0;
 };
@@ -60,7 +62,8 @@ enum class WarpOp { sync, shuffle, ldmatrix, mma, elect };
 class Machine {
  public:
   // --- The host's side ---
-  // A device copy of `bytes` bytes, far from every other array and as aligned as `host` is (mod 16).
+  // A device copy of `bytes` bytes, far from every other array and as aligned as `host` is (mod
+  // 16).
   void* allocate(const std::string& name, const void* host, size_t bytes);
   void reset(uint64_t seed, size_t shared_limit);
   void record_only(bool on) { recording_ = on; }

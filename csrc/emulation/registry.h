@@ -70,7 +70,8 @@ class Arguments {
     const Value value = take(name);
     auto* list = std::get_if<std::vector<int64_t>>(&value);
     if (!list || list->size() != N)
-      throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(N) + " integers");
+      throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(N) +
+                                  " integers");
     for (size_t i = 0; i < N; ++i) out[i] = static_cast<T>((*list)[i]);
     return *this;
   }

@@ -24,7 +24,9 @@ class Reference {
   explicit Reference(Pointer p) : p_(p) {}
   operator T() const&& { return p_.read(); }
   const Reference& operator=(T v) const&& { return p_.write(v), *this; }
-  const Reference& operator=(const Reference& other) const&& { return p_.write(other.p_.read()), *this; }
+  const Reference& operator=(const Reference& other) const&& {
+    return p_.write(other.p_.read()), *this;
+  }
   void operator+=(T v) const&& { p_.write(p_.read() + v); }
   void operator-=(T v) const&& { p_.write(p_.read() - v); }
   void operator*=(T v) const&& { p_.write(p_.read() * v); }
@@ -51,7 +53,9 @@ struct GlobalPointer {
   GlobalPointer operator+(int64_t i) const { return GlobalPointer(raw + i); }
   GlobalPointer operator-(int64_t i) const { return GlobalPointer(raw - i); }
   GlobalPointer& operator+=(int64_t i) { return raw += i, *this; }
-  Reference<GlobalPointer> operator[](int64_t i) const { return Reference<GlobalPointer>(*this + i); }
+  Reference<GlobalPointer> operator[](int64_t i) const {
+    return Reference<GlobalPointer>(*this + i);
+  }
   Reference<GlobalPointer> operator*() const { return Reference<GlobalPointer>(*this); }
 
   std::remove_const_t<T> read() const {
@@ -80,7 +84,9 @@ struct SharedPointer {
   }
   SharedPointer operator-(int64_t i) const { return *this + -i; }
   SharedPointer& operator+=(int64_t i) { return *this = *this + i; }
-  Reference<SharedPointer> operator[](int64_t i) const { return Reference<SharedPointer>(*this + i); }
+  Reference<SharedPointer> operator[](int64_t i) const {
+    return Reference<SharedPointer>(*this + i);
+  }
   Reference<SharedPointer> operator*() const { return Reference<SharedPointer>(*this); }
 
   std::remove_const_t<T> read() const {
@@ -94,7 +100,8 @@ struct SharedPointer {
 };
 
 inline void check_full_mask(unsigned mask) {
-  if (mask != 0xffffffffu) machine.deadlock("a warp-level operation needs all 32 lanes in its mask");
+  if (mask != 0xffffffffu)
+    machine.deadlock("a warp-level operation needs all 32 lanes in its mask");
 }
 
 // Every lane gives a value and the lane it wants to hear from.
@@ -126,7 +133,8 @@ uint16_t float_to_fp16(float x);
 }  // namespace emulation
 }  // namespace dbp
 
-// --- CUDA built-ins -------------------------------------------------------------------------------
+// --- CUDA built-ins
+// -------------------------------------------------------------------------------
 
 inline void __syncthreads() { dbp::emulation::machine.barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -158,7 +166,8 @@ T __ldg(dbp::emulation::GlobalPointer<T> p) {
   return *p;
 }
 
-// --- The wrappers of simt.cuh; see there for what each one means ------------------------------------
+// --- The wrappers of simt.cuh; see there for what each one means
+// ------------------------------------
 
 namespace dbp {
 
@@ -219,6 +228,10 @@ inline __half from_float<__half>(float x) {
   return {emulation::float_to_fp16(x)};
 }
 
+inline uint32_t pack_pair(__nv_bfloat16 low, __nv_bfloat16 high) {
+  return low.bits | uint32_t{high.bits} << 16;
+}
+inline uint32_t pack_pair(__half low, __half high) { return low.bits | uint32_t{high.bits} << 16; }
 inline uint32_t float_bits(float x) { return __float_as_uint(x); }
 inline float bits_float(uint32_t x) { return __uint_as_float(x); }
 // Adding half a unit to the magnitude rounds to nearest, ties away; infinities and NaN stay.
@@ -259,8 +272,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   const Params& params) {
   static_assert(std::is_trivially_copyable_v<Params>);
   return emulation::machine.launch("kernel", reinterpret_cast<const void*>(kernel), grid, block,
                                    shared_bytes, &params, sizeof(Params),

@@ -1,7 +1,7 @@
-// What device code uses beyond plain CUDA C++: checked pointers, 16-byte vectors, cp.async, ldmatrix,
-// mma.sync and the launch. The same kernel source compiles with nvcc and, with DBP_EMULATE defined,
-// with the host compiler: csrc/emulation/ then stands in for everything below and for the CUDA
-// built-ins (threadIdx, __syncthreads, __shfl_*_sync, __syncwarp...).
+// What device code uses beyond plain CUDA C++: checked pointers, 16-byte vectors, cp.async,
+// ldmatrix, mma.sync and the launch. The same kernel source compiles with nvcc and, with
+// DBP_EMULATE defined, with the host compiler: csrc/emulation/ then stands in for everything below
+// and for the CUDA built-ins (threadIdx, __syncthreads, __shfl_*_sync, __syncwarp...).
 //
 // Rules that make a kernel run in both worlds:
 //   - pointers to global memory are Global<T>, to shared memory Shared<T> (plain pointers on the
@@ -29,6 +29,27 @@ using fp16 = __half;
 // fp32 is ieee (FFMA); tf32 is fp32 data multiplied by tensor cores with 10-bit mantissas.
 enum class DType : int32_t { fp32 = 0, tf32 = 1, fp16 = 2, bf16 = 3 };
 
+constexpr int size_of(DType t) { return t == DType::fp32 || t == DType::tf32 ? 4 : 2; }
+
+template <class T>
+struct Type {
+  using type = T;
+};
+// Host: f(Type<T>{}) with the C++ type of t (tf32 is stored as float); f returns cudaError_t.
+template <class F>
+cudaError_t with_dtype(DType t, F f) {
+  switch (t) {
+    case DType::fp32:
+    case DType::tf32:
+      return f(Type<float>{});
+    case DType::fp16:
+      return f(Type<fp16>{});
+    case DType::bf16:
+      return f(Type<bf16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 constexpr int kWarp = 32;
 
 template <class I, class J>
@@ -38,7 +59,8 @@ __host__ __device__ constexpr auto ceil_div(I a, J b) {
 
 #ifndef DBP_EMULATE
 
-// --- Memory ---------------------------------------------------------------------------------------
+// --- Memory
+// ---------------------------------------------------------------------------------------
 
 template <class T>
 using Global = T*;
@@ -88,7 +110,8 @@ __device__ __forceinline__ void store16(Global<T> p, uint4 value) {
   *reinterpret_cast<uint4*>(p) = value;
 }
 
-// --- Conversions ----------------------------------------------------------------------------------
+// --- Conversions
+// ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -110,7 +133,16 @@ __device__ __forceinline__ fp16 from_float<fp16>(float x) {
   return __float2half_rn(x);
 }
 
-// The bits of x rounded to tf32 (nearest, ties away). mma.sync truncates operands not rounded before.
+// Two 16-bit elements in one word, `low` first in memory.
+__device__ __forceinline__ uint32_t pack_pair(bf16 low, bf16 high) {
+  return __bfloat16_as_ushort(low) | uint32_t{__bfloat16_as_ushort(high)} << 16;
+}
+__device__ __forceinline__ uint32_t pack_pair(fp16 low, fp16 high) {
+  return __half_as_ushort(low) | uint32_t{__half_as_ushort(high)} << 16;
+}
+
+// The bits of x rounded to tf32 (nearest, ties away). mma.sync truncates operands not rounded
+// before.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -120,10 +152,11 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// --- cp.async -------------------------------------------------------------------------------------
+// --- cp.async
+// -------------------------------------------------------------------------------------
 
-// Copies Bytes (4, 8 or 16) from global to shared memory behind the thread's back; both addresses are
-// multiples of Bytes. Not valid: writes zeros and reads nothing. Done after the matching
+// Copies Bytes (4, 8 or 16) from global to shared memory behind the thread's back; both addresses
+// are multiples of Bytes. Not valid: writes zeros and reads nothing. Done after the matching
 // cp_async_wait, and only for the thread that issued it: others need a barrier as well.
 template <int Bytes, class T>
 __device__ __forceinline__ void cp_async(uint32_t destination, Global<const T> source, bool valid) {
@@ -140,7 +173,9 @@ __device__ __forceinline__ void cp_async(uint32_t destination, Global<const T> s
   }
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most the newest `Pending` of this thread's groups are unfinished.
 template <int Pending>
@@ -148,10 +183,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// --- Tensor cores ---------------------------------------------------------------------------------
+// --- Tensor cores
+// ---------------------------------------------------------------------------------
 
-// Loads 8x8 matrices of 16-bit elements; lane 8m + r holds the address of row r (16 bytes) of matrix
-// m. Lane l receives row l/4, columns 2(l%4) and +1 of each matrix; transposed: of its transpose.
+// Loads 8x8 matrices of 16-bit elements; lane 8m + r holds the address of row r (16 bytes) of
+// matrix m. Lane l receives row l/4, columns 2(l%4) and +1 of each matrix; transposed: of its
+// transpose.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -185,21 +222,22 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t add
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define DBP_MMA(T, SHAPE, A, B)                                                                   \
-  template <>                                                                                     \
-  __device__ __forceinline__ void mma<T>(float (&c)[4], const uint32_t (&a)[4],                   \
-                                         const uint32_t (&b)[2]) {                                \
-    asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." A "." B                                \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));             \
+#define DBP_MMA(T, SHAPE, A, B)                                                         \
+  template <>                                                                           \
+  __device__ __forceinline__ void mma<T>(float (&c)[4], const uint32_t (&a)[4],         \
+                                         const uint32_t (&b)[2]) {                      \
+    asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." A "." B                      \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
   }
 DBP_MMA(bf16, "m16n8k16", "bf16", "bf16")
 DBP_MMA(fp16, "m16n8k16", "f16", "f16")
 DBP_MMA(float, "m16n8k8", "tf32", "tf32")
 #undef DBP_MMA
 
-// --- Launch ---------------------------------------------------------------------------------------
+// --- Launch
+// ---------------------------------------------------------------------------------------
 
 // Launches kernel(params) after checking the device's limits. Never synchronises.
 template <class Params>

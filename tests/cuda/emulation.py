@@ -29,9 +29,17 @@ CSRC = ROOT / "csrc"
 SHARED_LIMIT = 227 * 1024  # bytes per block on sm_90; 99 KB on sm_86, 89 and 120, 163 on sm_80
 DTYPES = {"fp32": 0, "tf32": 1, "fp16": 2, "bf16": 3}  # enum class DType
 
-_FLAGS = (
-    "-std=c++17 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -DDBP_EMULATE"
-).split()
+_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-DDBP_EMULATE",
+]
 
 
 def _cache() -> Path:
@@ -143,13 +151,13 @@ def record(kernel: str, /, **arguments) -> list[dict]:
 def ptx(header: str, arch: str, defines: tuple[str, ...] = ()):
     """The kernels that the launchers of csrc/kernels/``header`` can choose, compiled and loaded."""
     ptxsim = pytest.importorskip("ptxsim", reason="no PTX simulator")
-    import ptxsim.cuda
+    compiler = pytest.importorskip("ptxsim.cuda")
 
     nvcc = os.environ.get("NVCC", "nvcc")
     if shutil.which(nvcc) is None:
         pytest.skip("no nvcc")
     source = f'#include "{header}"\n'
-    text = ptxsim.cuda.compile(
+    text = compiler.compile(
         source, arch=arch, include_dirs=[str(CSRC / "kernels")], defines=defines
     )
     return ptxsim.load(text)

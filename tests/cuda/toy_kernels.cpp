@@ -5,7 +5,8 @@ namespace toy {
 
 using namespace dbp;
 
-// --- A reversal through shared memory -------------------------------------------------------------
+// --- A reversal through shared memory
+// -------------------------------------------------------------
 
 struct ReverseParams {
   Global<const float> x;
@@ -22,7 +23,8 @@ __global__ void reverse_kernel(ReverseParams p) {
   p.out[i] = tile[p.n - 1 - i];
 }
 
-// --- Neighbour sums from a tile with halo -----------------------------------------------------------
+// --- Neighbour sums from a tile with halo
+// -----------------------------------------------------------
 
 struct StencilParams {
   Global<const float> x;  // n + 2
@@ -41,7 +43,8 @@ __global__ void stencil_kernel(StencilParams p) {
   if (start + i < p.n) p.out[start + i] = staged[i] + staged[i + 1] + staged[i + 2];
 }
 
-// --- A pipelined copy by cp.async -------------------------------------------------------------------
+// --- A pipelined copy by cp.async
+// -------------------------------------------------------------------
 
 struct PipelineParams {
   Global<const float> x;
@@ -79,7 +82,8 @@ __global__ void pipeline_kernel(PipelineParams p) {
   cp_async_wait<0>();
 }
 
-// --- C = A^T B by tensor cores: A (16 x 16), B (16 x 8), one warp, k-major as channels-last data is ---
+// --- C = A^T B by tensor cores: A (16 x 16), B (16 x 8), one warp, k-major as channels-last data
+// is ---
 
 struct ProductParams {
   Global<const void> a, b;
@@ -124,7 +128,8 @@ __global__ void product_kernel<float>(ProductParams p) {  // tf32: A (16 x 8), B
   for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = c[i];
 }
 
-// --- Shuffles, conversions, and plain mistakes --------------------------------------------------------
+// --- Shuffles, conversions, and plain mistakes
+// --------------------------------------------------------
 
 struct MapParams {
   Global<const float> x;
@@ -182,7 +187,8 @@ static Register reverse("toy_reverse", [](Arguments& a) {
   ReverseParams p{};
   int barrier = 0;
   a("x", p.x)("out", p.out)("n", p.n)("barrier", barrier);
-  return launch(barrier ? reverse_kernel<true> : reverse_kernel<false>, 1, p.n, 4 * p.n, nullptr, p);
+  return launch(barrier ? reverse_kernel<true> : reverse_kernel<false>, 1, p.n, 4 * p.n, nullptr,
+                p);
 });
 
 static Register stencil("toy_stencil", [](Arguments& a) {
