@@ -79,6 +79,7 @@ def _check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> No
 
 
 # --------------------------------------------------------------------------- opaque ops
+# They run below autograd (see ``_differentiable``), so nothing in them is recorded.
 
 
 def _prepare(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
@@ -96,7 +97,7 @@ def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     if g.samples == 0 or g.dim == 0:
         dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
-    with without_autocast(input), torch.no_grad():
+    with without_autocast(input):
         return backends.select(input.device.type).patch_gram(input, g)
 
 
@@ -105,7 +106,7 @@ def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     g = _prepare(input, *geometry)
     if g.samples == 0 or g.dim == 0:
         return input.new_zeros((g.groups, g.dim), dtype=statistics_dtype(input.dtype))
-    with without_autocast(input), torch.no_grad():
+    with without_autocast(input):
         return backends.select(input.device.type).patch_mean(input, g)
 
 
@@ -121,7 +122,7 @@ def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Ten
     g = _prepare(input, *geometry)
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
-    with without_autocast(input), torch.no_grad():
+    with without_autocast(input):
         input, R = _promote(input, R, g.groups)
         if g.samples == 0 or g.dim == 0:
             return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
@@ -146,7 +147,7 @@ def decor_update(
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
     _check_update(R, lr, kappa, rule, g.dim)
-    with without_autocast(input), torch.no_grad():
+    with without_autocast(input):
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
         x, Rg = _promote(input, R, g.groups)

@@ -15,6 +15,8 @@ from .unfold import patch_gram_unfold, rows, windows
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+    if choice is None and geometry.pointwise:  # one algorithm: not worth a small layer's time
+        return patch_gram_unfold(x, geometry)
     choice = choice or gram_choices(geometry, x.device.type, _itemsize(x))[0]
     if choice.name == "shift":
         return patch_gram_shift(x, geometry, choice.unfolded)
