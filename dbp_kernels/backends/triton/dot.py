@@ -1,0 +1,34 @@
+"""The tile product of every matrix kernel: precision of float32 operands, bfloat16 when interpreted."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_tf32(x):
+    """float32 rounded to the nearest tf32 value.
+
+    Tensor cores drop the low 13 bits. Truncated operands are all too small, and that bias does not
+    average out over a long sum as rounding errors do.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN of all ones would carry into the sign and be zero
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b in float32. PRECISION ("ieee" or "tf32") is that of float32 operands.
+
+    UPCAST casts 16-bit operands to float32: Triton's interpreter multiplies bfloat16 wrongly.
+    """
+    if a.dtype == tl.float32:
+        if PRECISION == "tf32":
+            a = round_tf32(a)
+            b = round_tf32(b)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif UPCAST:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
