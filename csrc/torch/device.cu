@@ -8,8 +8,8 @@
 namespace {
 
 // Python finds this text in the file without loading it: "used" keeps it in one piece.
-__attribute__((used)) const char kBuild[] = "dbp_cuda build: nvcc " DBP_TEXT(__CUDACC_VER_MAJOR__) "." DBP_TEXT(
-    __CUDACC_VER_MINOR__) ", targets " DBP_TARGETS;
+__attribute__((used)) const char kBuild[] = "dbp_cuda build: nvcc " DBP_TEXT(
+    __CUDACC_VER_MAJOR__) "." DBP_TEXT(__CUDACC_VER_MINOR__) ", targets " DBP_TARGETS;
 
 std::string build() { return kBuild; }
 

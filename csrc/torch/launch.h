@@ -1,7 +1,7 @@
 // From torch's tensors to a kernel launch: device guard, current stream, errors as exceptions.
 //
-// LibTorch stable ABI only, and nothing that a CPU-only torch lacks: the library can then be loaded,
-// and its checks tested, without CUDA.
+// LibTorch stable ABI only, and nothing that a CPU-only torch lacks: the library can then be
+// loaded, and its checks tested, without CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,24 +11,47 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <limits>
+#include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
+
+#include "../kernels/simt.cuh"
 
 namespace dbp_torch {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Unlike STD_TORCH_CHECK's, the message does not begin with the place in the source.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
 inline const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
@@ -40,8 +63,8 @@ inline std::string describe(const Tensor& t) {
   return text.str();
 }
 
-// The stream torch currently uses on this device. The function is in libtorch_cuda, which a CPU-only
-// torch does not have: looked up in the library that is already loaded.
+// The stream torch currently uses on this device. The function is in libtorch_cuda, which a
+// CPU-only torch does not have: looked up in the library that is already loaded.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const auto function = [] {
@@ -49,24 +72,26 @@ inline cudaStream_t current_stream(int32_t device) {
     void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
     return reinterpret_cast<Function>(symbol);
   }();
-  STD_TORCH_CHECK(function != nullptr, "dbp: this PyTorch has no CUDA streams");
+  require(function != nullptr, "dbp: this PyTorch has no CUDA streams");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 // Calls run(stream), which returns a cudaError_t, with the device of `tensors` current. Throws if
-// they are not on one CUDA device or the launch fails, naming the kernel and the tensors.
+// they are not on one CUDA device or the launch fails, naming the kernel and the tensors. The first
+// tensor is there; later ones may be absent.
 template <class Run>
-void launch(const char* kernel, std::initializer_list<std::pair<const char*, const Tensor&>> tensors,
+void launch(const char* kernel,
+            std::initializer_list<std::pair<const char*, const std::optional<Tensor>>> tensors,
             Run&& run) {
-  const Tensor& first = tensors.begin()->second;
+  const int32_t device = tensors.begin()->second->get_device_index();
   for (const auto& [name, tensor] : tensors) {
-    STD_TORCH_CHECK(tensor.is_cuda(), "dbp: ", kernel, ": ", name, " is not a CUDA tensor");
-    STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), "dbp: ", kernel, ": ",
-                    name, " is on another device than ", tensors.begin()->first);
+    if (!tensor) continue;
+    require(tensor->is_cuda(), "dbp: ", kernel, ": ", name, " is not a CUDA tensor");
+    require(tensor->get_device_index() == device, "dbp: ", kernel, ": ", name,
+            " is on another device than ", tensors.begin()->first);
   }
-  const int32_t device = first.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   // This library has its own copy of the CUDA runtime, which must agree with torch's.
   cudaError_t error = cudaSetDevice(device);
@@ -75,24 +100,58 @@ void launch(const char* kernel, std::initializer_list<std::pair<const char*, con
   cudaGetLastError();  // it is reported here, not again by the next launch
   std::ostringstream arguments;
   for (const auto& [name, tensor] : tensors) {
-    arguments << (&tensor == &first ? "" : ", ") << name << " " << describe(tensor);
+    if (tensor) arguments << " " << name << " " << describe(*tensor);
   }
-  STD_TORCH_CHECK(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error), " (",
-                  arguments.str(), ")");
+  require(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error), ":", arguments.str());
 }
 
-inline void check_dtype(const char* kernel, const char* name, const Tensor& t, ScalarType expected) {
-  STD_TORCH_CHECK(t.scalar_type() == expected, "dbp: ", kernel, ": ", name, " is ", describe(t),
-                  ", expected ", name_of(expected));
+// --- Arguments: tensors and integers to the fields of a kernel's parameters
+// ------------------------
+
+inline int32_t int32(const char* kernel, const char* name, int64_t value) {
+  require(
+      value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(),
+      "dbp: ", kernel, ": ", name, " is ", value, ", expected a 32-bit integer");
+  return static_cast<int32_t>(value);
 }
 
-inline void check_contiguous(const char* kernel, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "dbp: ", kernel, ": ", name, " is not contiguous");
+template <class T, size_t N>
+void fill(const char* kernel, const char* name, const std::vector<int64_t>& values, T (&field)[N]) {
+  require(values.size() == N, "dbp: ", kernel, ": ", name, " has ", values.size(),
+          " entries, expected ", N);
+  for (size_t i = 0; i < N; ++i) field[i] = static_cast<T>(values[i]);
 }
 
-inline void check_numel(const char* kernel, const char* name, const Tensor& t, int64_t least) {
-  STD_TORCH_CHECK(t.numel() >= least, "dbp: ", kernel, ": ", name, " has ", t.numel(),
-                  " elements, expected at least ", least);
+template <class T>
+constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<std::remove_const_t<T>, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<std::remove_const_t<T>, int32_t>) return ScalarType::Int;
+  if constexpr (std::is_same_v<std::remove_const_t<T>, int64_t>) return ScalarType::Long;
+}
+
+// The data of a contiguous tensor of this type with at least `least` elements.
+template <class T>
+T* data(const char* kernel, const char* name, const Tensor& t, int64_t least) {
+  const ScalarType expected = scalar_type<T>();
+  require(t.scalar_type() == expected && t.is_contiguous() && t.numel() >= least, "dbp: ", kernel,
+          ": ", name, " is ", describe(t), ", expected a contiguous ", name_of(expected),
+          " tensor of at least ", least, " elements");
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(t.const_data_ptr());
+  } else {
+    return static_cast<T*>(t.mutable_data_ptr());
+  }
+}
+
+// A kernel's element type, which the tensor must have.
+inline dbp::DType dtype(const char* kernel, const char* name, const Tensor& t, int64_t value) {
+  const auto wanted = static_cast<dbp::DType>(value);
+  ScalarType expected = ScalarType::Float;
+  if (wanted == dbp::DType::fp16) expected = ScalarType::Half;
+  if (wanted == dbp::DType::bf16) expected = ScalarType::BFloat16;
+  require(value >= 0 && value <= 3 && t.scalar_type() == expected, "dbp: ", kernel, ": ", name,
+          " is ", describe(t), ", which does not go with dtype number ", value);
+  return wanted;
 }
 
 }  // namespace dbp_torch

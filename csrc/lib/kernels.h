@@ -1,0 +1,21 @@
+// The kernels as compiled into the library: each entry is the launcher of csrc/kernels/<name>.cuh,
+// which documents its parameters. Include that file too to fill them in.
+//
+// All are asynchronous, allocate nothing, and return an error instead of launching what the device
+// or the kernel cannot do.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dbp {
+
+struct PackParams;
+struct ReduceParams;
+
+namespace compiled {
+
+cudaError_t pack(const PackParams& params, cudaStream_t stream);
+cudaError_t reduce(const ReduceParams& params, cudaStream_t stream);
+
+}  // namespace compiled
+}  // namespace dbp
