@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dbp_kernels.backends.triton import runtime
 
 
@@ -55,7 +57,10 @@ def simulated(target: int = 80, seed: int = 0, race_check: bool = True) -> Itera
 
 
 def _argument(value: Any) -> Any:
-    """Host tensor descriptors in the simulator's form; everything else as it is."""
+    """Descriptors and strided tensors in the simulator's form; everything else as it is."""
+    if isinstance(value, torch.Tensor) and not value.is_contiguous():
+        reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride()))
+        return value.as_strided((reach + 1,), (1,))  # all that kernels may touch
     if not hasattr(value, "block_shape"):
         return value
     import ptxsim.triton

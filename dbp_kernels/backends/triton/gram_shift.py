@@ -278,7 +278,6 @@ def cases(target: int) -> list[KernelCase]:
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                     tensor_cores=precision != "ieee" and config.block_m >= 64,
-                    divisible=("x", "workspace", "items", "boxes"),
                 )
             )
     return found

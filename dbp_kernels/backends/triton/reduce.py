@@ -19,7 +19,6 @@ from .work import SYMMETRIC, TRANSPOSED, Tables, Work
 _TRANSPOSED = tl.constexpr(TRANSPOSED)
 _SYMMETRIC = tl.constexpr(SYMMETRIC)
 _MAX_INT = 2**31 - 1
-_POINTERS = ("workspace", "out", "tiles", "taps", "slots")
 SQUARE = 32
 
 
@@ -173,7 +172,5 @@ def cases(target: int) -> list[KernelCase]:
                     constexprs["tap_count"] = 1
                     del signature["tap_count"]
                 name = f"reduce[{block}{', one tap' * one_tap}{', int64' * wide}]"
-                found.append(
-                    KernelCase(name, reduce_kernel, signature, constexprs, 4, 2, False, _POINTERS)
-                )
+                found.append(KernelCase(name, reduce_kernel, signature, constexprs, 4, 2, False))
     return found
