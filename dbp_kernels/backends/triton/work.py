@@ -160,6 +160,7 @@ class Work:
     Attributes:
         pairs: tile pairs (i, j) that some group of channels meets, row-major.
         splits: parts the pixels of each box are cut into.
+        first_slot: of each box, the slot of its first part within those of a tile pair.
         lists: per tap pair, its slots within those of a tile pair, in the order they are summed.
     """
 
@@ -169,6 +170,7 @@ class Work:
     block: int
     pairs: tuple[tuple[int, int], ...]
     splits: tuple[int, ...]
+    first_slot: tuple[int, ...]
     items: tuple[Item, ...]
     straight: int
     symmetric: int
@@ -267,6 +269,7 @@ def make_work(
     block_k: int,
     parallel: int,
     max_workspace: int = 1 << 26,
+    elsewhere: tuple[tuple[int, int], ...] = (),
 ) -> Work:
     """The work list for tiles of ``block`` channels.
 
@@ -274,6 +277,8 @@ def make_work(
         block_k: pixels per step; all items but the last of a box have a multiple of it.
         parallel: programs that run at the same time.
         max_workspace: bytes of float32 partials above which pixels are not split further.
+        elsewhere: (box, parts): boxes without items, because another kernel computes them; they
+            have slots, and are summed, like the others.
     """
     if any(batch * box.positions > MAX_PIXELS for box in program.boxes):
         raise ValueError(f"batch={batch}: expected at most {MAX_PIXELS} pixels in all images")
@@ -281,7 +286,12 @@ def make_work(
     upper = [pair for pair in pairs if pair[0] <= pair[1]]
     pixels = [batch * box.positions for box in program.boxes]
     tiles = [len(upper if box.symmetric else pairs) for box in program.boxes]
-    parts = _split(pixels, tiles, block_k, parallel, max_workspace // (4 * block**2))
+    given = dict(elsewhere)
+    here = [b for b in range(len(pixels)) if b not in given]
+    max_tiles = max_workspace // (4 * block**2) - sum(n * tiles[b] for b, n in elsewhere)
+    cut = _split([pixels[b] for b in here], [tiles[b] for b in here], block_k, parallel, max_tiles)
+    by_box = dict(zip(here, cut)) | {b: (n, 0) for b, n in elsewhere}
+    parts = [by_box[b] for b in range(len(pixels))]
 
     first_slot, counts = [], [0, 0]
     for box, (n, _) in zip(program.boxes, parts):
@@ -291,6 +301,8 @@ def make_work(
 
     items = []
     for b, (box, (n, each)) in enumerate(zip(program.boxes, parts)):
+        if b in given:
+            continue
         base, owned = (len(pairs) * straight, symmetric) if box.symmetric else (0, straight)
         for p, (i, j) in enumerate(upper if box.symmetric else pairs):
             for part in range(n):
@@ -313,6 +325,7 @@ def make_work(
         block=block,
         pairs=pairs,
         splits=tuple(n for n, _ in parts),
+        first_slot=tuple(first_slot),
         items=tuple(items),
         straight=straight,
         symmetric=symmetric,
