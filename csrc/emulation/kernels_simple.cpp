@@ -1,6 +1,8 @@
-// pack and reduce under emulation.
+// pack, reduce, update and stats under emulation.
 #include "../kernels/pack.cuh"
 #include "../kernels/reduce.cuh"
+#include "../kernels/stats.cuh"
+#include "../kernels/update.cuh"
 #include "registry.h"
 
 namespace dbp::emulation {
@@ -21,6 +23,24 @@ static Register reduce("reduce", [](Arguments& a) {
   a("tap_count", p.tap_count)("block", p.block)("straight", p.straight);
   a("symmetric", p.symmetric)("symmetric_base", p.symmetric_base)("scale", p.scale);
   return launch_reduce(p, nullptr);
+});
+
+static Register update("update", [](Arguments& a) {
+  UpdateParams p{};
+  a("m", p.m)("e", p.e)("partials", p.partials)("loss", p.loss);
+  a("groups", p.groups)("dim", p.dim);
+  a("c_weight", p.c_weight)("v_weight", p.v_weight)("c_loss", p.c_loss)("v_loss", p.v_loss);
+  return launch_update(p, nullptr);
+});
+
+static Register stats("stats", [](Arguments& a) {
+  StatsParams p{};
+  a("x", p.x)("r", p.r)("workspace", p.workspace)("c", p.c)("v", p.v)("dtype", p.dtype);
+  a("image_stride", p.image_stride)("channel_stride", p.channel_stride);
+  a("pixel_stride", p.pixel_stride)("images", p.images)("size", p.size)("output", p.output);
+  a("kernel", p.kernel)("stride", p.stride)("padding", p.padding)("dilation", p.dilation);
+  a("groups", p.groups)("group_channels", p.group_channels)("splits", p.splits);
+  return launch_stats(p, nullptr);
 });
 
 }  // namespace dbp::emulation

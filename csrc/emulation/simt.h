@@ -209,6 +209,11 @@ void store16(emulation::GlobalPointer<T> p, uint4 value) {
   emulation::GlobalPointer<uint4>(reinterpret_cast<uint4*>(p.raw)).write(value);
 }
 
+template <class T>
+bool aligned16(emulation::GlobalPointer<T> p) {
+  return reinterpret_cast<uintptr_t>(p.raw) % 16 == 0;
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(__nv_bfloat16 x) { return emulation::bf16_to_float(x.bits); }
 inline float to_float(__half x) { return emulation::fp16_to_float(x.bits); }

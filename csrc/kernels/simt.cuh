@@ -29,7 +29,9 @@ using fp16 = __half;
 // fp32 is ieee (FFMA); tf32 is fp32 data multiplied by tensor cores with 10-bit mantissas.
 enum class DType : int32_t { fp32 = 0, tf32 = 1, fp16 = 2, bf16 = 3 };
 
-constexpr int size_of(DType t) { return t == DType::fp32 || t == DType::tf32 ? 4 : 2; }
+__host__ __device__ constexpr int size_of(DType t) {
+  return t == DType::fp32 || t == DType::tf32 ? 4 : 2;
+}
 
 template <class T>
 struct Type {
@@ -108,6 +110,12 @@ __device__ __forceinline__ uint4 load16(Global<T> p) {
 template <class T>
 __device__ __forceinline__ void store16(Global<T> p, uint4 value) {
   *reinterpret_cast<uint4*>(p) = value;
+}
+
+// Host: whether load16 and store16 may be used from here on.
+template <class T>
+bool aligned16(T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
 // --- Conversions
@@ -263,5 +271,28 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 }
 
 #endif  // DBP_EMULATE
+
+// N consecutive floats, one (N = 1) or 16 bytes (N = 4) per access.
+template <int N>
+__device__ __forceinline__ void load_floats(float (&value)[N], Global<const float> p) {
+  static_assert(N == 1 || N == 4);
+  if constexpr (N == 1) {
+    value[0] = p[0];
+  } else {
+    const uint4 bits = load16(p);
+    value[0] = bits_float(bits.x), value[1] = bits_float(bits.y);
+    value[2] = bits_float(bits.z), value[3] = bits_float(bits.w);
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_floats(Global<float> p, const float (&value)[N]) {
+  static_assert(N == 1 || N == 4);
+  if constexpr (N == 1) {
+    p[0] = value[0];
+  } else {
+    store16(p, make_uint4(float_bits(value[0]), float_bits(value[1]), float_bits(value[2]),
+                          float_bits(value[3])));
+  }
+}
 
 }  // namespace dbp

@@ -40,22 +40,22 @@ def arguments_of(work: W.Work, workspace: torch.Tensor, samples: int) -> dict:
     """The kernel's arguments, its output poisoned."""
     tables = W.make_tables(work, torch.device("cpu"))
     dim = work.group_channels * work.program.taps
-    return dict(
-        workspace=workspace.float().numpy(),
-        out=np.full((work.channels // work.group_channels, dim, dim), np.nan, np.float32),
-        tiles=tables.tiles.numpy(),
-        taps=tables.taps.numpy(),
-        slots=tables.slots.numpy(),
-        upper=len(work.upper),
-        channels=work.channels,
-        group_channels=work.group_channels,
-        tap_count=work.program.taps,
-        block=work.block,
-        straight=work.straight,
-        symmetric=work.symmetric,
-        symmetric_base=work.symmetric_base,
-        scale=1 / samples,
-    )
+    return {
+        "workspace": workspace.float().numpy(),
+        "out": np.full((work.channels // work.group_channels, dim, dim), np.nan, np.float32),
+        "tiles": tables.tiles.numpy(),
+        "taps": tables.taps.numpy(),
+        "slots": tables.slots.numpy(),
+        "upper": len(work.upper),
+        "channels": work.channels,
+        "group_channels": work.group_channels,
+        "tap_count": work.program.taps,
+        "block": work.block,
+        "straight": work.straight,
+        "symmetric": work.symmetric,
+        "symmetric_base": work.symmetric_base,
+        "scale": 1 / samples,
+    }
 
 
 def prepare(case_, block: int, parallel: int):

@@ -1,0 +1,89 @@
+// update: the epilogue of the update rule. From M = <x x^T> it makes the matrix E of R - lr E R,
+//     E_ij = c_weight M_ij,   E_ii = v_weight (M_ii - 1),
+// and the loss  sum c_loss M_ij^2 + sum v_loss (M_ii - 1)^2  of each group, in one pass over M and
+// a fixed order of summation: every block writes one partial sum, a second kernel adds them.
+#pragma once
+
+#include "block_sum.cuh"
+#include "simt.cuh"
+
+namespace dbp {
+
+struct UpdateParams {
+  Global<const float> m;   // (groups, dim, dim)
+  Global<float> e;         // the same shape; may be m itself
+  Global<float> partials;  // update_workspace_bytes
+  Global<float> loss;      // (groups)
+  int32_t groups, dim;
+  float c_weight, v_weight, c_loss, v_loss;
+};
+
+namespace update {
+
+constexpr int kThreads = 256, kChunk = 16 * kThreads;  // elements of one block
+
+__host__ __device__ constexpr int64_t chunks(int64_t dim) { return ceil_div(dim * dim, kChunk); }
+
+// One block: kChunk consecutive elements of one group's matrix, Width of them per access.
+template <int Width>
+__global__ void __launch_bounds__(kThreads) update_kernel(UpdateParams p) {
+  const int64_t blocks = chunks(p.dim), elements = int64_t{p.dim} * p.dim;
+  const int64_t group = blockIdx.x / blocks;
+  const int64_t first = blockIdx.x % blocks * kChunk + int64_t{Width} * threadIdx.x;
+  const auto m = p.m + group * elements;
+  const auto e = p.e + group * elements;
+  const unsigned next_diagonal = p.dim + 1u;  // elements from one diagonal entry to the next
+  auto phase = static_cast<unsigned>(first % next_diagonal);
+  float loss = 0.0f;
+  for (int step = 0; step < kChunk / (Width * kThreads); ++step) {
+    const int64_t at = first + int64_t{step} * Width * kThreads;
+    if (at < elements) {
+      float value[Width];
+      load_floats(value, m + at);
+#pragma unroll
+      for (int w = 0; w < Width; ++w) {
+        const bool diagonal = (phase + w) % next_diagonal == 0;
+        const float off = diagonal ? value[w] - 1.0f : value[w];
+        loss += (diagonal ? p.v_loss : p.c_loss) * off * off;
+        value[w] = (diagonal ? p.v_weight : p.c_weight) * off;
+      }
+      store_floats(e + at, value);
+    }
+    phase = (phase + Width * kThreads) % next_diagonal;
+  }
+  loss = block_sum<kThreads>(loss);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = loss;
+}
+
+// One block: the loss of one group.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) update_loss_kernel(UpdateParams p) {
+  const int64_t blocks = chunks(p.dim);
+  float loss = 0.0f;
+  for (int64_t i = threadIdx.x; i < blocks; i += Threads)
+    loss += p.partials[blockIdx.x * blocks + i];
+  loss = block_sum<Threads>(loss);
+  if (threadIdx.x == 0) p.loss[blockIdx.x] = loss;
+}
+
+}  // namespace update
+
+inline size_t update_workspace_bytes(int64_t groups, int64_t dim) {
+  return sizeof(float) * static_cast<size_t>(groups * update::chunks(dim));
+}
+
+inline cudaError_t launch_update(const UpdateParams& p, cudaStream_t stream) {
+  if (p.groups < 0 || p.dim < 0) return cudaErrorInvalidValue;
+  const int64_t blocks = p.groups * update::chunks(p.dim);
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  // with an even dim every group's matrix is a whole number of 16-byte vectors
+  const bool vectors = p.dim % 2 == 0 && aligned16(p.m) && aligned16(p.e);
+  const cudaError_t error = launch(vectors ? update::update_kernel<4> : update::update_kernel<1>,
+                                   dim3(static_cast<unsigned>(blocks)), dim3(update::kThreads),
+                                   block_sum_bytes(update::kThreads), stream, p);
+  if (error != cudaSuccess) return error;
+  return launch(update::update_loss_kernel<update::kThreads>, dim3(p.groups),
+                dim3(update::kThreads), block_sum_bytes(update::kThreads), stream, p);
+}
+
+}  // namespace dbp
