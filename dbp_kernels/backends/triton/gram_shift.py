@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry
 from . import runtime
-from .configs import Config, precision_key
+from .configs import Config, configs, pinned, precision_key
 from .dot import dot
 from .pack import pack, packed_already, vector
 from .reduce import reduce
@@ -120,37 +120,15 @@ def gram_shift_kernel(
 
 # --------------------------------------------------------------------------- configurations
 
-# Largest tile first. Shared memory decides: 99 KB on 86, 89, 120; 163 on 80; 227 on 90, 100.
-_HALF = {
-    80: (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 4)),
-    86: (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3)),
-    90: (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 5)),
-}
-_HALF_SMALL = (Config(32, 32, 64, 2, 4), Config(16, 16, 64, 1, 4))
-_TF32 = {
-    80: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 4)),
-    86: (Config(128, 128, 16, 8, 3), Config(64, 64, 32, 4, 3)),
-    90: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 4)),
-}
-_TF32_SMALL = (Config(32, 32, 32, 2, 4), Config(16, 16, 32, 1, 4))
-_IEEE = (
-    Config(64, 64, 16, 4, 3),
-    Config(32, 32, 32, 2, 3),
-    Config(16, 16, 32, 1, 3),
-)
-
+KERNEL = "gram_shift"
 # What a tile costs per element of the block, against the largest.
 _COST = {128: 1.0, 64: 1.25, 32: 2.0, 16: 4.0}
 
 
-def configurations(precision: str, target: int) -> tuple[Config, ...]:
-    """All shipped configurations for "bf16", "fp16", "tf32" or "ieee", largest tile first."""
-    family = {80: 80, 90: 90, 100: 90}.get(target, 86)
-    if precision == "ieee":
-        return _IEEE
-    if precision == "tf32":
-        return (*_TF32[family], *_TF32_SMALL)
-    return (*_HALF[family], *_HALF_SMALL)
+def sizes(geometry: ConvGeometry) -> dict[str, int]:
+    """What a problem is called when its fastest configuration is measured."""
+    pixels = geometry.input_numel // geometry.channels
+    return {"group_channels": geometry.group_channels, "groups": geometry.groups, "pixels": pixels}
 
 
 @lru_cache(maxsize=4096)
@@ -161,7 +139,7 @@ def choose(channels: int, group_channels: int, precision: str, target: int) -> C
         block = config.block_m
         return len(tile_pairs(channels, group_channels, block)) * block**2 * _COST[block]
 
-    return min(configurations(precision, target), key=cost)
+    return min(configs(KERNEL, precision, target), key=cost)
 
 
 def resident(config: Config, itemsize: int, target: int) -> int:
@@ -234,7 +212,8 @@ def patch_gram_shift(
     target = runtime.target(x.device)
     if config is None:
         precision = precision_key(x.dtype)
-        config = choose(geometry.channels, geometry.group_channels, precision, target)
+        config = pinned(KERNEL, precision, sizes(geometry), x.device)
+        config = config or choose(geometry.channels, geometry.group_channels, precision, target)
     if parallel is None:
         parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
     if not packed_already(x):
@@ -254,7 +233,7 @@ def cases(target: int) -> list[KernelCase]:
     """Every configuration for one to three axes, and one of each precision with 64-bit addresses."""
     found = []
     for precision, element in _PRECISIONS.items():
-        shipped = configurations(precision, target)
+        shipped = configs(KERNEL, precision, target)
         variants = [(c, axes, False) for c in shipped for axes in (2, 1, 3)]
         variants.append((shipped[0], 2, True))
         for config, axes, wide in variants:

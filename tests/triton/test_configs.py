@@ -1,0 +1,138 @@
+"""Tile shapes per GPU: every target has its own, what is pinned is shipped, the tuner writes them."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from bench import tune
+from dbp_kernels.backends.triton import configs, runtime
+from dbp_kernels.backends.triton.configs import Config, precision_key
+
+CPU = torch.device("cpu")
+SMALL, LARGE = Config(16, 16, 16, 4, 2), Config(64, 64, 32, 4, 3)
+
+
+def test_every_target_has_configurations():
+    for target in runtime.TARGETS:
+        for kernel, by_precision in configs._family(target).items():
+            for precision, shipped in by_precision.items():
+                assert precision in ("bf16", "fp16", "tf32", "ieee")
+                assert configs.configs(kernel, precision, target) == shipped
+                assert len(set(shipped)) == len(shipped) > 0
+                sizes = [c.block_m * c.block_n for c in shipped]
+                assert sizes == sorted(sizes, reverse=True), (kernel, precision)
+
+
+def test_families_never_hand_down_more_shared_memory_than_there_is():
+    tiles = {target: configs._family(target) for target in runtime.TARGETS}
+    assert tiles[86] == tiles[89] == tiles[120]
+    assert tiles[90] == tiles[100]
+    assert tiles[80] != tiles[90]
+
+
+@pytest.mark.parametrize("target", [75, 87, 103, 121, 130])
+def test_unknown_targets_take_a_family_that_fits(target):
+    assert configs._family(target)
+
+
+def test_precision_follows_torch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert precision_key(torch.float32) == expected
+            assert precision_key(torch.bfloat16) == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_pinned_configurations_are_among_the_shipped():
+    for entry in configs._files():
+        for kernel, by_precision in entry.get("pinned", {}).items():
+            for precision, rows in by_precision.items():
+                shipped = configs.configs(kernel, precision, entry["capability"])
+                assert {Config(**row["config"]) for row in rows} <= set(shipped)
+
+
+@pytest.fixture
+def pinned_files(monkeypatch):
+    """Two GPUs of one capability with measured configurations, and one of another."""
+
+    def entry(device, capability, config):
+        rows = [{"sizes": {"C": 64, "n": 1000}, "config": asdict(config)}]
+        return {"device": device, "capability": capability, "pinned": {"k": {"bf16": rows}}}
+
+    files = (entry("H200", 90, LARGE), entry("H100", 90, SMALL), entry("A100", 80, SMALL))
+    monkeypatch.setattr(configs, "_files", lambda: files)
+    configs._nearest.cache_clear()
+    yield
+    configs._nearest.cache_clear()
+
+
+def nearest(name, target, C=64, n=1000, kernel="k"):
+    return configs._nearest(kernel, "bf16", (("C", C), ("n", n)), name, target)
+
+
+@pytest.mark.usefixtures("pinned_files")
+def test_nearest_match():
+    assert nearest("H200", 90) == LARGE
+    assert nearest("H100", 90) == SMALL
+    assert nearest("GH200", 90) == LARGE  # another GPU of the capability
+    assert nearest("L40", 89) is None
+    assert nearest("H200", 90, n=3000) == LARGE
+    assert nearest("H200", 90, n=5000) is None  # too far to say
+    assert nearest("H200", 90, C=128, n=1500) == LARGE
+    assert nearest("H200", 90, C=128, n=3000) is None
+    assert nearest("H200", 90, kernel="other") is None
+
+
+def problem(delays: dict, wrong=()):
+    def run(config):
+        for _ in range(delays[config]):
+            torch.randn(200, 200) @ torch.randn(200, 200)
+        return torch.ones(3) * (2 if config in wrong else 1)
+
+    sizes = {"C": 64, "n": 1000}
+    return tune.Problem("k", "bf16", sizes, tuple(delays), run, lambda: torch.ones(3))
+
+
+def test_the_tuner_finds_the_fastest_and_writes_what_the_package_reads(tmp_path, monkeypatch):
+    table, failures = tune.tune([problem({LARGE: 8, SMALL: 1})], CPU)
+    assert not failures
+    path = tune.write(table, "NVIDIA H200", 90, tmp_path)
+    assert path.name == "nvidia-h200.json"
+    monkeypatch.setattr(configs, "_files", lambda: (json.loads(path.read_text()),))
+    configs._nearest.cache_clear()
+    assert nearest("NVIDIA H200", 90) == SMALL
+    configs._nearest.cache_clear()
+
+
+def test_wrong_configurations_are_not_pinned():
+    best, seconds = tune.fastest(problem({LARGE: 8, SMALL: 1}, wrong=[SMALL]), CPU)
+    assert best == LARGE
+    assert list(seconds) == [LARGE.text]
+    with pytest.raises(RuntimeError, match="error"):
+        tune.fastest(problem({SMALL: 1}, wrong=[SMALL]), CPU)
+
+
+def test_the_tuner_refuses_during_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "captured" in tune.refuse()
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="needs CPU tensors")
+def test_tuning_problems_run():
+    """The problems as they are on a GPU, on a small layer: every candidate computes its result."""
+    from bench import registry
+    from bench.kernels import Settings
+
+    case = registry.conv(2, 20, 5, 3)
+    several = [tune._shift_problem(case, Settings(CPU, d)) for d in (torch.bfloat16, torch.float32)]
+    for p in (*several, tune._update_problem(2, 24, CPU)):
+        assert p.candidates
+        exact = p.exact()
+        for config in p.candidates:
+            assert tune.check.error(p.run(config), exact) < 1e-2
