@@ -1,5 +1,6 @@
 # make demo   train by plain and by decorrelated backpropagation on real images, side by side
 # make test   the test suite          make bench  speed against the alternatives
+# make device-check   on a machine with a GPU: its tests and benchmarks, in under ten minutes
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ JOBS ?= 2
 BIN = $(abspath $(VENV))/bin
 READY = $(VENV)/.dbp-kernels-installed
 
-.PHONY: demo test test-all bench lint format clean
+.PHONY: demo test test-all bench device-check lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
@@ -24,6 +25,9 @@ test-all: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench --save
+
+device-check: $(READY)
+	$(BIN)/python -m bench device-check
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ DTYPES = {
 QUICK_BATCH, QUICK_PAIRS = 4, 3
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
+python -m bench device-check               all that only a machine with a GPU can tell, in one run
+python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 """
 
 
@@ -102,6 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
+    if arguments[:1] == ["device-check"]:
+        from . import device_check
+
+        return device_check.main(arguments[1:])
+    if arguments[:1] == ["tune"]:
+        from . import tune
+
+        return tune.main(arguments[1:])
     options = parser().parse_args(arguments)
     target = _target(options)
     if target is not None and target.exists():

@@ -133,22 +133,33 @@ def planned(case: Case, x: Tensor) -> dict:
     """The planner's {"choice": algorithm, "predicted_seconds"}; empty where it does not say."""
     lists = (case.kernel, case.stride, case.padding, case.dilation)
     window = (*(() if case.is_linear else v for v in lists), case.groups)
-    best = plan_for("gram_choices", x, window)
-    if best is None:
+    choices = plans_for("gram_choices", x, window)
+    if not choices:
         return {}
-    return {"choice": str(best), "predicted_seconds": float(f"{best.seconds:.3g}")}
+    best = choices[0]
+    return {
+        "choice": str(best),
+        "predicted_seconds": float(f"{best.seconds:.3g}"),
+        # the fewest operations of any algorithm
+        "useful_gflop": float(f"{min(choice.gflop for choice in choices):.4g}"),
+    }
 
 
 def plan_for(question: str, x: Tensor, window: tuple):
-    """The planner's first answer to ``question`` ("gram_choices", "update_choices") for input x.
+    """The planner's first answer, or None: see ``plans_for``."""
+    return next(iter(plans_for(question, x, window)), None)
 
-    ``window`` is (kernel_size, stride, padding, dilation, groups). None where the library at hand
+
+def plans_for(question: str, x: Tensor, window: tuple) -> tuple:
+    """The planner's answers to ``question`` ("gram_choices", "update_choices") for input x.
+
+    ``window`` is (kernel_size, stride, padding, dilation, groups). Empty where the library at hand
     has no such planner: the benchmark also runs on older and newer ones.
     """
     try:
         from dbp_kernels import choices, geometry
 
         shape = geometry.make_geometry(x.shape, *window)
-        return getattr(choices, question)(shape, x.device.type, x.dtype)[0]
+        return getattr(choices, question)(shape, x.device.type, x.dtype)
     except (ImportError, AttributeError, TypeError, LookupError):
-        return None
+        return ()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models import ConvNet, resnet18
+from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
 from .kernels import Settings, failed, plan_for
 from .published import publish_model, publish_update
@@ -38,6 +38,12 @@ class StepCase:
 STEP_CASES = (
     StepCase("convnet 32x32", lambda: ConvNet(3, (64, 64, 128)), 128, 32, 10, 25),
     StepCase("resnet18 32x32", lambda: resnet18(10, stem="cifar"), 128, 32, 10, 9),
+)
+# The paper's networks at the paper's size. A CPU takes minutes for one step.
+GPU_STEP_CASES = (
+    StepCase("resnet50 224x224", lambda: resnet50(1000), 256, 224, 1000, 9),
+    StepCase("resnet18 224x224", lambda: resnet18(1000), 256, 224, 1000, 9),
+    StepCase("resnet34 224x224", lambda: resnet34(1000), 256, 224, 1000, 9),
 )
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -101,9 +107,10 @@ def run_step_case(
     *,
     batch: int | None = None,
     sample: float = 0.1,
+    methods: Sequence[str] = (BP, OURS, PUBLISHED),
     tick: Callable[[], object] = lambda: None,
 ) -> dict:
-    """Times one step of every variant, interleaved; returns the case's result record.
+    """Times one step of every variant in ``methods``, interleaved; returns the case's record.
 
     All variants start from one and the same network. First a step of each on the same data: with R
     at the identity their losses must agree (1e-3 relative), else the variant is "wrong" and gets
@@ -125,6 +132,8 @@ def run_step_case(
     steps: dict[str, Step] = {}
     expected = None
     for name, make in variants(sample, settings.dtype).items():
+        if name not in methods:
+            continue
         try:
             steps[name] = make(copy.deepcopy(model))
             loss = float(steps[name](images, labels).detach())

@@ -393,6 +393,51 @@ def test_bars_missed_by_a_slow_method():
     assert got["convnet 32x32 b128: slowdown against bp <= 1.25"] == bars.MISSED
 
 
+def gpu_result(ours: float, best: float, slowdown: float = 1.0) -> dict:
+    """Ours takes ``ours`` seconds, unfold 10, the other rivals ``best`` and more."""
+    cases = []
+    for case in (c for n in (256, 26) for c in registry.select("resnet", n)):
+        methods = {"dbp": method(ours), "unfold": method(10.0), "self_wgrad": method(best)}
+        methods["padded_gemm"] = method(2 * best) if case.D % 2 else {"status": "n/a"}
+        record = {"name": case.name, "n": case.n, "D": case.D, "groups": case.groups}
+        record.update(kernel=list(case.kernel), stride=list(case.stride), methods=methods)
+        record.update(tags=list(case.tags), input_elements=case.input_elements)
+        cases.append(record)
+    step = {"bp": method(0.2), "dbp": method(0.2 * slowdown)}
+    return {
+        "settings": {"device": "cuda", "dtype": "bfloat16", "whole_registry": False},
+        "kernels": cases,
+        "step": [{"name": "resnet50 224x224 b256", "methods": step}],
+    }
+
+
+def test_gpu_bars():
+    verdicts = bars.evaluate(gpu_result(ours=1.0, best=1.6))
+    assert [v.status for v in verdicts] == [bars.MET] * 4
+    assert [v.figure for v in verdicts] == pytest.approx([10, 1.6, 10, 1.0])
+    assert all(v.goal_met for v in verdicts if v.bar.goal is not None)
+    slow = bars.evaluate(gpu_result(ours=4.0, best=3.0, slowdown=1.3))
+    assert [v.status for v in slow] == [bars.MISSED, bars.MISSED, bars.MET, bars.MISSED]
+
+
+def test_gpu_bars_count_every_case_with_enough_patches():
+    counted = [r["name"] for r in gpu_result(1, 1)["kernels"] if bars.GROUPS[FIRST_GROUP](r)]
+    assert "3x3 64@56 b256" in counted
+    assert "3x3 512@7 b256" in counted
+    assert "3x3 512@7 b26" not in counted  # n < D
+    assert not any(name.startswith(("1x1", "7x7", "3x3 s2")) for name in counted)
+
+
+FIRST_GROUP = next(iter(bars.GROUPS))
+
+
+def test_a_wrong_result_of_ours_misses_a_gpu_bar():
+    result = gpu_result(1.0, 2.0)
+    wrong = next(r for r in result["kernels"] if bars.GROUPS[FIRST_GROUP](r))
+    wrong["methods"]["dbp"] = {"status": "wrong", "reason": "error 1"}
+    assert [v.status for v in bars.evaluate(result)][:2] == [bars.MISSED, bars.MISSED]
+
+
 def test_the_worst_case_decides():
     result = synthetic()
     result["kernels"][-1]["methods"]["dbp"] = method(0.08)
