@@ -1,0 +1,236 @@
+// Second moment, shift form, main boxes: all shifts of a pair of channel tiles from one staged
+// tile.
+//
+// A block takes a range of pixels, numbered over all images, 64 (32 in fp32) at a time. Their rows
+// are staged once, in a ring of shared memory that also still holds the pixels before them, as far
+// back as the largest shift reaches (the halo): every shift of the right operand is then just
+// another row of the ring, and each pixel is read from global memory once. Shifts point backwards
+// (the other half are transposes). A pixel that a shift's box excludes gets a row of zeros as its
+// right operand, so boxes are exact, except that an Inf or NaN in the left pixel meets that zero:
+// like the zero columns of a padded buffer it can then reach entries of its own channel that im2col
+// keeps finite.
+//
+// The partial tiles, one per shift and range of pixels, are summed by the reduce kernel.
+#pragma once
+
+#include "gram_tile.cuh"
+
+namespace dbp {
+
+struct GramShiftParams {
+  // (pixels, row_stride) elements of `dtype`: images, z, y, x in order, nothing between the pixels.
+  // Base and row_stride are multiples of 16 bytes.
+  Global<const void> x;
+  Global<void> workspace;  // float32 (slots, block, block)
+  Global<const int32_t>
+      items;  // (item_count, 8): channel tiles i and j, part of the columns, set of
+              // shifts, first and last pixel, slot of the item's first straight
+              // shift, slot of its first symmetric one (-1: it computes none)
+  // (sets, GramShiftShape.shifts(), 4): pixels from left to right (<= 0), the slot to add to the
+  // item's, 1 if symmetric, 1 if used. A set is cut into as many groups as there are warps for.
+  Global<const int32_t> shifts;
+  // (sets, size z + size y + size x): bit s: this coordinate of a left pixel lies in the box of
+  // shift s
+  Global<const int32_t> masks;
+  int64_t pixels;
+  int64_t row_stride;
+  int32_t channels;  // that may be read: all, padded to a multiple of 16 bytes
+  int32_t size[3];   // z, y, x
+  int32_t halo;      // pixels the farthest shift reaches back
+  int32_t item_count;
+  int32_t block;  // channels of a tile: 16, 32 or 64
+  DType dtype;
+};
+
+template <DType K, int Block>
+struct GramShiftShape {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kColumns = Block < 32 ? Block : 32;  // of the tile, per block of threads
+  static constexpr int kAcross = kColumns / 8;              // warps side by side
+  static constexpr int kGroups = kWarps / kAcross;          // warps with different shifts
+  static constexpr int kShifts = 7;  // per warp: Block / 16 * 4 registers each
+  static constexpr int kPixels = element_bytes(K) == 2 ? 64 : 32;  // staged at a time
+  static constexpr int kStages = 3;
+  static constexpr uint32_t kLeftPitch = row_pitch(K, Block);
+  static constexpr uint32_t kRightPitch = row_pitch(K, kColumns);
+  // Shared memory: a row of zeros, masks of the staged pixels, left rows, right rows with halo.
+  static constexpr uint32_t kMasks = kColumns * element_bytes(K);
+  static constexpr uint32_t kLeft = kMasks + kStages * kPixels * 4;
+  static constexpr uint32_t kRight = kLeft + kStages * kPixels * kLeftPitch;
+  static_assert(kMasks % 16 == 0 && kLeft % 16 == 0 && kRight % 16 == 0);
+
+  __host__ __device__ static constexpr int shifts() { return kGroups * kShifts; }
+  static constexpr int64_t shared_bytes(int64_t halo) {
+    return kRight + (ceil_div(halo, int64_t{kPixels}) + kStages) * kPixels * kRightPitch;
+  }
+};
+
+template <DType K, int Block>
+__global__ void __launch_bounds__(GramShiftShape<K, Block>::kThreads, 1)
+    gram_shift_kernel(GramShiftParams p) {
+  using Shape = GramShiftShape<K, Block>;
+  constexpr int S = Shape::kShifts, M = Block / 16, kPixels = Shape::kPixels;
+  constexpr int kStages = Shape::kStages, kVector = 16 / element_bytes(K);
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+
+  const auto item = p.items + int64_t{blockIdx.x} * 8;
+  const int left_channel = item[0] * Block;
+  const int part = item[2] * Shape::kColumns;  // first column within the tile
+  const int right_channel = item[1] * Block + part;
+  const int set = item[3], first = item[4], last = item[5];
+  const int64_t straight = item[6], symmetric = item[7];
+  const auto x = cast<const Element<K>>(p.x);
+
+  // --- What this thread masks and copies
+  const int size_z = p.size[0], size_y = p.size[1], size_x = p.size[2];
+  const auto mask_z = p.masks + int64_t{set} * (size_z + size_y + size_x);
+  const auto mask_y = mask_z + size_z, mask_x = mask_y + size_y;
+  int pixel = first + thread, px = pixel % size_x, py = pixel / size_x % size_y,
+      pz = pixel / size_x / size_y % size_z;
+  const int step_x = kPixels % size_x, step_y = kPixels / size_x % size_y,
+            step_z = kPixels / size_x / size_y % size_z;
+  auto write_mask = [&](int stage) {  // of this thread's pixel; then on to the next stage's
+    if (thread >= kPixels) return;
+    uint32_t mask = 0;
+    if (pixel < last) mask = mask_x[px] & mask_y[py] & mask_z[pz];
+    shared_store<uint32_t>(Shape::kMasks + (stage * kPixels + thread) * 4, mask);
+    pixel += kPixels;
+    if ((px += step_x) >= size_x) px -= size_x, ++py;
+    if ((py += step_y) >= size_y) py -= size_y, ++pz;
+    if ((pz += step_z) >= size_z) pz -= size_z;
+  };
+  // Rows [from, from + kPixels) of `columns` channels; those outside [low, high) are zero.
+  auto copy_rows = [&](uint32_t to, uint32_t pitch, int columns, int channel, int64_t from,
+                       int64_t low, int64_t high) {
+    const int vectors = columns / kVector;
+    for (int v = thread; v < kPixels * vectors; v += Shape::kThreads) {
+      const int64_t row = from + v / vectors;
+      const int c = channel + v % vectors * kVector;
+      const bool valid = row >= low && row < high && c < p.channels;
+      cp_async<16>(to + v / vectors * pitch + v % vectors * 16,
+                   valid ? x + (row * p.row_stride + c) : x, valid);
+    }
+  };
+  // Chunk c holds the pixels first + c * kPixels...; those before the first one are only halo.
+  const int chunks = ceil_div(last - first, kPixels), halo_chunks = ceil_div(p.halo, kPixels);
+  const int ring = halo_chunks + kStages;
+  auto right_rows = [&](int chunk) {
+    return Shape::kRight + (chunk + halo_chunks) % ring * kPixels * Shape::kRightPitch;
+  };
+  auto copy_right = [&](int chunk) {
+    copy_rows(right_rows(chunk), Shape::kRightPitch, Shape::kColumns, right_channel,
+              first + int64_t{chunk} * kPixels, 0, p.pixels);
+  };
+  auto stage_chunk = [&](int chunk) {
+    if (chunk < chunks) {
+      const int stage = chunk % kStages;
+      write_mask(stage);
+      copy_rows(Shape::kLeft + stage * kPixels * Shape::kLeftPitch, Shape::kLeftPitch, Block,
+                left_channel, first + int64_t{chunk} * kPixels, first, last);
+      copy_right(chunk);
+    }
+    cp_async_commit();
+  };
+
+  // --- What this warp multiplies
+  const int column = warp % Shape::kAcross * 8, group = warp / Shape::kAcross;
+  const auto shifts = p.shifts + (int64_t{set} * Shape::shifts() + group * S) * 4;
+  const uint32_t ring_bytes = ring * kPixels * Shape::kRightPitch;
+  int32_t offset[S];
+  uint32_t active = 0;
+#pragma unroll
+  for (int s = 0; s < S; ++s) {
+    offset[s] = shifts[4 * s] * static_cast<int32_t>(Shape::kRightPitch);
+    const bool computed = shifts[4 * s + 3] && !(shifts[4 * s + 2] && symmetric < 0);
+    active |= static_cast<uint32_t>(computed) << s;
+  }
+  float acc[S][M][4] = {};
+
+  for (int v = thread; v < static_cast<int>(Shape::kMasks / 4); v += Shape::kThreads)
+    shared_store<uint32_t>(4 * v, 0);
+  if (chunks > 0)
+    for (int chunk = -halo_chunks; chunk < 0; ++chunk) copy_right(chunk);
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) stage_chunk(chunk);
+
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // chunk has arrived, and nobody reads what the next copies overwrite
+    stage_chunk(chunk + kStages - 1);
+    const int stage = chunk % kStages;
+    const uint32_t rows = right_rows(chunk) + column * element_bytes(K);
+#pragma unroll 1
+    for (int k = 0; k < kPixels; k += kStep) {
+      const uint32_t mask =
+          shared_load<uint32_t>(Shape::kMasks + (stage * kPixels + k + lane) * 4) >> group * S;
+      uint32_t right[S];
+#pragma unroll
+      for (int s = 0; s < S; ++s) {
+        uint32_t at = rows + (k + lane) * Shape::kRightPitch + offset[s];
+        if (static_cast<int32_t>(at - Shape::kRight) < 0) at += ring_bytes;
+        right[s] = mask >> s & 1 ? at : column * element_bytes(K);
+      }
+      multiply<K, M, S>(acc, Shape::kLeft + (stage * kPixels + k) * Shape::kLeftPitch,
+                        Shape::kLeftPitch, right, active);
+    }
+  }
+  cp_async_wait<0>();
+
+#pragma unroll
+  for (int s = 0; s < S; ++s)
+    if (active >> s & 1)
+      store_partial(p.workspace, (shifts[4 * s + 2] ? symmetric : straight) + shifts[4 * s + 1],
+                    Block, 0, part + column, acc[s]);
+}
+
+// Shifts per row of `shifts`, and parts that the columns of a tile are cut into; 0 for an unknown
+// block.
+inline int gram_shift_set(int block) {
+  return block == 64 || block == 32 ? GramShiftShape<DType::bf16, 32>::shifts()
+         : block == 16              ? GramShiftShape<DType::bf16, 16>::shifts()
+                                    : 0;
+}
+
+template <DType K, int Block>
+cudaError_t launch_gram_shift_as(const GramShiftParams& p, cudaStream_t stream) {
+  using Shape = GramShiftShape<K, Block>;
+  constexpr int kVector = 16 / element_bytes(K);
+  if (p.row_stride % kVector || p.channels % kVector) return cudaErrorInvalidValue;
+  const int64_t shared = Shape::shared_bytes(p.halo);
+  if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
+  return launch(gram_shift_kernel<K, Block>, dim3(p.item_count), dim3(Shape::kThreads),
+                static_cast<size_t>(shared), stream, p);
+}
+
+template <DType K>
+cudaError_t launch_gram_shift_as(const GramShiftParams& p, cudaStream_t stream) {
+  switch (p.block) {
+    case 16:
+      return launch_gram_shift_as<K, 16>(p, stream);
+    case 32:
+      return launch_gram_shift_as<K, 32>(p, stream);
+    case 64:
+      return launch_gram_shift_as<K, 64>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+inline cudaError_t launch_gram_shift(const GramShiftParams& p, cudaStream_t stream) {
+  if (p.item_count < 0 || p.pixels < 0 || p.halo < 0 || p.channels > p.row_stride ||
+      p.size[0] < 1 || p.size[1] < 1 || p.size[2] < 1)
+    return cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::fp32:
+      return launch_gram_shift_as<DType::fp32>(p, stream);
+    case DType::tf32:
+      return launch_gram_shift_as<DType::tf32>(p, stream);
+    case DType::fp16:
+      return launch_gram_shift_as<DType::fp16>(p, stream);
+    case DType::bf16:
+      return launch_gram_shift_as<DType::bf16>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dbp
