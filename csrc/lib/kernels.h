@@ -11,11 +11,15 @@ namespace dbp {
 
 struct PackParams;
 struct ReduceParams;
+struct StatsParams;
+struct UpdateParams;
 
 namespace compiled {
 
 cudaError_t pack(const PackParams& params, cudaStream_t stream);
 cudaError_t reduce(const ReduceParams& params, cudaStream_t stream);
+cudaError_t stats(const StatsParams& params, cudaStream_t stream);
+cudaError_t update(const UpdateParams& params, cudaStream_t stream);
 
 }  // namespace compiled
 }  // namespace dbp

@@ -70,7 +70,15 @@ def unusable(device_type: str) -> str | None:
     return load() or _device_problem(torch.cuda.current_device())
 
 
-def launch(kernel: str, **arguments: Any) -> None:
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU; few where a simulator stands in for it."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: str, /, **arguments: Any) -> None:
     """Runs one kernel on its tensors' device and current stream; asynchronous.
 
     Raises RuntimeError naming the kernel and its tensors if they do not fit it or it cannot start.

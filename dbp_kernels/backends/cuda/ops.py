@@ -8,11 +8,18 @@ from ...choices import gram_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
 from ..eager import ops as eager
+from ..eager.unfold import rows
+from . import stats
+from .update import update_direct, update_from_gram
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
-update_direct = eager.update_direct  # two products of the library's and the update
-update_from_gram = eager.update_from_gram
-decor_stats = eager.decor_stats
+
+
+def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    if stats.supported(x, R, geometry):
+        return stats.decor_stats(x, R, geometry)
+    return eager.decor_stats(x, R, geometry)
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
@@ -33,8 +40,13 @@ def decor_update(
 ) -> tuple[Tensor, Tensor]:
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
     choice = choice or update_choices(geometry, x.device.type, x.dtype)[0]
-    if choice.name != "gram":
+    if choice.name == "samples":
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+    if choice.name == "direct":
+        Z = rows(x, geometry, R.dtype)
+        if demean:
+            Z = Z - Z.mean(1, keepdim=True)
+        return update_direct(Z, R, lr, kappa, rule)
     S = patch_gram(x, geometry, choice.gram)
     if demean:
         m = patch_mean(x, geometry)

@@ -1,0 +1,39 @@
+#include "../kernels/update.cuh"
+#include "../lib/kernels.h"
+#include "launch.h"
+
+namespace {
+
+using namespace dbp_torch;
+
+void update(const Tensor& m, const Tensor& e, const Tensor& partials, const Tensor& loss,
+            int64_t groups, int64_t dim, double c_weight, double v_weight, double c_loss,
+            double v_loss) {
+  const char* kernel = "update";
+  const auto sums = static_cast<int64_t>(dbp::update_workspace_bytes(groups, dim) / sizeof(float));
+  dbp::UpdateParams p{};
+  p.m = data<const float>(kernel, "m", m, groups * dim * dim);
+  p.e = data<float>(kernel, "e", e, groups * dim * dim);
+  p.partials = data<float>(kernel, "partials", partials, sums);
+  p.loss = data<float>(kernel, "loss", loss, groups);
+  p.groups = int32(kernel, "groups", groups);
+  p.dim = int32(kernel, "dim", dim);
+  p.c_weight = static_cast<float>(c_weight);
+  p.v_weight = static_cast<float>(v_weight);
+  p.c_loss = static_cast<float>(c_loss);
+  p.v_loss = static_cast<float>(v_loss);
+  launch(kernel, {{"m", m}, {"e", e}, {"partials", partials}, {"loss", loss}},
+         [&](cudaStream_t stream) { return dbp::compiled::update(p, stream); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dbp_cuda, m) {
+  m.def(
+      "update(Tensor m, Tensor(a!) e, Tensor(b!) partials, Tensor(c!) loss, int groups, int dim, "
+      "float c_weight, float v_weight, float c_loss, float v_loss) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dbp_cuda, CompositeExplicitAutograd, m) {
+  m.impl("update", TORCH_BOX(&update));
+}

@@ -1,0 +1,64 @@
+"""C and V in one kernel, for patches short enough for shared memory: csrc/kernels/stats.cuh."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...geometry import ConvGeometry
+from . import library
+from .arguments import dtype_number, four
+
+MAX_DIM = 128
+_MAX_SAMPLES = 2**31 - 129
+
+
+def supported(x: Tensor, R: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether the kernel covers this. All its arithmetic is ieee float32."""
+    return (
+        geometry.dim <= MAX_DIM
+        and geometry.samples <= _MAX_SAMPLES
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and R.dtype == torch.float32
+    )
+
+
+def splits(geometry: ConvGeometry, multiprocessors: int) -> int:
+    """Blocks that share a group's samples: two per multiprocessor, none without samples."""
+    chunk = 64 if geometry.dim <= 32 else 32 if geometry.dim <= 64 else 16
+    wanted = -(-2 * multiprocessors // geometry.groups)
+    return max(1, min(wanted, -(-geometry.samples // chunk)))
+
+
+def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    groups, dim = geometry.groups, geometry.dim
+    if not geometry.axes:
+        x = x.reshape(-1, x.shape[-1])
+    absent = [1] * (3 - len(geometry.axes))
+    sizes, strides = four(x)
+    parts = splits(geometry, library.multiprocessors(x.device))
+    C, V = R.new_empty(groups, dim, dim), R.new_empty(groups, dim)
+    library.launch(
+        "stats",
+        x=x,
+        r=R.contiguous(),
+        workspace=R.new_empty(groups * parts, dim, dim),
+        c=C,
+        v=V,
+        dtype=dtype_number(x.dtype),
+        image_stride=strides[0],
+        channel_stride=x.stride(1),
+        pixel_stride=strides[1:],
+        images=geometry.batch,
+        size=sizes[1:],
+        output=absent + [a.output for a in geometry.axes],
+        kernel=absent + [a.kernel for a in geometry.axes],
+        stride=absent + [a.stride for a in geometry.axes],
+        padding=[0] * len(absent) + [a.padding for a in geometry.axes],
+        dilation=absent + [a.dilation for a in geometry.axes],
+        groups=groups,
+        group_channels=geometry.group_channels,
+        splits=parts,
+    )
+    return C, V

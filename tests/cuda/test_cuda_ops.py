@@ -1,0 +1,133 @@
+"""The cuda backend behind the opaque ops, every kernel emulated, against the float64 definitions."""
+
+import pytest
+import torch
+from helpers import LAYOUTS, case, cases, error, random, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_in import emulated
+
+import dbp_kernels as dbp
+from dbp_kernels import backends, plans, reference
+from dbp_kernels.backends.cuda import library, ops, update
+from dbp_kernels.choices import gram_choices
+from dbp_kernels.planner import Choice
+
+pytestmark = pytest.mark.emulation
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bound(plain: float) -> float:
+    """What err(ours) may be when plain torch in that precision has the error ``plain``."""
+    return 2 * plain + 1e-6
+
+
+@settings(max_examples=40)
+@given(
+    c=st.one_of(cases(max_channels=4), st.just(rows((5, 7, 12), 3))),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 1000),
+)
+def test_decor_stats(c, dtype, layout, seed):
+    x, R = c.input(dtype, layout=layout), c.R(torch.float32)
+    exact = reference.decor_stats(x.double(), R.double(), *c.arguments)
+    plain = reference.decor_stats(x.float(), R, *c.arguments)
+    with emulated(seed) as launched:
+        ours = torch.ops.dbp.decor_stats(x, R, *c.arguments)
+    assert launched == (["stats"] if c.geometry.dim <= 128 else [])
+    for result, oracle, rival in zip(ours, exact, plain):
+        assert result.dtype == torch.float32
+        assert error(result, oracle) <= bound(error(rival, oracle))
+
+
+def test_stats_of_long_patches_are_composed():
+    c = case(2, 15, (4, 4), 3, padding=1)
+    x, R = c.input(torch.float32), c.R(torch.float32)
+    with emulated() as launched:
+        C, V = torch.ops.dbp.decor_stats(x, R, *c.arguments)
+    assert "stats" not in launched
+    exact = reference.decor_stats(x.double(), R.double(), *c.arguments)
+    assert error(C, exact[0]) < 1e-5
+    assert error(V, exact[1]) < 1e-5
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70)),
+    rule=st.sampled_from(plans.RULES),
+    kappa=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_update_from_gram(shape, rule, kappa, seed):
+    groups, dim = shape
+    Z = random((groups, 2 * dim, dim), seed=seed)
+    S = Z.mT @ Z / Z.shape[1]
+    R = torch.eye(dim) + random((groups, dim, dim), torch.float32, seed + 1) / dim
+    exact = plans.update_from_gram(S.float().double(), R.double(), 0.01, kappa, rule)
+    plain = plans.update_from_gram(S.float(), R, 0.01, kappa, rule)
+    for overwrite in (False, True):
+        ours_S = S.float()
+        with emulated(seed) as launched:
+            ours = update.update_from_gram(ours_S, R, 0.01, kappa, rule, overwrite)
+        assert launched == ["update"]
+        assert overwrite or torch.equal(ours_S, S.float())
+        for result, oracle, rival in zip(ours, exact, plain):
+            assert error(result, oracle) <= bound(error(rival, oracle))
+
+
+@pytest.mark.parametrize("plan", ["gram", "direct", "samples"])
+@pytest.mark.parametrize("demean", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "c",
+    [case(4, 6, (9, 8), 3, padding=1), case(9, 5, (7,), 2, stride=2), rows((30, 8), 2)],
+    ids=str,
+)
+def test_decor_update(c, dtype, demean, plan):
+    x, R = c.input(dtype), c.R(torch.float32)
+    rest = (1e-2, 0.4, "normalized", demean)
+    exact = reference.decor_update(x.double(), R.double(), *c.arguments, *rest)
+    plain = reference.decor_update(x.float(), R, *c.arguments, *rest)
+    with emulated() as launched:
+        gram = gram_choices(c.geometry, "cpu", dtype)[0]
+        R_new, loss = ops.decor_update(x, R, c.geometry, *rest, Choice(plan, 0.0, 0.0, gram=gram))
+    assert ("update" in launched) == (plan != "samples")
+    for result, oracle, rival in zip((R_new, loss.mean()), exact, plain):
+        assert error(result, oracle) <= bound(error(rival, oracle))
+
+
+def test_decor_update_by_the_plan_of_the_planner():
+    c = case(4, 6, (9, 8), 3, padding=1)
+    x, R = c.input(torch.float32), c.R(torch.float32)
+    exact = reference.decor_update(x.double(), R.double(), *c.arguments, 1e-2, 0.4)
+    with emulated():
+        ours = torch.ops.dbp.decor_update(x, R, *c.arguments, 1e-2, 0.4)
+    for result, oracle in zip(ours, exact):
+        assert error(result, oracle) < 1e-5
+
+
+def test_float64_is_left_to_the_eager_backend():
+    c = case(2, 3, (5, 5), 3, padding=1)
+    x, R = c.input(), c.R()
+    with emulated() as launched:
+        S = torch.ops.dbp.patch_gram(x, *c.arguments)
+        C, _ = torch.ops.dbp.decor_stats(x, R, *c.arguments)
+        R_new, _ = torch.ops.dbp.decor_update(x, R, *c.arguments, 0.1, 0.5)
+    assert launched == []
+    assert S.dtype == C.dtype == R_new.dtype == torch.float64
+    assert error(S, reference.patch_gram(x, *c.arguments)) < 1e-13
+
+
+def test_backend_is_used_only_where_it_can_be_and_is_asked_for():
+    assert backends.selected("cpu") == "eager"
+    assert "CUDA" in backends.unusable("cuda", "cpu") or "not built" in backends.unusable(
+        "cuda", "cpu"
+    )
+    with (
+        dbp.backend("cuda"),
+        pytest.raises(RuntimeError, match="backend 'cuda' was requested, but"),
+    ):
+        dbp.patch_gram(torch.zeros(1, 1, 3, 3), 3)
+    with emulated():
+        assert backends.selected("cpu") == "cuda"
+    assert not library.simulated()
