@@ -31,7 +31,7 @@ Value convert(const std::string& name, const py::handle& object) {
 }
 
 cudaError_t call(const std::string& name, const py::kwargs& keywords, uint64_t seed,
-                 size_t shared_limit, bool record) {
+                 size_t shared_limit, const std::string& leave_out, bool record) {
   auto found = registry().find(name);
   if (found == registry().end()) throw std::invalid_argument(name + ": no such kernel");
   std::map<std::string, Value> values;
@@ -40,6 +40,7 @@ cudaError_t call(const std::string& name, const py::kwargs& keywords, uint64_t s
     values[keyword] = convert(keyword, value);
   }
   machine.reset(seed, shared_limit);
+  machine.leave_out(leave_out);
   machine.record_only(record);
   Arguments arguments(std::move(values));
   const cudaError_t error = found->second(arguments);
@@ -60,6 +61,9 @@ py::dict stats() {
   d["ldmatrix_phases"] = s.ldmatrix_phases;
   d["ldmatrix_conflicts"] = s.ldmatrix_conflicts;
   d["mma"] = s.mma;
+  std::vector<std::string> sites;
+  for (const Site& site : machine.sites()) sites.push_back(site.text());
+  d["sites"] = sites;
   return d;
 }
 
@@ -86,9 +90,9 @@ PYBIND11_MODULE(dbp_emulation, m) {
   py::register_exception<UninitialisedRead>(m, "UninitialisedRead", fault);
   py::register_exception<RaceFault>(m, "RaceFault", fault);
   py::register_exception<DeadlockFault>(m, "DeadlockFault", fault);
-  m.def("call", [](const std::string& name, uint64_t seed, size_t shared_limit, bool record,
-                   const py::kwargs& keywords) {
-    return static_cast<int>(call(name, keywords, seed, shared_limit, record));
+  m.def("call", [](const std::string& name, uint64_t seed, size_t shared_limit,
+                   const std::string& leave_out, bool record, const py::kwargs& keywords) {
+    return static_cast<int>(call(name, keywords, seed, shared_limit, leave_out, record));
   });
   m.def("stats", &stats);
   m.def("launches", &launches);

@@ -52,6 +52,9 @@ void Machine::reset(uint64_t seed, size_t shared_limit) {
   recording_ = false;
   stats_ = {};
   launches_.clear();
+  sites_.clear();
+  left_out_.clear();
+  left_out_index_ = -1;
   regions_.clear();
   last_region_ = nullptr;
 }
@@ -171,6 +174,20 @@ void Machine::block_thread() { fibers_[current_]->leave(); }
 void Machine::tick() {
   if (--quantum_ > 0) return;
   block_thread();
+}
+
+std::string Site::text() const {
+  const std::string path = file;
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+}
+
+bool Machine::skips(const char* file, int line) {
+  for (size_t i = 0; i < sites_.size(); ++i)
+    if (sites_[i].file == file && sites_[i].line == line)
+      return static_cast<int>(i) == left_out_index_;
+  sites_.push_back({file, line});
+  if (sites_.back().text() == left_out_) left_out_index_ = static_cast<int>(sites_.size()) - 1;
+  return static_cast<int>(sites_.size()) - 1 == left_out_index_;
 }
 
 void Machine::barrier() {

@@ -7,6 +7,7 @@
 //   the
 //     schedule was; two blocks of one launch on the same global bytes, one writing;
 //   - deadlocks, and warp-level operations that not all 32 lanes reach.
+// Any one barrier or wait of a kernel can be left out (see Site), to see that its absence shows.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,13 @@ struct Launch {
   std::string params;
 };
 
+// A line of a kernel with a barrier or a wait.
+struct Site {
+  const char* file;
+  int line;
+  std::string text() const;  // "pack.cuh:58"
+};
+
 enum class WarpOp { sync, shuffle, ldmatrix, mma, elect };
 
 class Machine {
@@ -66,6 +74,8 @@ class Machine {
   // 16).
   void* allocate(const std::string& name, const void* host, size_t bytes);
   void reset(uint64_t seed, size_t shared_limit);
+  void leave_out(const std::string& site) { left_out_ = site; }
+  const std::vector<Site>& sites() const { return sites_; }
   void record_only(bool on) { recording_ = on; }
   cudaError_t launch(const std::string& kernel, const void* function, dim3 grid, dim3 block,
                      size_t shared_bytes, const void* params, size_t params_bytes,
@@ -87,6 +97,8 @@ class Machine {
   unsigned char* shared_write(uint32_t address, uint32_t bytes, uint32_t begin, uint32_t end);
   uint32_t shared_bytes() const { return static_cast<uint32_t>(shared_.size()); }
 
+  // Whether the barrier or wait at this line is one to leave out; the line is noted.
+  bool skips(const char* file, int line);
   void barrier();
   // Blocks until all 32 lanes of the warp have called it with the same op; the last one to arrive
   // runs act(arguments of lane 0..31).
@@ -149,6 +161,9 @@ class Machine {
   bool recording_ = false;
   Stats stats_;
   std::vector<Launch> launches_;
+  std::vector<Site> sites_;
+  std::string left_out_;
+  int left_out_index_ = -1;
   std::vector<std::unique_ptr<Region>> regions_;
   Region* last_region_ = nullptr;
 

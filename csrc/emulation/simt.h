@@ -136,10 +136,14 @@ uint16_t float_to_fp16(float x);
 // --- CUDA built-ins
 // -------------------------------------------------------------------------------
 
-inline void __syncthreads() { dbp::emulation::machine.barrier(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+// The default arguments are the caller's place.
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!dbp::emulation::machine.skips(file, line)) dbp::emulation::machine.barrier();
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
   dbp::emulation::check_full_mask(mask);
-  dbp::emulation::machine.warp_barrier();
+  if (!dbp::emulation::machine.skips(file, line)) dbp::emulation::machine.warp_barrier();
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -252,8 +256,8 @@ void cp_async(uint32_t destination, emulation::GlobalPointer<T> source, bool val
 }
 inline void cp_async_commit() { emulation::machine.cp_async_commit(); }
 template <int Pending>
-void cp_async_wait() {
-  emulation::machine.cp_async_wait(Pending);
+void cp_async_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulation::machine.skips(file, line)) emulation::machine.cp_async_wait(Pending);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(StatsParams p) {
   const auto source = cast<const T>(p.x) + group * p.group_channels * p.channel_stride;
   const auto weights = p.r + group * dim * dim;
 
-  // R and the table, rows and columns beyond D zero; the barrier is in the loop.
+  // R and the table, rows and columns beyond D zero.
   for (int e = threadIdx.x; e < S::dim * S::dim; e += kThreads) {
     const int i = e / S::dim, d = e % S::dim;
     r[i * S::r_pitch + d] = i < dim && d < dim ? static_cast<float>(weights[i * dim + d]) : 0.0f;

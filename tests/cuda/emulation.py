@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -71,19 +72,31 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
 
 
+def _sources_of(file: Path) -> list[Path]:
+    """The file and all it includes by a relative or a csrc path."""
+    found, todo = [], [file]
+    while todo:
+        current = todo.pop()
+        if current in found:
+            continue
+        found.append(current)
+        for name in re.findall(r'^#include "(.+)"', current.read_text(), re.M):
+            candidates = (current.parent / name, CSRC / name)
+            todo += [c.resolve() for c in candidates if c.exists()][:1]
+    return sorted(found)
+
+
 def build(sources: Iterable[Path], compiler: str, include: str) -> Path:
     """A Python module of these C++ files; every object is cached by the hash of all it is made of."""
-    headers = sorted([*CSRC.glob("kernels/*.cuh"), *CSRC.glob("emulation/*.h")])
-    common = [f.read_bytes() for f in headers]
-    common += [" ".join([compiler, *_FLAGS]).encode(), sysconfig.get_python_version().encode()]
+    common = [" ".join([compiler, *_FLAGS]).encode(), sysconfig.get_python_version().encode()]
     cache = _cache()
     objects, jobs = [], []
     for source in sources:
-        target = cache / f"{source.stem}-{_digest(source.read_bytes(), *common)}.o"
+        digest = _digest(*(f.read_bytes() for f in _sources_of(source)), *common)
+        target = cache / f"{source.stem}-{digest}.o"
         objects.append(target)
         if not target.exists():
             jobs.append((source, target))
-    name = f"dbp_emulation_{_digest(*(o.name.encode() for o in objects))}"
 
     def compile_one(job: tuple[Path, Path]) -> None:
         source, target = job
@@ -94,9 +107,9 @@ def build(sources: Iterable[Path], compiler: str, include: str) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, jobs))
-    module = cache / f"{name}.so"
+    module = cache / f"dbp_emulation_{_digest(*(o.name.encode() for o in objects))}.so"
     if not module.exists():
-        scratch = cache / f"{name}.{os.getpid()}.so"
+        scratch = cache / f"{module.stem}.{os.getpid()}.so"
         _run([compiler, "-shared", *map(str, objects), "-ldl", "-o", str(scratch)])
         scratch.replace(module)
     return module
@@ -129,19 +142,46 @@ class LaunchError(RuntimeError):
         self.code = code
 
 
-def call(kernel: str, /, seed: int = 0, shared_limit: int = SHARED_LIMIT, **arguments) -> dict:
-    """Runs a registered kernel under emulation; returns what the emulation counted."""
+def call(
+    kernel: str,
+    /,
+    seed: int = 0,
+    shared_limit: int = SHARED_LIMIT,
+    leave_out: str = "",
+    **arguments,
+) -> dict:
+    """Runs a registered kernel under emulation; returns what the emulation counted.
+
+    ``leave_out`` names a barrier or wait to ignore, one of the ``sites`` of the result:
+    "pack.cuh:58".
+    """
     module = load()
-    code = module.call(kernel, seed, shared_limit, False, **arguments)
+    code = module.call(kernel, seed, shared_limit, leave_out, False, **arguments)
     if code:
         raise LaunchError(kernel, code)
     return module.stats()
 
 
+def unneeded(kernel: str, /, seeds: Iterable[int] = range(3), **arguments) -> list[str]:
+    """Lines of the kernel with a barrier or wait whose absence raises no fault in any schedule."""
+    module = load()
+    sites = call(kernel, **arguments)["sites"]
+    assert sites, f"{kernel} has no barrier and no wait"
+
+    def caught(site: str, seed: int) -> bool:
+        try:
+            call(kernel, seed=seed, leave_out=site, **arguments)
+        except module.Fault:
+            return True
+        return False
+
+    return [site for site in sites if not any(caught(site, seed) for seed in seeds)]
+
+
 def record(kernel: str, /, **arguments) -> list[dict]:
     """The launches a call would make (kernel, grid, block, shared_bytes, params), none of them run."""
     module = load()
-    code = module.call(kernel, 0, SHARED_LIMIT, True, **arguments)
+    code = module.call(kernel, 0, SHARED_LIMIT, "", True, **arguments)
     if code:
         raise LaunchError(kernel, code)
     return module.launches()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulation import DTYPES, bf16, call, decode, encode, from_bf16, load
+from emulation import DTYPES, bf16, call, decode, encode, from_bf16, load, unneeded
 
 pytestmark = pytest.mark.emulation
 
@@ -116,6 +116,14 @@ def test_schedules_differ_but_results_do_not():
         results.add(out.tobytes())
     assert len(results) == 1
     assert len(switches) > 5
+
+
+def test_barriers_and_waits_can_be_left_out(fault):
+    x, out = rng().standard_normal((5, 64, 4)).astype(np.float32), nans(5, 64)
+    arguments = {"x": x, "out": out, "tiles": 5, "broken": 0}
+    sites = call("toy_pipeline", **arguments)["sites"]
+    assert len(sites) == 4  # wait, barrier, barrier, and the last wait, for empty groups
+    assert unneeded("toy_pipeline", **arguments) == sites[3:]
 
 
 # --- Broken kernels -------------------------------------------------------------------------------

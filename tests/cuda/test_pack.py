@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulation import DTYPES, LaunchError, call, decode, encode, run_ptx
+from emulation import DTYPES, LaunchError, call, decode, encode, run_ptx, unneeded
 from helpers import LAYOUTS, random, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +124,11 @@ def test_twenty_schedules_agree_bit_for_bit():
         check(result(), expected, "fp16")
         results.add(arguments["out"].tobytes())
     assert len(results) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_is_needed():
+    assert not unneeded("pack", **prepare(random((2, 27, 5, 14)), "fp32", "fp16", False)[0])
 
 
 @pytest.mark.emulation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulation import call, run_ptx
+from emulation import call, run_ptx, unneeded
 from helpers import case, cases, error, moment_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +108,12 @@ def test_twenty_schedules_agree_bit_for_bit():
         check(arguments, oracle)
         results.add(arguments["out"].tobytes())
     assert len(results) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_is_needed():
+    arguments, _ = prepare(case(2, 10, (5, 4), (3, 2), padding=1), 4, 20)
+    assert not unneeded("reduce", **arguments)
 
 
 @pytest.mark.ptx

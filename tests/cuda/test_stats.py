@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulation import DTYPES, LaunchError, call, decode, encode, run_ptx
+from emulation import DTYPES, LaunchError, call, decode, encode, run_ptx, unneeded
 from helpers import LAYOUTS, Case, case, cases, error, rows, strided
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -114,6 +114,12 @@ def test_twenty_schedules_agree_bit_for_bit():
         check(arguments, *expected)
         results.add(arguments["c"].tobytes() + arguments["v"].tobytes())
     assert len(results) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_is_needed():
+    arguments, *_ = prepare(case(2, 3, (17, 19), 3, padding=1), "fp32")
+    assert not unneeded("stats", **arguments)
 
 
 @pytest.mark.emulation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulation import call, run_ptx
+from emulation import call, run_ptx, unneeded
 from helpers import error, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +72,11 @@ def test_twenty_schedules_agree_bit_for_bit():
         check(arguments, expected)
         results.add(arguments["e"].tobytes() + arguments["loss"].tobytes())
     assert len(results) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_is_needed():
+    assert not unneeded("update", **prepare(2, 91, "standard", 0.5)[0])
 
 
 @pytest.mark.emulation
