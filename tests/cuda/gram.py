@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from emulation import DTYPES, encode
+from emulation import DTYPES, decode, encode
 from helpers import Case, moment_error
 
 from dbp_kernels import reference
@@ -17,19 +17,13 @@ from dbp_kernels.backends.triton import work as W
 from dbp_kernels.geometry import ConvGeometry
 
 CPU = torch.device("cpu")
-TORCH = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 Run = Callable[..., Any]  # emulation.call, or run_ptx with its header
 
 
 def rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """x as the products see it, in float64."""
     if dtype != "tf32":
-        return x.to(TORCH[dtype]).double()
+        return torch.from_numpy(decode(encode(x.numpy(), dtype)))
     bits = x.float().view(torch.int32)  # 10 bits of mantissa, ties away from zero
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
