@@ -18,7 +18,13 @@ from .backends.eager.shift import shift_layout
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
-ALGORITHMS = ("shift", "self_wgrad", "unfold", "triton_shift", "triton_direct")
+KERNEL_BACKENDS = ("triton", "cuda")  # have a shift form and a direct form of their own
+ALGORITHMS = (
+    "shift",
+    "self_wgrad",
+    "unfold",
+    *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
+)
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of a product's operands; float32 is ieee or tf32
 
 
@@ -181,20 +187,20 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     return Choice("unfold", flop / 1e9, seconds)
 
 
-# GUESSES, not measured: fractions of the machine's matmul rate that the Triton kernels reach, by the
+# GUESSES, not measured: fractions of the machine's matmul rate that our GPU kernels reach, by the
 # channels of a group (rounded up to a tile), and what gathering taps costs beside reading rows.
-_TRITON_RATE = ((16, 0.03), (32, 0.12), (64, 0.35), (128, 0.6))
+_KERNEL_RATE = ((16, 0.03), (32, 0.12), (64, 0.35), (128, 0.6))
 _GATHER = 0.6
 
 
 def _tiles(side: int) -> tuple[int, int]:
-    """(padded side, tiles along it) of the Triton kernels' square output tiles."""
+    """(padded side, tiles along it) of the GPU kernels' square output tiles."""
     tile = min(128, max(16, 1 << (side - 1).bit_length()))
     count = -(-side // tile)
     return count * tile, count
 
 
-def _triton_shift_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, backend: str) -> Choice:
     """Products of boxes of pixels: no mask at borders, only the upper tiles of a shift of zero."""
     side, count = _tiles(geometry.group_channels)
     pixels, self_pixels = [], []
@@ -212,18 +218,20 @@ def _triton_shift_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     block = geometry.groups * side**2
     moved = size * (3 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     moved += 2 * 4 * boxes * block  # partial sums, written and read
-    seconds = flop / (m.gflops * 1e9 * _interpolate(_TRITON_RATE, side))
-    return Choice("triton_shift", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + 3 * m.call)
+    seconds = flop / (m.gflops * 1e9 * _interpolate(_KERNEL_RATE, side))
+    seconds += moved / (m.gbytes * 1e9) + 3 * m.call
+    return Choice(f"{backend}_shift", flop / 1e9, seconds)
 
 
-def _triton_direct_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+def _kernel_direct_cost(geometry: ConvGeometry, m: Machine, size: int, backend: str) -> Choice:
     """The upper tiles of Z^T Z, its columns gathered from the input."""
     side, count = _tiles(geometry.dim)
     flop = geometry.groups * geometry.samples * side**2 * (1 + 1 / count)
     moved = size * (2 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
-    rate = m.gflops * 1e9 * _interpolate(_TRITON_RATE, min(side, 128))
+    rate = m.gflops * 1e9 * _interpolate(_KERNEL_RATE, min(side, 128))
     rate *= 1 if geometry.pointwise else _GATHER
-    return Choice("triton_direct", flop / 1e9, flop / rate + moved / (m.gbytes * 1e9) + 2 * m.call)
+    seconds = flop / rate + moved / (m.gbytes * 1e9) + 2 * m.call
+    return Choice(f"{backend}_direct", flop / 1e9, seconds)
 
 
 @lru_cache(maxsize=4096)
@@ -236,8 +244,8 @@ def gram_choices(
 ) -> tuple[Choice, ...]:
     """The algorithms for S = patch_gram of this geometry, cheapest first.
 
-    ``itemsize`` is that of the accumulation, ``precision`` that of the operands. The Triton backend
-    has its own algorithms beside the libraries'.
+    ``itemsize`` is that of the accumulation, ``precision`` that of the operands. Backends with
+    kernels have their own algorithms beside the libraries'.
     """
     m = machine(device_type, precision)
     choices = [_unfold_cost(geometry, m, itemsize)]
@@ -246,10 +254,10 @@ def gram_choices(
             if not all(unfolded):
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize))
         choices.append(_self_wgrad_cost(geometry, m, itemsize))
-    if backend == "triton":
-        choices.append(_triton_direct_cost(geometry, m, itemsize))
+    if backend in KERNEL_BACKENDS:
+        choices.append(_kernel_direct_cost(geometry, m, itemsize, backend))
         if not geometry.pointwise:
-            choices.append(_triton_shift_cost(geometry, m, itemsize))
+            choices.append(_kernel_shift_cost(geometry, m, itemsize, backend))
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
@@ -279,7 +287,7 @@ def update_choices(
 
     upper = _upper(d, min(n, d))
     copied = 0.0 if geometry.pointwise else 6 * itemsize * n * d * g / bandwidth
-    if backend == "triton":  # the products of a GPU do not hide writing and reading Z and X
+    if backend in KERNEL_BACKENDS:  # the products of a GPU do not hide writing and reading Z and X
         copied += 5 * itemsize * n * d * g / bandwidth
     base = plan("gram", 2.0 * g * d**3 * (2 + upper), d, 8)
     direct = plan("direct", 2.0 * g * (n * d**2 * (1 + upper) + d**3), min(n, d), 6)

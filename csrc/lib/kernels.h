@@ -9,6 +9,9 @@
 
 namespace dbp {
 
+struct GramBoxParams;
+struct GramDirectParams;
+struct GramShiftParams;
 struct PackParams;
 struct ReduceParams;
 struct StatsParams;
@@ -16,6 +19,9 @@ struct UpdateParams;
 
 namespace compiled {
 
+cudaError_t gram_box(const GramBoxParams& params, cudaStream_t stream);
+cudaError_t gram_direct(const GramDirectParams& params, cudaStream_t stream);
+cudaError_t gram_shift(const GramShiftParams& params, cudaStream_t stream);
 cudaError_t pack(const PackParams& params, cudaStream_t stream);
 cudaError_t reduce(const ReduceParams& params, cudaStream_t stream);
 cudaError_t stats(const StatsParams& params, cudaStream_t stream);

@@ -143,6 +143,11 @@ T* data(const char* kernel, const char* name, const Tensor& t, int64_t least) {
   }
 }
 
+inline void check_aligned(const char* kernel, const char* name, const Tensor& t) {
+  require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "dbp: ", kernel, ": ", name,
+          " does not begin at a multiple of 16 bytes");
+}
+
 // A kernel's element type, which the tensor must have.
 inline dbp::DType dtype(const char* kernel, const char* name, const Tensor& t, int64_t value) {
   const auto wanted = static_cast<dbp::DType>(value);

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, case, cases, error, random, rows
+from helpers import LAYOUTS, case, cases, error, moment_error, random, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_in import emulated
 
 import dbp_kernels as dbp
 from dbp_kernels import backends, plans, reference
-from dbp_kernels.backends.cuda import library, ops, update
+from dbp_kernels.backends.cuda import gram, library, ops, update
 from dbp_kernels.choices import gram_choices
 from dbp_kernels.planner import Choice
 
@@ -20,6 +20,91 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def bound(plain: float) -> float:
     """What err(ours) may be when plain torch in that precision has the error ``plain``."""
     return 2 * plain + 1e-6
+
+
+FORMS = {
+    "shift": gram.patch_gram_shift,
+    "box": gram.patch_gram_box,
+    "direct": gram.patch_gram_direct,
+}
+
+
+@settings(max_examples=60)
+@given(
+    c=cases(max_channels=12),
+    form=st.sampled_from(list(FORMS)),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 1000),
+)
+def test_patch_gram_of_any_layout(c, form, dtype, layout, seed):
+    x = c.input(dtype, layout=layout)
+    with emulated(seed) as launched:
+        S = FORMS[form](x, c.geometry)
+    assert launched[-1] == "reduce"
+    assert set(launched) <= {"pack", "gram_shift", "gram_box", "gram_direct", "reduce"}
+    assert S.dtype == torch.float32
+    # products of the inputs are exact, so only sums in float32 err
+    assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+    assert torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_input_is_not_copied(dtype):
+    x = random((2, 16, 6, 7), dtype).contiguous(memory_format=torch.channels_last)
+    c = case(2, 16, (6, 7), 3, padding=1)
+    with emulated() as launched:
+        gram.patch_gram_shift(x, c.geometry)
+    assert launched == ["gram_shift", "gram_box", "reduce"]
+    with emulated() as launched:
+        gram.patch_gram_shift(x[:, :, 1:], case(2, 16, (5, 7), 3).geometry)
+    assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_matmul_precision_decides_between_ieee_and_tf32(precision):
+    c = case(4, 24, (8, 8), 3, padding=1)
+    x = c.input(torch.float32)
+    exact = reference.patch_gram(x.double(), *c.arguments)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for form in FORMS.values():
+            with emulated():
+                difference = moment_error(form(x, c.geometry), exact)
+            assert difference < 1e-6 if precision == "highest" else 1e-6 < difference < 1e-3
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("c", "choice", "expected"),
+    [
+        (case(3, 20, (7, 6), 3, padding=1), "cuda_shift", ["pack", "gram_shift", "gram_box"]),
+        (case(3, 20, (7, 6), 3, stride=2), "cuda_shift", ["pack", "gram_box"]),
+        (case(2, 3, (9, 9), 7, stride=2, padding=3), "cuda_direct", ["gram_direct"]),
+        (case(4, 32, (5, 5), 1), "cuda_direct", ["pack", "gram_box"]),
+        (rows((30, 72), 2), "cuda_direct", ["gram_box"]),
+        (case(3, 20, (7, 6), 3, padding=1), "unfold", []),
+    ],
+    ids=str,
+)
+def test_kernels_of_a_choice(c, choice, expected):
+    x = c.input(torch.bfloat16)
+    with emulated() as launched:
+        S = ops.patch_gram(x, c.geometry, Choice(choice, 0.0, 0.0))
+    assert launched == expected + ["reduce"] * bool(expected)
+    assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+
+
+def test_planner_offers_the_kernels():
+    wide = case(256, 64, (56, 56), 3, padding=1).geometry
+    first = case(256, 3, (224, 224), 7, stride=2, padding=3).geometry
+    with emulated():
+        assert gram_choices(wide, "cuda", torch.bfloat16)[0].name == "cuda_shift"
+        names = [choice.name for choice in gram_choices(first, "cuda", torch.bfloat16)]
+    assert {"cuda_direct", "cuda_shift", "self_wgrad", "unfold"} <= set(names)
+    assert not [name for name in names if name.startswith("triton")]
 
 
 @settings(max_examples=40)

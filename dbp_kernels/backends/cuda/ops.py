@@ -9,7 +9,7 @@ from ...geometry import ConvGeometry
 from ...planner import Choice
 from ..eager import ops as eager
 from ..eager.unfold import rows
-from . import stats
+from . import gram, stats
 from .update import update_direct, update_from_gram
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
@@ -25,7 +25,15 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
     choice = choice or gram_choices(geometry, x.device.type, x.dtype)[0]
-    return eager.patch_gram(x, geometry, choice)
+    if not choice.name.startswith("cuda_"):
+        return eager.patch_gram(x, geometry, choice)
+    if not gram.supported(x, geometry):
+        return eager.patch_gram(x, geometry)
+    if geometry.pointwise:
+        return gram.patch_gram_box(x, geometry)
+    if choice.name == "cuda_shift":
+        return gram.patch_gram_shift(x, geometry)
+    return gram.patch_gram_direct(x, geometry)
 
 
 def decor_update(
