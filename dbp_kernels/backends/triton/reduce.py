@@ -62,13 +62,20 @@ def reduce_kernel(
     j = tl.load(tiles + upper * 4 + 1)
     pair = tl.load(tiles + upper * 4 + 2)
     transposed_pair = tl.load(tiles + upper * 4 + 3)
-    if (i == j) & (a > b):  # a mirror image
-        return
-
     # rows and columns of the matrix of all channels; its diagonal blocks are the groups' S
     side = BLOCK * tap_count
-    row = a * SQUARE + tl.arange(0, SQUARE)
-    column = b * SQUARE + tl.arange(0, SQUARE)
+    first_row = a * SQUARE
+    first_column = b * SQUARE
+    mirrored = (i == j) & (a > b)
+    outside = j * side + first_column >= channels * tap_count
+    row_stop = i * side + min(first_row + SQUARE, side)
+    last_group = (row_stop - 1) // (group_channels * tap_count)
+    outside |= last_group < (j * side + first_column) // (group_channels * tap_count)
+    if mirrored | outside:
+        return
+
+    row = first_row + tl.arange(0, SQUARE)
+    column = first_column + tl.arange(0, SQUARE)
     c = row // tap_count
     d = column // tap_count
     index = (row - c * tap_count)[:, None] * tap_count + (column - d * tap_count)[None, :]
