@@ -49,6 +49,12 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def nvcc_version() -> str:
+    """E.g. "13.0"."""
+    text = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release (\d+\.\d+)", text.stdout)[1]
+
+
 def find_torch() -> Path | None:
     """The folder of the installed torch, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -177,6 +183,7 @@ def build(directory: Path, architectures: str | None = None, jobs: str | None = 
     architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     jobs = jobs or os.environ.get("MAX_JOBS")
     library = write_ninja(directory, architectures)
+    (directory / "nvcc").write_text(nvcc_version())
     subprocess.run(
         [find_ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])], check=True
     )

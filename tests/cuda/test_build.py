@@ -138,11 +138,15 @@ def test_resources_are_within_the_committed_limits():
     found = resources.report(directory())
     targets = {target for by_target in found.values() for target in by_target}
     assert targets == {"sm_80", "sm_90a"}
-    limits = resources.read_limits(ROOT / "tests" / "cuda" / "limits.json")
-    assert resources.violations(found, limits) == []
+    limits, nvcc = resources.read_limits(ROOT / "tests" / "cuda" / "limits.json")
+    assert resources.violations(found, limits, nvcc == resources.compiler(directory())) == []
     for by_target in limits.values():
         for limit in by_target.values():
             assert limit.spilled == 0  # no configuration that spills is shipped
+    for kernel, by_target in limits.items():
+        if kernel.startswith("gram_"):  # every product but that of ieee fp32 is on tensor cores
+            ieee = "fp32" in kernel
+            assert all((limit.tensor == "") == ieee for limit in by_target.values()), kernel
 
 
 def test_what_passes_a_limit_is_named():
@@ -164,6 +168,8 @@ def test_what_passes_a_limit_is_named():
         (problem,) = problems(**change)
         assert problem.startswith("gram on sm_80: ")
         assert name in problem
+    other = {"gram": {"sm_80": replace(limit, registers=140)}}
+    assert resources.violations(other, limits, same_compiler=False) == []
     assert "no committed limit" in resources.violations({"new": {"sm_80": limit}}, {})[0]
     assert "no such kernel" in resources.violations({}, limits)[0]
 
