@@ -25,6 +25,13 @@ def update_choices(
     return planner.update_choices(geometry, *_where(device_type, dtype))
 
 
+def stats_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+) -> tuple[planner.Choice, ...]:
+    """The ways to C and V from samples of this dtype, cheapest first."""
+    return planner.stats_choices(geometry, *_where(device_type, dtype))
+
+
 def _where(device_type: str, dtype: torch.dtype) -> tuple:
     """The planner's arguments, after the geometry."""
     itemsize = statistics_dtype(dtype).itemsize

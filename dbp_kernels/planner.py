@@ -18,6 +18,7 @@ from .backends.eager.shift import shift_layout
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
+STATISTICS = ("fused", "gram", "direct")  # ways to C and V; "fused" is one kernel
 KERNEL_BACKENDS = ("triton", "cuda")  # have a shift form and a direct form of their own
 ALGORITHMS = (
     "shift",
@@ -298,4 +299,41 @@ def update_choices(
     ]
     if n <= d:
         choices.append(Choice("samples", samples.gflop, samples.seconds + copied))
+    return tuple(sorted(choices, key=lambda c: c.seconds))
+
+
+@lru_cache(maxsize=4096)
+def stats_choices(
+    geometry: ConvGeometry,
+    device_type: str = "cpu",
+    itemsize: int = 4,
+    backend: str = "eager",
+    precision: str = "ieee",
+    float32: str = "ieee",
+) -> tuple[Choice, ...]:
+    """The ways to C and V, cheapest first; arguments as of ``update_choices``.
+
+    "fused" belongs to backends with kernels of their own, and to a D that such a kernel holds:
+    whether it does only the backend knows.
+    """
+    m = machine(device_type, float32)
+    n, d, g = geometry.samples, geometry.dim, geometry.groups
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
+    bandwidth = m.gbytes * 1e9
+    upper = _upper(d, min(n, d))
+    # P = R S, half of P R^T, and both read and written
+    flop = 2.0 * g * d**3 * (1 + upper)
+    seconds = flop / m.rate(d) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call
+    choices = [Choice("gram", flop / 1e9 + gram.gflop, seconds + gram.seconds, gram=gram)]
+    # Z and X = Z R^T written and read
+    flop = 2.0 * g * n * d**2 * (1 + upper)
+    moved = itemsize * g * (8 * n * d + 3 * d * d)
+    seconds = flop / m.rate(min(n, d)) + moved / bandwidth + 5 * m.call
+    choices.append(Choice("direct", flop / 1e9, seconds))
+    if backend in KERNEL_BACKENDS:
+        side, _ = _tiles(d)
+        flop = 4.0 * g * n * side**2
+        rate = m.gflops * 1e9 * _interpolate(_KERNEL_RATE, min(side, 128)) * _GATHER
+        moved = itemsize * (geometry.input_numel + 2 * g * d * d)
+        choices.append(Choice("fused", flop / 1e9, flop / rate + moved / bandwidth + 2 * m.call))
     return tuple(sorted(choices, key=lambda c: c.seconds))

@@ -7,7 +7,15 @@ from helpers import case, cases, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbp_kernels.planner import ALGORITHMS, PLANS, PRECISIONS, gram_choices, update_choices
+from dbp_kernels.planner import (
+    ALGORITHMS,
+    PLANS,
+    PRECISIONS,
+    STATISTICS,
+    gram_choices,
+    stats_choices,
+    update_choices,
+)
 
 
 @settings(max_examples=100)
@@ -23,6 +31,7 @@ def test_choices_are_sound(c, device, itemsize, backend, precision):
     for choices, names in (
         (gram_choices(c.geometry, *where), ALGORITHMS),
         (update_choices(c.geometry, *where), PLANS),
+        (stats_choices(c.geometry, *where), STATISTICS),
     ):
         assert choices
         for choice in choices:
@@ -116,6 +125,15 @@ def test_each_backend_has_its_own_algorithms(c):
     assert "triton_direct" in names
     assert ("triton_shift" in names) == (not c.geometry.pointwise)
     assert not any("triton" in choice.name for choice in gram_choices(c.geometry, "cuda", 4))
+
+
+def test_small_patches_are_decorrelated_in_one_kernel():
+    few, many = case(26, 3, (32, 32), 3, padding=1), case(32, 128, (28, 28), 3, padding=1)
+    best = {
+        c: stats_choices(c.geometry, "cuda", 4, "triton", "bf16", "tf32")[0] for c in (few, many)
+    }
+    assert (best[few].name, best[many].name) == ("fused", "gram")
+    assert "fused" not in {c.name for c in stats_choices(few.geometry)}
 
 
 def test_the_triton_shift_form_needs_as_few_operations():
