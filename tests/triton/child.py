@@ -8,3 +8,6 @@ def compile_kernels() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # torch.empty is filled with NaN, as the fixture ``poison`` does
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True

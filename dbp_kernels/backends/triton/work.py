@@ -368,7 +368,7 @@ def reciprocal(divisor: int) -> tuple[int, int]:
     return (1 << (31 + shift)) // divisor + 1, shift
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """A 32-bit unsigned word as the int32 of the same bits."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
@@ -377,7 +377,7 @@ def _box_row(box: Box) -> list[int]:
     words = [*box.start, *box.size, *box.offset]
     for size in reversed(box.size):  # x, y, z: the order in which a pixel number is taken apart
         multiplier, shift = reciprocal(size)
-        words += [_signed(multiplier), shift]
+        words += [signed(multiplier), shift]
     return words
 
 
