@@ -61,6 +61,7 @@ py::dict stats() {
   d["ldmatrix_phases"] = s.ldmatrix_phases;
   d["ldmatrix_conflicts"] = s.ldmatrix_conflicts;
   d["mma"] = s.mma;
+  d["wgmma"] = s.wgmma;
   std::vector<std::string> sites;
   for (const Site& site : machine.sites()) sites.push_back(site.text());
   d["sites"] = sites;

@@ -22,8 +22,7 @@ std::string text(uint3 i) {
 
 }  // namespace
 
-// --- The host's side
-// ------------------------------------------------------------------------------
+// --- The host's side -------------------------------------------------------------------------
 
 Machine::Region::~Region() { munmap(mapping, mapped); }
 
@@ -94,8 +93,7 @@ cudaError_t Machine::launch(const std::string& kernel, const void* function, dim
   return cudaSuccess;
 }
 
-// --- The block
-// ------------------------------------------------------------------------------------
+// --- The block -------------------------------------------------------------------------------
 
 void Machine::run_block(int64_t number) {
   stats_.blocks++;
@@ -106,13 +104,18 @@ void Machine::run_block(int64_t number) {
   const int count = static_cast<int>(block_.x * block_.y * block_.z);
   std::fill(shared_.begin(), shared_.end(), 0xff);  // NaN in every floating-point format
   cells_.assign(shared_.size() / kGranule + 1, Cell{});
-  warps_.assign(count / 32, Warp{});
+  warps_.clear();
+  warps_.resize(count / 32);
   threads_.assign(count, Thread{});
   ready_.resize(count);
   alive_ = count;
   waiting_ = 0;
   epoch_ = 0;
   fault_ = nullptr;
+  clocks_.clear();
+  readers_.clear();
+  mbarriers_.clear();
+  named_barriers_.clear();
   for (int t = 0; t < count; ++t) {
     const auto u = static_cast<unsigned>(t);
     threads_[t].index = {u % block_.x, u / block_.x % block_.y, u / block_.x / block_.y};
@@ -156,8 +159,10 @@ void Machine::fiber_main() {
     for (const auto& group : thread.groups) unfinished |= !group.empty();
     if (unfinished)
       m.fail<UninitialisedRead>("the thread ends with cp.async copies it never waited for");
-    m.alive_--;
     Warp& warp = m.warps_[self / 32];
+    if (!warp.open.empty() || !warp.groups.empty())
+      m.fail<RaceFault>("the thread ends with a wgmma its warp never waited for");
+    m.alive_--;
     warp.alive--;
     if (m.waiting_ && m.waiting_ == m.alive_) m.release_barrier();
   } catch (...) {
@@ -169,6 +174,11 @@ void Machine::fiber_main() {
 }
 
 void Machine::block_thread() { fibers_[current_]->leave(); }
+
+void Machine::wake(int thread) {
+  threads_[thread].state = Thread::ready;
+  ready_.push_back(thread);
+}
 
 // A switch between threads at an access, when the current turn is over.
 void Machine::tick() {
@@ -205,10 +215,7 @@ void Machine::release_barrier() {
   waiting_ = 0;
   epoch_++;
   for (size_t t = 0; t < threads_.size(); ++t)
-    if (threads_[t].state == Thread::at_barrier) {
-      threads_[t].state = Thread::ready;
-      ready_.push_back(static_cast<int>(t));
-    }
+    if (threads_[t].state == Thread::at_barrier) wake(static_cast<int>(t));
 }
 
 void Machine::warp(WarpOp op, void* argument, void (*act)(Machine&, void* const*)) {
@@ -228,19 +235,20 @@ void Machine::warp(WarpOp op, void* argument, void (*act)(Machine&, void* const*
   act(*this, warp.arguments);
   const int first = current_ / 32 * 32;
   for (int t = first; t < first + 32; ++t)
-    if (t != current_) {
-      threads_[t].state = Thread::ready;
-      ready_.push_back(t);
-    }
+    if (t != current_) wake(t);
   tick();
 }
 
 void Machine::warp_barrier() {
-  warp(WarpOp::sync, nullptr, [](Machine& m, void* const*) { m.warps_[m.current_ / 32].epoch++; });
+  warp(WarpOp::sync, nullptr, [](Machine& m, void* const*) {
+    m.warps_[m.current_ / 32].epoch++;
+    int lanes[32];
+    std::iota(lanes, lanes + 32, m.current_ / 32 * 32);
+    m.meet(lanes, 32);
+  });
 }
 
-// --- Global memory
-// --------------------------------------------------------------------------------
+// --- Global memory ---------------------------------------------------------------------------
 
 Machine::Region& Machine::region(const void* address, size_t bytes, size_t alignment,
                                  const char* what) {
@@ -297,8 +305,11 @@ void Machine::global_write(const void* address, size_t bytes, size_t alignment) 
   stats_.global_write_bytes += static_cast<int64_t>(bytes);
 }
 
-// --- Shared memory
-// --------------------------------------------------------------------------------
+// --- Shared memory ---------------------------------------------------------------------------
+
+static std::string writer_text(uint16_t writer) {
+  return writer & 0x8000 ? "a tensor copy" : "thread " + std::to_string(writer);
+}
 
 // What is wrong with an access to the array [begin, end) of shared memory, or nothing.
 static std::string bounds_problem(uint32_t address, uint32_t bytes, uint32_t begin, uint32_t end) {
@@ -323,12 +334,14 @@ const unsigned char* Machine::shared_read(uint32_t address, uint32_t bytes, uint
     Cell& cell = cells_[c];
     auto at = [&] { return "reads shared byte " + std::to_string(c * kGranule); };
     if (cell.state == Cell::pending)
-      fail<UninitialisedRead>(at() + " before the cp.async that fills it was waited for");
+      fail<UninitialisedRead>(at() + " before the copy that fills it was waited for");
     if (cell.state == Cell::unwritten) fail<UninitialisedRead>(at() + ", which was never written");
     if (cell.writer != self && cell.write_epoch == epoch_ &&
-        !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch))
-      fail<RaceFault>(at() + ", written by thread " + std::to_string(cell.writer) +
+        !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch) &&
+        !knows(cell.writer, cell.write_clock))
+      fail<RaceFault>(at() + ", written by " + writer_text(cell.writer) +
                       " with no barrier in between");
+    note_read(c);
     if (cell.reader == kNobody || cell.read_epoch != epoch_) {
       cell.reader = self;
       cell.reader_warp = warp;
@@ -348,14 +361,18 @@ void Machine::check_write(uint32_t address, uint32_t bytes, const char* what) {
   for (uint32_t c = address / kGranule; c <= (address + bytes - 1) / kGranule; ++c) {
     const Cell& cell = cells_[c];
     auto at = [&] { return std::string(what) + " shared byte " + std::to_string(c * kGranule); };
+    if (cell.in_flight) fail<RaceFault>(at() + ", which a wgmma may still read");
     if (cell.state == Cell::pending && cell.writer != self)
-      fail<RaceFault>(at() + ", which a cp.async of thread " + std::to_string(cell.writer) +
-                      " fills");
+      fail<RaceFault>(at() + ", which a copy by thread " + std::to_string(cell.writer) + " fills");
     if (cell.writer != kNobody && cell.writer != self && cell.write_epoch == epoch_ &&
-        !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch))
-      fail<RaceFault>(at() + ", written by thread " + std::to_string(cell.writer) +
+        !(cell.writer / 32 == warp && cell.write_warp_epoch != warp_epoch) &&
+        !knows(cell.writer, cell.write_clock))
+      fail<RaceFault>(at() + ", written by " + writer_text(cell.writer) +
                       " with no barrier in between");
-    if (cell.reader != kNobody && cell.reader != self && cell.read_epoch == epoch_ &&
+    bool known = clocks_on();
+    if (known && cell.read_epoch == epoch_)
+      for (const auto& [reader, tick] : readers_[c]) known &= reader == self || knows(reader, tick);
+    if (!known && cell.reader != kNobody && cell.reader != self && cell.read_epoch == epoch_ &&
         !(cell.reader_warp == warp && cell.read_warp_epoch != warp_epoch))
       fail<RaceFault>(at() + ", read by another thread with no barrier in between");
   }
@@ -368,6 +385,8 @@ void Machine::mark(uint32_t address, uint32_t bytes, uint8_t state) {
     cell.writer = static_cast<uint16_t>(current_);
     cell.write_epoch = epoch_;
     cell.write_warp_epoch = warps_[current_ / 32].epoch;
+    cell.write_clock = clocks_on() ? clock(current_, current_) : 0;
+    cell.write_step = threads_[current_].step;
   }
 }
 
@@ -378,12 +397,12 @@ unsigned char* Machine::shared_write(uint32_t address, uint32_t bytes, uint32_t 
   if (!problem.empty())
     fail<MemoryFault>("shared write of " + std::to_string(bytes) + " bytes " + problem);
   check_write(address, bytes, "writes");
+  threads_[current_].step++;
   mark(address, bytes, Cell::written);
   return shared_.data() + address;
 }
 
-// --- cp.async
-// -------------------------------------------------------------------------------------
+// --- cp.async --------------------------------------------------------------------------------
 
 void Machine::cp_async(uint32_t destination, const void* source, uint32_t bytes, bool valid) {
   tick();
@@ -408,19 +427,14 @@ void Machine::cp_async_wait(size_t pending) {
     for (const Copy& copy : thread.groups.front()) {
       unsigned char* to = shared_.data() + copy.destination;
       copy.source ? std::memcpy(to, copy.source, copy.bytes) : std::memset(to, 0, copy.bytes);
+      thread.step++;
       mark(copy.destination, copy.bytes, Cell::written);
     }
     thread.groups.pop_front();
   }
 }
 
-// --- Faults
-// ---------------------------------------------------------------------------------------
-
-template <class F>
-void Machine::fail(const std::string& what) const {
-  throw F(place() + what);
-}
+// --- Faults ----------------------------------------------------------------------------------
 
 std::string Machine::place() const {
   return kernel_ + ", block " + text(block_index_) + ", thread " + text(threads_[current_].index) +

@@ -6,6 +6,9 @@
 //   - races: two threads on the same shared bytes, one writing, no barrier between them, whatever
 //   the
 //     schedule was; two blocks of one launch on the same global bytes, one writing;
+//   - on sm_90a, operands of a wgmma changed before its wait, accumulators used before it, and
+//   ordinary
+//     writes that no proxy fence makes visible to it;
 //   - deadlocks, and warp-level operations that not all 32 lanes reach.
 // Any one barrier or wait of a kernel can be left out (see Site), to see that its absence shows.
 #pragma once
@@ -13,6 +16,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -47,7 +51,7 @@ struct Stats {
   int64_t ldmatrix_phases =
       0;  // 8 rows of 16 bytes each: one shared memory cycle if no two collide
   int64_t ldmatrix_conflicts = 0;  // further cycles because rows fall on the same banks
-  int64_t mma = 0;
+  int64_t mma = 0, wgmma = 0;      // per warp
 };
 
 // A launch as the kernel's launcher asked for it; params in the device's layout.
@@ -65,7 +69,15 @@ struct Site {
   std::string text() const;  // "pack.cuh:58"
 };
 
-enum class WarpOp { sync, shuffle, ldmatrix, mma, elect };
+enum class WarpOp { sync, shuffle, ldmatrix, mma, wgmma, wgmma_fence, wgmma_commit, wgmma_wait };
+
+// What one lane gives to a wgmma; `a` and `b` are the same in all lanes.
+struct WgmmaArgument {
+  char kind;  // 'b' bf16, 'h' fp16
+  int columns;
+  float* d;
+  uint64_t a, b;
+};
 
 class Machine {
  public:
@@ -109,16 +121,35 @@ class Machine {
   void cp_async_wait(size_t pending);
   Stats& count() { return stats_; }
 
+  // sm_90a (async.cpp)
+  void mbarrier_init(uint32_t address, uint32_t count);
+  void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
+  void mbarrier_wait(uint32_t address, uint32_t parity);
+  // Queues a copy of `bytes` to 16-byte chunks at these shared addresses.
+  void tensor_copy(uint32_t mbarrier, std::vector<uint32_t> chunks,
+                   std::vector<unsigned char> data);
+  void named_barrier(int id, int threads);
+  void fence_async_proxy();
+  void wgmma(const WgmmaArgument* const* lanes);
+  void wgmma_fence();
+  void wgmma_commit();
+  void wgmma_wait(size_t pending);
+
   [[noreturn]] void deadlock(const std::string& what) const { fail<DeadlockFault>(what); }
+  [[noreturn]] void misaligned(const std::string& what) const { fail<MemoryFault>(what); }
 
  private:
   static constexpr uint16_t kNobody = 0xffff, kSeveral = 0xfffe;
-  static constexpr uint32_t kGranule = 2;  // bytes per shadow cell
+  static constexpr uint16_t kMbarrier = 0x8000;  // + number: a tensor copy that it announced
+  static constexpr int kMbarriers = 64;          // per block
+  static constexpr uint32_t kGranule = 2;        // bytes per shadow cell
 
   struct Cell {  // shadow of kGranule bytes of shared memory
     enum : uint8_t { unwritten, written, pending } state = unwritten;
     uint16_t writer = kNobody, reader = kNobody, reader_warp = kNobody;
     uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+    uint32_t write_clock = 0, write_step = 0;  // see clock()
+    uint16_t in_flight = 0;                    // wgmmas that may still read it
   };
   struct Region {
     std::string name;
@@ -133,15 +164,42 @@ class Machine {
   };
   struct Thread {
     uint3 index;
-    enum { ready, at_barrier, at_warp_op, done } state;
+    enum { ready, at_barrier, at_warp_op, at_mbarrier, at_named_barrier, done } state;
     std::vector<Copy> open;                // cp.async not committed yet
     std::deque<std::vector<Copy>> groups;  // committed, oldest first
+    uint32_t step = 0, fenced_step = 0;    // ordinary writes, and those before the last proxy fence
+  };
+  struct Mbarrier {
+    int number;
+    uint32_t count, pending, phase = 0;
+    int64_t bytes = 0;  // expected and not yet there
+    int initialiser;
+    uint32_t init_epoch, init_clock;
+    struct TensorCopy {
+      std::vector<uint32_t> chunks;
+      std::vector<unsigned char> data;
+    };
+    std::vector<TensorCopy> copies;
+    std::vector<uint32_t> collecting, completed;  // clocks of those who arrived
+  };
+  struct NamedBarrier {
+    int threads = 0;
+    std::vector<int> waiting;
+  };
+  struct Wgmma {
+    std::vector<uint32_t> chunks;  // operands
+    float* d[32];
+    int columns;
   };
   struct Warp {
     WarpOp op;
     int arrived = 0, alive = 32;
     uint32_t epoch = 0;
     void* arguments[32];
+    bool fenced = false;
+    std::vector<Wgmma> open;
+    std::deque<std::vector<Wgmma>> groups;
+    std::map<float*, std::pair<std::vector<float>, int>> accumulators;  // values, wgmmas under way
   };
 
   static void fiber_main();
@@ -149,11 +207,31 @@ class Machine {
   void block_thread();  // leaves the fiber until its thread is ready again
   void release_barrier();
   void tick();
+  void wake(int thread);
   void check_write(uint32_t address, uint32_t bytes, const char* what);
+  void note_read(uint32_t c);
+
+  // Vector clocks order the threads of kernels with mbarriers or named barriers: clock(t, u) is the
+  // last tick of thread (or, from threads_.size() on, mbarrier) u that t knows to be over. Between
+  // two block barriers only; those order everything.
+  bool clocks_on() const { return !clocks_.empty(); }
+  void turn_clocks_on();
+  uint32_t& clock(int t, size_t u) { return clocks_[t * width_ + u]; }
+  bool knows(uint16_t writer, uint32_t tick);
+  void join(std::vector<uint32_t>& into, int thread) const;
+  void learn(int thread, const std::vector<uint32_t>& from);
+  void meet(const int* threads, size_t count);  // a barrier among them
+  Mbarrier& mbarrier_at(uint32_t address);
+  void advance(Mbarrier& bar);
+  void land(Mbarrier& bar);
+  void wake_mbarrier_waiters();
+  void finish_wgmma(Warp& warp, const Wgmma& op);
   void mark(uint32_t address, uint32_t bytes, uint8_t state);
   Region& region(const void* address, size_t bytes, size_t alignment, const char* what);
   template <class F>
-  [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail(const std::string& what) const {
+    throw F(place() + what);
+  }
   std::string place() const;
 
   std::mt19937_64 random_;
@@ -184,6 +262,11 @@ class Machine {
   uint32_t epoch_ = 0;
   std::vector<unsigned char> shared_;
   std::vector<Cell> cells_;
+  size_t width_ = 0;
+  std::vector<uint32_t> clocks_;
+  std::vector<std::vector<std::pair<uint16_t, uint32_t>>> readers_;  // per cell: thread, tick
+  std::map<uint32_t, Mbarrier> mbarriers_;
+  std::map<int, NamedBarrier> named_barriers_;
   std::exception_ptr fault_;
 };
 

@@ -133,8 +133,7 @@ uint16_t float_to_fp16(float x);
 }  // namespace emulation
 }  // namespace dbp
 
-// --- CUDA built-ins
-// -------------------------------------------------------------------------------
+// --- CUDA built-ins --------------------------------------------------------------------------
 
 // The default arguments are the caller's place.
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -170,8 +169,7 @@ T __ldg(dbp::emulation::GlobalPointer<T> p) {
   return *p;
 }
 
-// --- The wrappers of simt.cuh; see there for what each one means
-// ------------------------------------
+// --- The wrappers of simt.cuh; see there for what each one means -----------------------------
 
 namespace dbp {
 

@@ -61,8 +61,7 @@ __host__ __device__ constexpr auto ceil_div(I a, J b) {
 
 #ifndef DBP_EMULATE
 
-// --- Memory
-// ---------------------------------------------------------------------------------------
+// --- Memory ----------------------------------------------------------------------------------
 
 template <class T>
 using Global = T*;
@@ -118,8 +117,7 @@ bool aligned16(T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// --- Conversions
-// ----------------------------------------------------------------------------------
+// --- Conversions -----------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -160,8 +158,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// --- cp.async
-// -------------------------------------------------------------------------------------
+// --- cp.async --------------------------------------------------------------------------------
 
 // Copies Bytes (4, 8 or 16) from global to shared memory behind the thread's back; both addresses
 // are multiples of Bytes. Not valid: writes zeros and reads nothing. Done after the matching
@@ -191,8 +188,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// --- Tensor cores
-// ---------------------------------------------------------------------------------
+// --- Tensor cores ----------------------------------------------------------------------------
 
 // Loads 8x8 matrices of 16-bit elements; lane 8m + r holds the address of row r (16 bytes) of
 // matrix m. Lane l receives row l/4, columns 2(l%4) and +1 of each matrix; transposed: of its
@@ -244,8 +240,7 @@ DBP_MMA(fp16, "m16n8k16", "f16", "f16")
 DBP_MMA(float, "m16n8k8", "tf32", "tf32")
 #undef DBP_MMA
 
-// --- Launch
-// ---------------------------------------------------------------------------------------
+// --- Launch ----------------------------------------------------------------------------------
 
 // Launches kernel(params) after checking the device's limits. Never synchronises.
 template <class Params>

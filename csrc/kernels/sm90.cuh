@@ -14,7 +14,9 @@
 
 #include "simt.cuh"
 
-#ifndef DBP_EMULATE
+#ifdef DBP_EMULATE
+#include "../emulation/sm90.h"
+#else
 #include <cuda.h>
 #endif
 
@@ -47,10 +49,11 @@ __host__ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address,
 #define DBP_SM90(...) __trap()
 #endif
 
-// --- Tensor maps
-// ----------------------------------------------------------------------------------
+// --- Tensor maps -----------------------------------------------------------------------------
 
-using TensorMap = CUtensorMap;
+struct alignas(128) TensorMap {  // CUtensorMap's own alignment differs between CUDA versions
+  CUtensorMap map;
+};
 
 // Host. A map of a tensor of `rank` (1 to 5) dimensions, the contiguous one first; stride_bytes[d]
 // is that of dimension d + 1, a multiple of 16 as is the base. A copy moves a box; what lies
@@ -85,7 +88,7 @@ inline cudaError_t make_tensor_map(TensorMap& map, DType dtype, const void* base
                     : swizzle == Swizzle::bytes32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                   : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result = reinterpret_cast<Encode>(function)(
-      &map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, boxes,
+      &map.map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, boxes,
       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -116,8 +119,7 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap& 
 #undef DBP_TMA
 }
 
-// --- mbarriers: 8 bytes of shared memory each
-// -----------------------------------------------------
+// --- mbarriers: 8 bytes of shared memory each ------------------------------------------------
 
 // By one thread; then __syncthreads before anyone uses it. A phase ends after `count` arrivals and
 // the bytes they expect.
@@ -152,8 +154,7 @@ __device__ __forceinline__ void fence_async_proxy() {
   DBP_SM90("fence.proxy.async.shared::cta;" :: : "memory");
 }
 
-// --- Warpgroups
-// -----------------------------------------------------------------------------------
+// --- Warpgroups ------------------------------------------------------------------------------
 
 // A barrier among `threads` threads (whole warps) that use the same id, 1 to 15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
@@ -171,8 +172,7 @@ __device__ __forceinline__ void registers_increase() {
   DBP_SM90("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// --- wgmma: 128 threads, D (64 x N) += A (64 x 16) B (16 x N)
-// ---------------------------------------
+// --- wgmma: 128 threads, D (64 x N) += A (64 x 16) B (16 x N) --------------------------------
 
 // Before the first wgmma of a group, and after changing accumulators.
 __device__ __forceinline__ void wgmma_fence() {
@@ -208,10 +208,10 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 #define DBP_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DBP_N32 \
   DBP_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define DBP_N64                                                                          \
-  DBP_N32                                                                                \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DBP_N64                                                                      \
+  DBP_N32                                                                            \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define DBP_WGMMA(T, NAME, N, REGISTERS, NUMBERS, A, B)                                           \
   template <>                                                                                     \
   __device__ __forceinline__ void wgmma<T, N>(float (&d)[N / 2], uint64_t a, uint64_t b) {        \

@@ -11,9 +11,11 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sysconfig
 import tempfile
@@ -81,7 +83,7 @@ def _sources_of(file: Path) -> list[Path]:
             continue
         found.append(current)
         for name in re.findall(r'^#include "(.+)"', current.read_text(), re.M):
-            candidates = (current.parent / name, CSRC / name)
+            candidates = [folder / name for folder in (current.parent, CSRC, CSRC / "kernels")]
             todo += [c.resolve() for c in candidates if c.exists()][:1]
     return sorted(found)
 
@@ -101,7 +103,7 @@ def build(sources: Iterable[Path], compiler: str, include: str) -> Path:
     def compile_one(job: tuple[Path, Path]) -> None:
         source, target = job
         scratch = target.with_suffix(f".{os.getpid()}.o")
-        command = [compiler, *_FLAGS, f"-I{CSRC}", f"-I{include}", "-c"]
+        command = [compiler, *_FLAGS, f"-I{CSRC}", f"-I{CSRC}/kernels", f"-I{include}", "-c"]
         _run([*command, f"-I{sysconfig.get_paths()['include']}", str(source), "-o", str(scratch)])
         scratch.replace(target)
 
@@ -198,7 +200,10 @@ def ptx(header: str, arch: str, defines: tuple[str, ...] = ()):
         pytest.skip("no nvcc")
     source = f'#include "{header}"\n'
     text = compiler.compile(
-        source, arch=arch, include_dirs=[str(CSRC / "kernels")], defines=defines
+        source,
+        arch=arch,
+        include_dirs=[str(CSRC / "kernels"), str(Path(__file__).parent)],
+        defines=defines,
     )
     return ptxsim.load(text)
 
@@ -220,17 +225,39 @@ def run_ptx(
     memory = GlobalMemory()
     arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
     addresses = {k: memory.address(v) if v.size else 256 for k, v in arrays.items()}
+    maps = []  # the simulator only remembers those that someone holds
     for launch in record(kernel, **{**arguments, **addresses}):
+        params = _with_tensor_maps(launch["params"], addresses, arrays, maps)
         module.launch(
             launch["kernel"],
             launch["grid"],
             launch["block"],
-            [launch["params"]],
+            [params],
             shared_bytes=launch["shared_bytes"],
             seed=seed,
             race_check=race_check,
             memory=memory,
         )
+
+
+def _with_tensor_maps(params: bytes, addresses: dict, arrays: dict, keep: list) -> bytes:
+    """A recorded parameter struct, its tensor maps (emulation/sm90.h) replaced by the simulator's."""
+    from ptxsim import TensorMap
+
+    at = -1
+    while (at := params.find(b"dbpTmap\0", at + 1)) >= 0:
+        base, *fields = struct.unpack_from("<Q5q4q5i3B", params, at + 8)
+        size, stride, box = fields[:5], fields[5:9], fields[9:14]
+        rank, element, swizzle = fields[14:]
+        name = next(k for k, v in arrays.items() if addresses[k] <= base < addresses[k] + v.nbytes)
+        shape = size[:rank][::-1]
+        dense = [element * math.prod(size[: d + 1]) for d in range(rank - 1)]
+        assert stride[: rank - 1] == dense, "the simulator's tensor maps are of contiguous arrays"
+        start = (base - addresses[name]) // element
+        tensor = arrays[name].reshape(-1)[start : start + math.prod(shape)].reshape(shape)
+        keep.append(TensorMap(tensor, tuple(box[:rank][::-1]), swizzle))
+        params = params[:at] + keep[-1].to_bytes() + params[at + 128 :]
+    return params
 
 
 # --- numpy has no bf16 ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulation import DTYPES, bf16, call, decode, encode, from_bf16, load, unneeded
+from emulation import DTYPES, bf16, call, decode, encode, from_bf16, load, run_ptx, unneeded
 
 pytestmark = pytest.mark.emulation
 
@@ -124,6 +124,44 @@ def test_barriers_and_waits_can_be_left_out(fault):
     sites = call("toy_pipeline", **arguments)["sites"]
     assert len(sites) == 4  # wait, barrier, barrier, and the last wait, for empty groups
     assert unneeded("toy_pipeline", **arguments) == sites[3:]
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("arch", ["compute_80", "compute_90a"])
+def test_the_device_computes_the_same(arch):
+    """The wrappers' two halves: one source, emulated and from PTX, bit for bit."""
+    x = special_floats()[::50]
+    x = x[~np.isnan(x)]  # which NaN is nobody's business
+    a, b = rng(1).standard_normal((16, 16)), rng(2).standard_normal((16, 8))
+    calls = [
+        ("toy_reverse", {"x": x[:256], "out": nans(256), "n": 256, "barrier": 1}),
+        (
+            "toy_pipeline",
+            {
+                "x": rng().random((5, 64, 4), np.float32),
+                "out": nans(5, 64),
+                "tiles": 5,
+                "broken": 0,
+            },
+        ),
+        ("toy_shuffle", {"x": rng().random(32, np.float32), "out": nans(32)}),
+    ]
+    for dtype in ("fp16", "bf16"):
+        out = np.zeros(x.shape, np.uint16 if dtype == "bf16" else np.float16)
+        calls.append(("toy_convert", {"x": x, "out": out, "n": x.size, "dtype": DTYPES[dtype]}))
+    for dtype in ("tf32", "fp16", "bf16"):
+        for transposed in (0, 1):
+            operands = {"a": encode(a, dtype), "b": encode(b, dtype), "out": nans(16, 8)}
+            calls.append(
+                ("toy_product", {**operands, "transposed": transposed, "dtype": DTYPES[dtype]})
+            )
+    for kernel, arguments in calls:
+        other = {**arguments, "out": arguments["out"].copy()}
+        call(kernel, **arguments)
+        run_ptx(kernel, header="toy_kernels.cuh", arch=arch, **other)
+        np.testing.assert_array_equal(
+            arguments["out"].view(np.uint8), other["out"].view(np.uint8), kernel
+        )
 
 
 # --- Broken kernels -------------------------------------------------------------------------------
