@@ -1,5 +1,6 @@
 # make demo   train by plain and by decorrelated backpropagation on real images, side by side
 # make test   the test suite          make bench  speed against the alternatives
+# make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
 # make device-check   on a machine with a GPU: its tests and benchmarks, in under ten minutes
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
 PYTHON ?= python3
@@ -11,7 +12,7 @@ JOBS ?= 2
 BIN = $(abspath $(VENV))/bin
 READY = $(VENV)/.dbp-kernels-installed
 
-.PHONY: demo test test-all bench device-check lint format clean
+.PHONY: demo test test-all bench cuda device-check lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
@@ -26,7 +27,13 @@ test-all: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench --save
 
+cuda: $(READY)
+	$(BIN)/python csrc/build.py --in-place
+	$(BIN)/python csrc/resources.py build/cuda --limits tests/cuda/limits.json
+
+# With the CUDA kernels where they can be compiled.
 device-check: $(READY)
+	if command -v nvcc >/dev/null; then $(BIN)/python csrc/build.py --in-place; fi
 	$(BIN)/python -m bench device-check
 
 lint: $(READY)
@@ -44,4 +51,4 @@ $(READY): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dbp_kernels/backends/cuda/*.so *.egg-info .pytest_cache .ruff_cache

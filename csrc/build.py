@@ -1,6 +1,6 @@
 """Compiles the CUDA part: csrc/torch and csrc/kernels -> one shared library, with nvcc and ninja.
 
-Used by setup.py; on its own: ``python csrc/build.py [--directory build/cuda] [--report]``.
+Used by setup.py; on its own: ``python csrc/build.py [--directory build/cuda] [--in-place]``.
 Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0a;12.0+PTX"), MAX_JOBS, DBP_BUILD_CUDA (0: never,
 1: failing to build is an error).
 """
@@ -190,7 +190,18 @@ def build(directory: Path, architectures: str | None = None, jobs: str | None = 
     return library
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=CSRC.parent / "build" / "cuda")
-    print(build(parser.parse_args().directory))
+    parser.add_argument(
+        "--in-place", action="store_true", help="put the library into this clone's dbp_kernels too"
+    )
+    arguments = parser.parse_args()
+    library = build(arguments.directory)
+    if arguments.in_place:
+        library = Path(shutil.copy(library, CSRC.parent / "dbp_kernels" / "backends" / "cuda"))
+    print(library)
+
+
+if __name__ == "__main__":
+    main()

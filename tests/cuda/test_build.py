@@ -283,3 +283,41 @@ def test_wheel_in_a_fresh_environment(tmp_path):
     done = run(python, "-c", _IN_A_FRESH_ENVIRONMENT, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"cuda kernels, nvcc \d+\.\d+, targets 9\.0a", json.loads(done.stdout))
+
+
+# --------------------------------------------------------------------------- CMake
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_cmake_package_and_the_example_that_uses_it(tmp_path):
+    """Configured, built and installed; the example then finds the package where it was installed."""
+    cmake = shutil.which("cmake")
+    if cmake is None or build.missing():
+        pytest.skip("no cmake" if cmake is None else build.missing())
+    ninja = f"-DCMAKE_MAKE_PROGRAM={build.find_ninja()}"
+    settings = ("-G", "Ninja", ninja, "-DCMAKE_CUDA_ARCHITECTURES=80", "-DCMAKE_BUILD_TYPE=Release")
+    nvcc = f"-DCMAKE_CUDA_COMPILER={build.find_nvcc()}"
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+
+    def cmake_run(*arguments):
+        done = run(cmake, *arguments)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    prefix = tmp_path / "prefix"
+    options = (f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DDBP_TORCH=ON", python, nvcc)
+    cmake_run("-S", ROOT, "-B", tmp_path / "build", *settings, *options)
+    cmake_run("--build", tmp_path / "build", "--parallel", "2")
+    cmake_run("--install", tmp_path / "build")
+    example = ("-S", ROOT / "examples" / "cpp", "-B", tmp_path / "example")
+    cmake_run(*example, *settings, nvcc, f"-DCMAKE_PREFIX_PATH={prefix}")
+    cmake_run("--build", tmp_path / "example")
+    done = run(tmp_path / "example" / "decor_stats")
+    if "cuda:0" in run(sys.executable, "-m", "dbp_kernels", "info").stdout:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith("device 0: ")
+    (library_file,) = prefix.glob("lib*/libdbp_cuda.so")
+    code = f"import torch; torch.ops.load_library({str(library_file)!r}); torch.ops.dbp_cuda.pack"
+    assert run(sys.executable, "-c", code).returncode == 0
