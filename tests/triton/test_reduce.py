@@ -1,6 +1,7 @@
 """The reduce kernel against the work list's own model, on workspaces of random numbers."""
 
 import pytest
+import simulator
 import torch
 from helpers import DEVICE, case, cases
 from hypothesis import given
@@ -13,15 +14,16 @@ from dbp_kernels.backends.triton.reduce import reduce
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def reduced(work: W.Work, parts: torch.Tensor, samples: int, **options) -> torch.Tensor:
-    tables = W.make_tables(work, DEVICE)
-    return reduce(parts.to(DEVICE, torch.float32), work, tables, samples, **options).cpu()
+def reduced(
+    work: W.Work, parts: torch.Tensor, samples: int, index64: bool = False, device=DEVICE
+) -> torch.Tensor:
+    tables = W.make_tables(work, device)
+    return reduce(parts.to(device), work, tables, samples, index64).cpu()
 
 
 def workspace(work: W.Work) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    parts = torch.randn(work.slots, work.block, work.block, generator=generator)
-    return parts
+    return torch.randn(work.slots, work.block, work.block, generator=generator)
 
 
 @given(
@@ -65,3 +67,22 @@ def test_only_listed_slots_are_read():
         if j == 1:
             parts[rows, :, 1:] = torch.nan
     assert reduced(work, parts, 12).isfinite().all()
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("index64", [False, True])
+@pytest.mark.parametrize("shape", [(70, 35, 32), (33, 1, 16), (20, 20, 64)], ids=str)
+def test_compiled_code_of_one_tap(compiled, target, index64, shape):
+    """More taps are simulated with the kernels that fill the workspace."""
+    expected, S = compiled(reduced_in_simulator, target, index64, *shape)
+    assert torch.allclose(S.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(S, S.mT)
+
+
+def reduced_in_simulator(target, index64, channels, group_channels, block):
+    work = W.make_work(W.direct_program(90), 1, channels, group_channels, block, 4, 20)
+    parts = workspace(work)
+    with simulator.simulated(target, seed=channels):
+        S = reduced(work, parts, 90, index64, torch.device("cpu"))
+    return assembled(parts.double(), work, 90), S

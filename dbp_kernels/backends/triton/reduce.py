@@ -19,7 +19,7 @@ from .work import SYMMETRIC, TRANSPOSED, Tables, Work
 _TRANSPOSED = tl.constexpr(TRANSPOSED)
 _SYMMETRIC = tl.constexpr(SYMMETRIC)
 _MAX_INT = 2**31 - 1
-SQUARE = 32
+SQUARE, WARPS = 32, 8  # what a program writes, and its warps
 
 
 # one tap is worth a compilation of its own (columns are channels then), other sizes are not
@@ -155,7 +155,7 @@ def reduce(
         BLOCK=work.block,
         SQUARE=SQUARE,
         INDEX64=index64 or max(work.workspace, out.numel()) > _MAX_INT,
-        num_warps=4,
+        num_warps=WARPS,
         num_stages=2,
     )
     return out
@@ -179,5 +179,7 @@ def cases(target: int) -> list[KernelCase]:
                     constexprs["tap_count"] = 1
                     del signature["tap_count"]
                 name = f"reduce[{block}{', one tap' * one_tap}{', int64' * wide}]"
-                found.append(KernelCase(name, reduce_kernel, signature, constexprs, 4, 2, False))
+                found.append(
+                    KernelCase(name, reduce_kernel, signature, constexprs, WARPS, 2, False)
+                )
     return found

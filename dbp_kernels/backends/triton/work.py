@@ -383,7 +383,10 @@ def _box_row(box: Box) -> list[int]:
 
 @lru_cache(maxsize=256)
 def make_tables(work: Work, device: torch.device) -> Tables:
-    """The tables on a device. The first call for a geometry copies them there, later ones do not."""
+    """The tables on a device. Only the first call for a geometry copies them there.
+
+    That copy cannot be captured in a CUDA graph: run once before capturing, as torch advises anyway.
+    """
     number = {pair: p for p, pair in enumerate(work.pairs)}
     tiles = [[i, j, number[i, j], number[j, i]] for i, j in work.upper]
     start: dict[tuple[int, ...], int] = {}
