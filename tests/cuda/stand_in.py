@@ -14,7 +14,7 @@ import dbp_kernels as dbp
 from dbp_kernels.backends.cuda import library
 
 
-def _array(t: torch.Tensor) -> np.ndarray:
+def array(t: torch.Tensor) -> np.ndarray:
     """The memory from a tensor's first to its last element, without a copy; bf16 as its bits."""
     extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
     flat = t.detach().as_strided((extent,), (1,))
@@ -27,7 +27,7 @@ def emulated(seed: int = 0) -> Iterator[list[str]]:
     launched: list[str] = []
 
     def launch(kernel: str, arguments: dict[str, Any]) -> None:
-        arrays = {k: _array(v) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        arrays = {k: array(v) if torch.is_tensor(v) else v for k, v in arguments.items()}
         call(kernel, seed=seed + len(launched), **arrays)
         launched.append(kernel)
 

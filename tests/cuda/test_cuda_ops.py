@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from emulation import record
 from helpers import LAYOUTS, case, cases, error, moment_error, random, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_in import emulated
+from stand_in import array, emulated
 
 import dbp_kernels as dbp
 from dbp_kernels import backends, plans, reference
-from dbp_kernels.backends.cuda import gram, library, ops, update
+from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.choices import gram_choices
 from dbp_kernels.planner import Choice
 
@@ -97,6 +98,37 @@ def test_kernels_of_a_choice(c, choice, expected):
     assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
 
 
+def test_every_launch_fits_the_smallest_gpu():
+    """Dynamic shared memory of all kernels, at every tile and dtype: 99 KB on sm_86, 89 and 120."""
+    needed = {}
+
+    def note(kernel, arguments):
+        arrays = {k: array(v) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        for launch in record(kernel, **arrays):
+            name = launch["kernel"]
+            needed[name] = max(needed.get(name, 0), launch["shared_bytes"])
+
+    wide = case(1, 128, (24, 64), 3, padding=1)  # a halo of two lines and a bit
+    small = [case(1, channels, (3, 3), 3, padding=1) for channels in (1, 5, 14)]
+    library.simulate(note)
+    try:
+        for dtype in DTYPES:
+            for x, geometry in [(c.input(dtype), c.geometry) for c in (wide, *small)]:
+                for block in gram.BLOCKS:
+                    gram.patch_gram_box(x, geometry, block)
+                    gram.patch_gram_direct(x, geometry, block)
+                    if block in gram.SHIFT_BLOCKS:
+                        gram.patch_gram_shift(x, geometry, block)
+            for c in small:
+                stats.decor_stats(c.input(dtype), c.R(torch.float32), c.geometry)
+    finally:
+        library.simulate(None)
+    for name in ("gram_box", "gram_direct", "gram_shift", "pack", "reduce", "stats"):
+        assert [kernel for kernel in needed if f"{name}_kernel" in kernel], name
+    assert max(needed.values()) > 48 * 1024  # some ask for more than they get unasked
+    assert {name: n for name, n in needed.items() if n > 99 * 1024} == {}
+
+
 def test_planner_offers_the_kernels():
     wide = case(256, 64, (56, 56), 3, padding=1).geometry
     first = case(256, 3, (224, 224), 7, stride=2, padding=3).geometry
@@ -107,34 +139,39 @@ def test_planner_offers_the_kernels():
     assert not [name for name in names if name.startswith("triton")]
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     c=st.one_of(cases(max_channels=4), st.just(rows((5, 7, 12), 3))),
+    way=st.sampled_from(["fused", "gram", "direct"]),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 1000),
 )
-def test_decor_stats(c, dtype, layout, seed):
+def test_decor_stats(c, way, dtype, layout, seed):
     x, R = c.input(dtype, layout=layout), c.R(torch.float32)
+    if way == "fused" and not stats.supported(x, c.geometry):
+        way = "gram"
     exact = reference.decor_stats(x.double(), R.double(), *c.arguments)
     plain = reference.decor_stats(x.float(), R, *c.arguments)
     with emulated(seed) as launched:
-        ours = torch.ops.dbp.decor_stats(x, R, *c.arguments)
-    assert launched == (["stats"] if c.geometry.dim <= 128 else [])
+        S = gram_choices(c.geometry, "cuda", dtype)[0]
+        ours = ops.decor_stats(x, R, c.geometry, Choice(way, 0.0, 0.0, gram=S))
+    assert ("stats" in launched) == (way == "fused")
     for result, oracle, rival in zip(ours, exact, plain):
         assert result.dtype == torch.float32
         assert error(result, oracle) <= bound(error(rival, oracle))
 
 
-def test_stats_of_long_patches_are_composed():
-    c = case(2, 15, (4, 4), 3, padding=1)
+@pytest.mark.parametrize("channels", [2, 15])  # D = 18, and 135: too long for the fused kernel
+def test_decor_stats_by_the_way_of_the_planner(channels):
+    c = case(2, channels, (4, 4), 3, padding=1)
     x, R = c.input(torch.float32), c.R(torch.float32)
-    with emulated() as launched:
-        C, V = torch.ops.dbp.decor_stats(x, R, *c.arguments)
-    assert "stats" not in launched
+    assert stats.supported(x, c.geometry) == (channels == 2)
     exact = reference.decor_stats(x.double(), R.double(), *c.arguments)
-    assert error(C, exact[0]) < 1e-5
-    assert error(V, exact[1]) < 1e-5
+    with emulated():
+        ours = torch.ops.dbp.decor_stats(x, R, *c.arguments)
+    for result, oracle in zip(ours, exact):
+        assert error(result, oracle) < 1e-5
 
 
 @given(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ...choices import gram_choices, update_choices
+from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
 from ..eager import ops as eager
+from ..eager.matmul import symmetric_product
 from ..eager.unfold import rows
 from . import gram, stats
 from .update import update_direct, update_from_gram
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
-
-
-def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
-    if stats.supported(x, R, geometry):
-        return stats.decor_stats(x, R, geometry)
-    return eager.decor_stats(x, R, geometry)
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
@@ -34,6 +29,29 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) 
     if choice.name == "cuda_shift":
         return gram.patch_gram_shift(x, geometry)
     return gram.patch_gram_direct(x, geometry)
+
+
+def decor_stats(
+    x: Tensor, R: Tensor, geometry: ConvGeometry, choice: Choice | None = None
+) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    if R.dtype != torch.float32:
+        return eager.decor_stats(x, R, geometry)
+    if choice is None:
+        fused = stats.supported(x, geometry)
+        offered = stats_choices(geometry, x.device.type, x.dtype)
+        choice = next(c for c in offered if fused or c.name != "fused")
+    if choice.name == "fused":
+        return stats.decor_stats(x, R, geometry)
+    if choice.name == "gram":
+        M = symmetric_product(torch.bmm(patch_gram(x, geometry, choice.gram), R.mT), R.mT)
+    else:
+        X = torch.bmm(rows(x, geometry, R.dtype), R.mT)
+        M = symmetric_product(X, X, alpha=1 / geometry.samples)
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    V = diagonal - 1
+    diagonal.zero_()
+    return M, V
 
 
 def decor_update(

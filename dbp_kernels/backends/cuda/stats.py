@@ -13,13 +13,12 @@ MAX_DIM = 128
 _MAX_SAMPLES = 2**31 - 129
 
 
-def supported(x: Tensor, R: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether the kernel covers this. All its arithmetic is ieee float32."""
+def supported(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether the kernel covers this input. All its arithmetic is ieee float32."""
     return (
         geometry.dim <= MAX_DIM
         and geometry.samples <= _MAX_SAMPLES
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and R.dtype == torch.float32
     )
 
 
@@ -31,7 +30,7 @@ def splits(geometry: ConvGeometry, multiprocessors: int) -> int:
 
 
 def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    """C (groups, D, D) with zero diagonal and V (groups, D); R in float32. At least one sample."""
     groups, dim = geometry.groups, geometry.dim
     if not geometry.axes:
         x = x.reshape(-1, x.shape[-1])
