@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dbp_kernels import reference
 from dbp_kernels.backends.triton import gram_shift_tma as tma
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.backends.triton.configs import Config
+from dbp_kernels.backends.triton.configs import Config, configs
 from dbp_kernels.backends.triton.work import shift_program
 
 pytestmark = [
@@ -88,7 +88,7 @@ COMPILED = [
 
 
 def test_compiled_cases_have_tiles_and_tails():
-    for (small, large), config in zip(COMPILED, tma.configurations(90)):
+    for (small, large), config in zip(COMPILED, configs("gram_shift_tma", "bf16", 90)):
         for case_ in (small, large):
             rows, block_k = tma.layout(case_.geometry), config.block_k
             boxes = shift_program(case_.geometry.axes).boxes
@@ -104,7 +104,7 @@ def test_compiled_cases_have_tiles_and_tails():
 def test_compiled_code(compiled, dtype, number, seed):
     case_ = COMPILED[number][seed]
     x = case_.input(dtype, seed=seed)
-    config = tma.configurations(90)[number]
+    config = configs("gram_shift_tma", "bf16", 90)[number]
     check(case_, x, compiled(run_simulated, x, seed, case_.geometry, config, 5, seed == 1))
 
 

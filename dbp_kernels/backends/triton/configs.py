@@ -54,6 +54,21 @@ def pinned(
     kernel: str, precision: str, sizes: dict[str, int], device: torch.device
 ) -> Config | None:
     """The measured best for a problem of these sizes on this GPU; None: nothing was measured."""
+    entry = _measured(kernel, precision, sizes, device)
+    return Config(**entry["config"]) if entry else None
+
+
+def seconds(
+    kernel: str, precision: str, sizes: dict[str, int], device: torch.device
+) -> float | None:
+    """What the best took when it was measured; None: nothing was measured."""
+    entry = _measured(kernel, precision, sizes, device)
+    return min(entry["seconds"].values()) if entry else None
+
+
+def _measured(
+    kernel: str, precision: str, sizes: dict[str, int], device: torch.device
+) -> dict[str, Any] | None:
     if runtime.on_cpu():
         return None
     name = torch.cuda.get_device_name(device)
@@ -63,7 +78,7 @@ def pinned(
 @lru_cache(maxsize=4096)
 def _nearest(
     kernel: str, precision: str, sizes: tuple[tuple[str, int], ...], name: str, target: int
-) -> Config | None:
+) -> dict[str, Any] | None:
     tables = {entry["device"]: entry for entry in _files() if entry.get("device")}
     alike = [entry for entry in tables.values() if entry["capability"] == target]
     table = tables.get(name) or (alike[0] if alike else None)
@@ -74,7 +89,7 @@ def _nearest(
         if entry["sizes"].keys() == dict(sizes).keys():
             distance = sum(abs(math.log2(max(1, n) / max(1, entry["sizes"][k]))) for k, n in sizes)
             if distance <= least:
-                best, least = Config(**entry["config"]), distance
+                best, least = entry, distance
     return best
 
 

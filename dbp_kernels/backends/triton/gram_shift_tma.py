@@ -23,9 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...geometry import Axis, ConvGeometry
 from . import runtime
-from .configs import Config
+from .configs import Config, configs, pinned, precision_key
 from .dot import dot
-from .gram_shift import divide, resident
+from .gram_shift import divide, resident, sizes
 from .pack import pack_into, padded, vector
 from .reduce import reduce
 from .runtime import KernelCase
@@ -207,7 +207,7 @@ def usable(x: Tensor, geometry: ConvGeometry) -> bool:
 @lru_cache(maxsize=4096)
 def choose(channels: int, group_channels: int, target: int) -> Config:
     """The largest tile, unless channels leave more than half of it empty."""
-    large, *others = configurations(target)
+    large, *others = configs(KERNEL, "bf16", target)
     pairs = len(tile_pairs(channels, group_channels, large.block_m))
     for config in others:
         ratio = (large.block_m / config.block_m) ** 2
@@ -226,7 +226,8 @@ def patch_gram_shift_tma(
     """As ``gram_shift.patch_gram_shift``, for what is ``usable``."""
     target = runtime.target(x.device)
     if config is None:
-        config = choose(geometry.channels, geometry.group_channels, target)
+        config = pinned(KERNEL, precision_key(x.dtype), sizes(geometry), x.device)
+        config = config or choose(geometry.channels, geometry.group_channels, target)
     if parallel is None:
         parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
     rows = pack_rows(x, geometry, index64)
@@ -256,25 +257,16 @@ def patch_gram_shift_tma(
 
 # --------------------------------------------------------------------------- what is shipped
 
-# Only large tiles are worth a copy engine. The first two families have none: Triton replaces
-# descriptors by pointers there, and the pointer kernel is the better one.
-_CONFIGS = {
-    80: (Config(64, 64, 64, 4, 3),),
-    86: (Config(64, 64, 64, 4, 3),),
-    90: (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 5)),
-}
-
-
-def configurations(target: int) -> tuple[Config, ...]:
-    """What is compiled for a compute capability, largest tile first."""
-    return _CONFIGS[80 if target < 86 else 86 if target in (86, 89, 120) else 90]
-
 
 def cases(target: int) -> list[KernelCase]:
-    """Both 16-bit elements, with 32-bit and 64-bit addresses."""
+    """Both 16-bit elements, with 32-bit and 64-bit addresses.
+
+    Before sm_90 Triton replaces descriptors by pointers, and the pointer kernel is the better one:
+    one small tile is compiled there, to know that it can be.
+    """
     found = []
     for element in ("bf16", "fp16"):
-        for config in configurations(target):
+        for config in configs(KERNEL, element, target):
             for wide in (False, True):
                 tile = f"[{config.block_k},{config.block_m}]"
                 signature = {
