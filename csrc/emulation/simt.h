@@ -188,6 +188,7 @@ Shared<T> shared_array(uint32_t byte_offset, uint32_t count) {
   return {byte_offset, byte_offset, byte_offset + count * static_cast<uint32_t>(sizeof(T))};
 }
 
+inline uint32_t shared_window() { return 0; }
 template <class T>
 uint32_t shared_address(emulation::SharedPointer<T> p) {
   return p.address;

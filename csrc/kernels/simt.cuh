@@ -84,21 +84,27 @@ __device__ __forceinline__ Shared<T> shared_array(uint32_t byte_offset, uint32_t
   return reinterpret_cast<T*>(dynamic_shared_memory + byte_offset);
 }
 
-// The 32-bit address that ldmatrix, cp.async and shared_load/store take; integer arithmetic on it
-// is in bytes.
+// Where the dynamic shared memory begins in the hardware's shared window: 0 up to sm_89, but not on
+// later targets.
+__device__ __forceinline__ uint32_t shared_window() {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+// What ldmatrix, cp.async, shared_load and the like take: a byte offset in the block's dynamic
+// shared memory.
 template <class T>
 __device__ __forceinline__ uint32_t shared_address(Shared<T> p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p)) - shared_window();
 }
 
 // T of 2, 4, 8 or 16 bytes at a shared address, which must be a multiple of its size.
 template <class T>
 __device__ __forceinline__ T shared_load(uint32_t address) {
-  return *static_cast<const T*>(__cvta_shared_to_generic(address));
+  return *reinterpret_cast<const T*>(dynamic_shared_memory + address);
 }
 template <class T>
 __device__ __forceinline__ void shared_store(uint32_t address, T value) {
-  *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
+  *reinterpret_cast<T*>(dynamic_shared_memory + address) = value;
 }
 
 // 16 bytes at a global address that is a multiple of 16.
@@ -168,13 +174,15 @@ __device__ __forceinline__ void cp_async(uint32_t destination, Global<const T> s
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   const int read = valid ? Bytes : 0;
   if constexpr (Bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-                 "r"(read)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_window() + destination),
+        "l"(source), "r"(read)
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source),
-                 "n"(Bytes), "r"(read)
-                 : "memory");
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_window() + destination),
+        "l"(source), "n"(Bytes), "r"(read)
+        : "memory");
   }
 }
 
@@ -196,25 +204,25 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(shared_window() + address)
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(shared_window() + address)
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
+               : "r"(shared_window() + address)
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
+               : "r"(shared_window() + address)
                : "memory");
 }
 

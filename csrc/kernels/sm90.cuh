@@ -29,14 +29,14 @@ enum class Swizzle : int32_t { none = 0, bytes32 = 32, bytes64 = 64, bytes128 = 
 // The 64-bit descriptor of a wgmma operand in shared memory whose rows run along M or N (one row
 // per pixel of channels-last data). `next_columns`: bytes from one swizzled row's width of columns
 // to the next; `next_rows`: from 8 rows to the next 8 (8 times the row's bytes if rows are dense).
-__host__ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address,
-                                                              uint32_t next_columns,
-                                                              uint32_t next_rows, Swizzle swizzle) {
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t next_columns,
+                                                     uint32_t next_rows, Swizzle swizzle) {
   const uint64_t code = swizzle == Swizzle::bytes128  ? 1
                         : swizzle == Swizzle::bytes64 ? 2
                         : swizzle == Swizzle::bytes32 ? 3
                                                       : 0;
-  return uint64_t{(address & 0x3ffffu) >> 4} | uint64_t{(next_columns & 0x3ffffu) >> 4} << 16 |
+  return uint64_t{((shared_window() + address) & 0x3ffffu) >> 4} |
+         uint64_t{(next_columns & 0x3ffffu) >> 4} << 16 |
          uint64_t{(next_rows & 0x3ffffu) >> 4} << 32 | code << 62;
 }
 
@@ -103,8 +103,8 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap& 
 #define DBP_TMA(RANK, COORDINATES, ...)                                                     \
   DBP_SM90("cp.async.bulk.tensor." RANK                                                     \
            "d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {" COORDINATES \
-           "}], [%2];" ::"r"(destination),                                                  \
-           "l"(&map), "r"(mbarrier), __VA_ARGS__ : "memory")
+           "}], [%2];" ::"r"(shared_window() + destination),                                \
+           "l"(&map), "r"(shared_window() + mbarrier), __VA_ARGS__ : "memory")
   if constexpr (Rank == 1) {
     DBP_TMA("1", "%3", "r"(at[0]));
   } else if constexpr (Rank == 2) {
@@ -124,16 +124,18 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap& 
 // By one thread; then __syncthreads before anyone uses it. A phase ends after `count` arrivals and
 // the bytes they expect.
 __device__ __forceinline__ void mbarrier_init(uint32_t mbarrier, uint32_t count) {
-  DBP_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(count) : "memory");
+  DBP_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_window() + mbarrier),
+           "r"(count) : "memory");
   DBP_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t mbarrier) {
-  DBP_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+  DBP_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_window() + mbarrier) : "memory");
 }
 // Arrives, and adds `bytes` of tensor copies to what the phase waits for.
 __device__ __forceinline__ void mbarrier_expect(uint32_t mbarrier, uint32_t bytes) {
-  DBP_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier),
-           "r"(bytes) : "memory");
+  DBP_SM90(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_window() + mbarrier),
+      "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, uint32_t parity) {
   DBP_SM90(
@@ -144,7 +146,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, uint32_t parity
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
-      "}" ::"r"(mbarrier),
+      "}" ::"r"(shared_window() + mbarrier),
       "r"(parity) : "memory");
 }
 
@@ -199,6 +201,12 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[N]) {
 template <class T, int N>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b);
 
+// The same with A in registers: each warp's 16 rows, as the left operand of mma in simt.cuh. They
+// must not change before the wait.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4],
+                                                uint64_t b);
+
 #define DBP_D8(i)                                                                             \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -226,6 +234,17 @@ DBP_WGMMA(fp16, "f16", 32, DBP_D16(0), DBP_N16, "%16", "%17")
 DBP_WGMMA(fp16, "f16", 64, DBP_D32(0), DBP_N32, "%32", "%33")
 DBP_WGMMA(fp16, "f16", 128, DBP_D64(0), DBP_N64, "%64", "%65")
 #undef DBP_WGMMA
+#define DBP_WGMMA_REGISTERS(T, NAME)                                                             \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma_registers<T, 64>(float (&d)[32], const uint32_t (&a)[4], \
+                                                         uint64_t b) {                           \
+    DBP_SM90("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" DBP_N32            \
+             "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" : DBP_D32(0) : "r"(a[0]),               \
+             "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
+  }
+DBP_WGMMA_REGISTERS(bf16, "bf16")
+DBP_WGMMA_REGISTERS(fp16, "f16")
+#undef DBP_WGMMA_REGISTERS
 #undef DBP_N64
 #undef DBP_N32
 #undef DBP_N16
