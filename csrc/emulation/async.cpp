@@ -222,7 +222,7 @@ void Machine::wgmma(const WgmmaArgument* const* lanes) {
   if (!warp.fenced) fail<RaceFault>("wgmma without a wgmma_fence before its group");
   stats_.wgmma++;
 
-  Wgmma op;
+  Wgmma op{};
   op.columns = first.columns;
   auto operand = [&](uint64_t descriptor, int from, int count, std::vector<double>& out) {
     out.resize(16 * count);
@@ -245,8 +245,24 @@ void Machine::wgmma(const WgmmaArgument* const* lanes) {
               first.kind == 'b' ? bf16_to_float(bits[e]) : fp16_to_float(bits[e]);
       }
   };
+  // A from registers, laid out as the left operand of an m16n8k16 mma.
+  auto registers = [&](std::vector<double>& out) {
+    out.resize(16 * 16);
+    for (int lane = 0; lane < 32; ++lane) {
+      op.registers[lane] = lanes[lane]->registers;
+      std::memcpy(op.held[lane], lanes[lane]->registers, 16);
+      for (int e = 0; e < 8; ++e) {
+        const auto bits = static_cast<uint16_t>(op.held[lane][e / 2] >> 16 * (e % 2));
+        const int row = lane / 4 + e / 2 % 2 * 8, k = lane % 4 * 2 + e % 2 + e / 4 * 8;
+        out[k * 16 + row] = first.kind == 'b' ? bf16_to_float(bits) : fp16_to_float(bits);
+      }
+    }
+  };
   std::vector<double> a, b;
-  operand(first.a, current_ / 32 % 4 * 16, 16, a);
+  if (first.registers)
+    registers(a);
+  else
+    operand(first.a, current_ / 32 % 4 * 16, 16, a);
   operand(first.b, 0, first.columns, b);
 
   for (int lane = 0; lane < 32; ++lane) {
@@ -279,6 +295,9 @@ void Machine::wgmma_commit() {
 }
 
 void Machine::finish_wgmma(Warp& warp, const Wgmma& op) {
+  for (int lane = 0; lane < 32; ++lane)
+    if (op.registers[lane] && std::memcmp(op.registers[lane], op.held[lane], 16))
+      fail<RaceFault>("registers that a wgmma may still read were changed before its wait");
   for (uint32_t chunk : op.chunks)
     for (uint32_t c = chunk / kGranule; c < (chunk + 16) / kGranule; ++c) {
       Cell& cell = cells_[c];

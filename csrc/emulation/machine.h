@@ -77,6 +77,7 @@ struct WgmmaArgument {
   int columns;
   float* d;
   uint64_t a, b;
+  const uint32_t* registers;  // null, or 4 that hold this lane's part of A
 };
 
 class Machine {
@@ -190,6 +191,8 @@ class Machine {
     std::vector<uint32_t> chunks;  // operands
     float* d[32];
     int columns;
+    const uint32_t* registers[32];  // of A, and what they held
+    uint32_t held[32][4];
   };
   struct Warp {
     WarpOp op;

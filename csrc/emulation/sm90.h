@@ -27,7 +27,12 @@ cudaError_t make_tensor_map(TensorMap& map, DType dtype, emulation::GlobalPointe
 namespace emulation {
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, int rank,
               const int32_t* at);
+inline void wgmma(WgmmaArgument argument) {
+  machine.warp(WarpOp::wgmma, &argument, [](Machine& m, void* const* lanes) {
+    m.wgmma(reinterpret_cast<const WgmmaArgument* const*>(lanes));
+  });
 }
+}  // namespace emulation
 
 template <int Rank>
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier,
@@ -77,11 +82,13 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 32 || N == 64 || N == 128);
   constexpr bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
   static_assert(is_bf16 || std::is_same_v<T, __half>);
-  emulation::WgmmaArgument argument{is_bf16 ? 'b' : 'h', N, d, a, b};
-  emulation::machine.warp(
-      emulation::WarpOp::wgmma, &argument, [](emulation::Machine& m, void* const* lanes) {
-        m.wgmma(reinterpret_cast<const emulation::WgmmaArgument* const*>(lanes));
-      });
+  emulation::wgmma({is_bf16 ? 'b' : 'h', N, d, a, b, nullptr});
+}
+template <class T, int N>
+void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  constexpr bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(N == 64 && (is_bf16 || std::is_same_v<T, __half>));
+  emulation::wgmma({is_bf16 ? 'b' : 'h', N, d, 0, b, a});
 }
 
 }  // namespace dbp

@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(GramBlock<K, Block>::kThreads, 1)
     const uint32_t left = Shape::kStaged + chunk % kStages * 2 * Shape::kOperand;
     tile.multiply_staged(left, same ? left : left + Shape::kOperand);
   }
-  cp_async_wait<0>();
   tile.store(p.workspace, slot);
 }
 

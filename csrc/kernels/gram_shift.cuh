@@ -13,34 +13,10 @@
 // The partial tiles, one per shift and range of pixels, are summed by the reduce kernel.
 #pragma once
 
+#include "gram_shift_work.cuh"
 #include "gram_tile.cuh"
 
 namespace dbp {
-
-struct GramShiftParams {
-  // (pixels, row_stride) elements of `dtype`: images, z, y, x in order, nothing between the pixels.
-  // Base and row_stride are multiples of 16 bytes.
-  Global<const void> x;
-  Global<void> workspace;  // float32 (slots, block, block)
-  Global<const int32_t>
-      items;  // (item_count, 8): channel tiles i and j, part of the columns, set of
-              // shifts, first and last pixel, slot of the item's first straight
-              // shift, slot of its first symmetric one (-1: it computes none)
-  // (sets, GramShiftShape.shifts(), 4): pixels from left to right (<= 0), the slot to add to the
-  // item's, 1 if symmetric, 1 if used. A set is cut into as many groups as there are warps for.
-  Global<const int32_t> shifts;
-  // (sets, size z + size y + size x): bit s: this coordinate of a left pixel lies in the box of
-  // shift s
-  Global<const int32_t> masks;
-  int64_t pixels;
-  int64_t row_stride;
-  int32_t channels;  // that may be read: all, padded to a multiple of 16 bytes
-  int32_t size[3];   // z, y, x
-  int32_t halo;      // pixels the farthest shift reaches back
-  int32_t item_count;
-  int32_t block;  // channels of a tile: 16, 32 or 64
-  DType dtype;
-};
 
 template <DType K, int Block>
 struct GramShiftShape {
@@ -83,22 +59,10 @@ __global__ void __launch_bounds__(GramShiftShape<K, Block>::kThreads, 1)
   const auto x = cast<const Element<K>>(p.x);
 
   // --- What this thread masks and copies
-  const int size_z = p.size[0], size_y = p.size[1], size_x = p.size[2];
-  const auto mask_z = p.masks + int64_t{set} * (size_z + size_y + size_x);
-  const auto mask_y = mask_z + size_z, mask_x = mask_y + size_y;
-  int pixel = first + thread, px = pixel % size_x, py = pixel / size_x % size_y,
-      pz = pixel / size_x / size_y % size_z;
-  const int step_x = kPixels % size_x, step_y = kPixels / size_x % size_y,
-            step_z = kPixels / size_x / size_y % size_z;
-  auto write_mask = [&](int stage) {  // of this thread's pixel; then on to the next stage's
-    if (thread >= kPixels) return;
-    uint32_t mask = 0;
-    if (pixel < last) mask = mask_x[px] & mask_y[py] & mask_z[pz];
-    shared_store<uint32_t>(Shape::kMasks + (stage * kPixels + thread) * 4, mask);
-    pixel += kPixels;
-    if ((px += step_x) >= size_x) px -= size_x, ++py;
-    if ((py += step_y) >= size_y) py -= size_y, ++pz;
-    if ((pz += step_z) >= size_z) pz -= size_z;
+  GramShiftMasks masks(p, set, first + thread, last, kPixels);
+  auto write_mask = [&](int stage) {
+    if (thread < kPixels)
+      shared_store<uint32_t>(Shape::kMasks + (stage * kPixels + thread) * 4, masks.next());
   };
   // Rows [from, from + kPixels) of `columns` channels; those outside [low, high) are zero.
   auto copy_rows = [&](uint32_t to, uint32_t pitch, int columns, int channel, int64_t from,
@@ -174,7 +138,6 @@ __global__ void __launch_bounds__(GramShiftShape<K, Block>::kThreads, 1)
                         Shape::kLeftPitch, right, active);
     }
   }
-  cp_async_wait<0>();
 
 #pragma unroll
   for (int s = 0; s < S; ++s)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from emulation import LaunchError, call, encode, run_ptx
+from emulation import LaunchError, call, encode, run_ptx, unneeded
 from gram import box_arguments, check, direct_arguments, poisoned, reduce, rows_of_channels
 from helpers import case, cases, rows
 from hypothesis import given, settings
@@ -113,6 +113,16 @@ def test_schedules_agree_bit_for_bit():
         {run_matrix(pointwise, y, "fp16", 32, 9, partial(call, seed=s)) for s in range(20)},
     ):
         assert len({S.numpy().tobytes() for S in results}) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_is_needed():
+    case_ = case(2, 3, (9, 9), 3)
+    work = direct_work(case_.geometry, 32, 1)
+    x = encode(case_.input().numpy(), "bf16")
+    assert not unneeded(
+        "gram_direct", **direct_arguments(x, case_.geometry, work, "bf16", poisoned(work))
+    )
 
 
 @pytest.mark.emulation

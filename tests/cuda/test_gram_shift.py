@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from emulation import LaunchError, call, record, run_ptx
+from emulation import LaunchError, call, record, run_ptx, unneeded
 from gram import box_arguments, check, poisoned, reduce, rows_of_channels, shift_arguments
 from helpers import Case, case, cases
 from hypothesis import given, settings
@@ -168,6 +168,18 @@ def test_splits_and_schedules_agree_bit_for_bit():
         for seed in range(20)
     }
     assert len(results) == 1
+
+
+@pytest.mark.emulation
+def test_every_barrier_and_wait_is_needed():
+    case_ = case(2, 8, (200,), 3, padding=1)  # more chunks than stages
+    rows = rows_of_channels(case_.input(), "bf16")
+    plan = shift_plan(case_.geometry, 16, 2, 32, 1)
+    waits = unneeded("gram_shift", **shift_arguments(rows, plan, "bf16", poisoned(plan.work)))
+    assert not waits
+    work = W.shift_work(case_.geometry, 16, 32, 1)
+    waits = unneeded("gram_box", **box_arguments(rows, (1,), work, "bf16", poisoned(work)))
+    assert not waits
 
 
 @pytest.mark.emulation

@@ -1,6 +1,6 @@
-"""Work of the staged-halo kernel (csrc/kernels/gram_shift.cuh): main boxes of stride-1 convolutions.
+"""Work of the staged-halo kernels (csrc/kernels/gram_shift*.cuh): main boxes of stride-1 convolutions.
 
-That kernel reads a range of pixels once and multiplies it by all shifts. For each shift it computes
+Such a kernel reads a range of pixels once and multiplies it by all shifts. For each shift it computes
 the largest box, its *main* one; the other boxes, border strips, are items of the box kernel, into the
 same workspace. Pure integers; ``triton/work.py`` explains boxes and slots.
 """
@@ -19,7 +19,8 @@ from ..triton.work import AXES, MAX_PIXELS, Box, Program, Work, make_work, shift
 
 BLOCKS = (16, 32, 64)
 SHARED_LIMIT = 99 << 10  # bytes a block of threads can have on every supported GPU
-_WARPS, _SHIFTS, _STAGES = 8, 7, 3  # GramShiftShape
+_WARPS, _STAGES = 8, 3  # GramShiftShape
+_SM90_STAGES = 4  # GramShiftSm90Shape
 # What an item costs beside its pixels, in pixels: starting, and its partial tiles.
 _OVERHEAD = 256
 
@@ -30,6 +31,7 @@ class Shape:
 
     block: int
     itemsize: int
+    shifts = 7  # of one group of warps
 
     @property
     def columns(self) -> int:
@@ -53,6 +55,18 @@ class Shape:
         chunks = -(-halo // self.pixels) + _STAGES
         fixed = self.columns * self.itemsize + _STAGES * self.pixels * (4 + left)
         return fixed + chunks * self.pixels * right
+
+
+class Sm90Shape:
+    """GramShiftSm90Shape."""
+
+    block, columns, groups, shifts, pixels = 64, 64, 2, 4, 64
+
+    def shared_bytes(self, halo: int) -> int:
+        """Shared memory of a block of threads."""
+        tiles = -(-halo // self.pixels) + 2 * _SM90_STAGES
+        row = 2 * self.block
+        return tiles * self.pixels * row + row + _SM90_STAGES * (4 * self.pixels + 16)
 
 
 @dataclass(frozen=True, eq=False)  # one object per problem: compared and hashed by identity
@@ -105,6 +119,7 @@ def shift_plan(
     parallel: int,
     max_workspace: int = 1 << 26,
     shared_limit: int = SHARED_LIMIT,
+    sm90: bool = False,
 ) -> ShiftPlan | None:
     """The plan for tiles of ``block`` channels of ``itemsize`` bytes.
 
@@ -116,8 +131,11 @@ def shift_plan(
         parallel: blocks of threads that run at the same time.
         max_workspace: bytes of float32 partials above which pixels are not split further.
         shared_limit: bytes of shared memory a block of threads can have.
+        sm90: for csrc/kernels/gram_shift_sm90.cuh, which has tiles of 64 channels of 2 bytes only.
     """
-    shape = Shape(block, itemsize)
+    if sm90 and (block, itemsize) != (64, 2):
+        return None
+    shape = Sm90Shape() if sm90 else Shape(block, itemsize)
     sizes = (1,) * (AXES - len(geometry.axes)) + tuple(a.size for a in geometry.axes)
     image = math.prod(sizes)
     pixels = geometry.batch * image
@@ -136,7 +154,7 @@ def shift_plan(
         return None
 
     # Shifts in sets, one item each, and in groups, one warp each.
-    capacity = shape.groups * _SHIFTS
+    capacity = shape.groups * shape.shifts
     numbers = iter(main)
     sets = []
     for count in _spread(len(main), -(-len(main) // capacity)):
@@ -187,9 +205,9 @@ def shift_plan(
                 begin = 0
                 for axis, size in enumerate(sizes):
                     for c in range(box.start[axis], box.start[axis] + box.size[axis]):
-                        mask[begin + c] |= 1 << (g * _SHIFTS + s)
+                        mask[begin + c] |= 1 << (g * shape.shifts + s)
                     begin += size
-            shifts += [(0, 0, 0, 0)] * (_SHIFTS - len(group))
+            shifts += [(0, 0, 0, 0)] * (shape.shifts - len(group))
         masks.append(tuple(mask))
     return ShiftPlan(work, tuple(items), tuple(shifts), tuple(masks), halo)
 
