@@ -205,7 +205,9 @@ def ptx(header: str, arch: str, defines: tuple[str, ...] = ()):
         include_dirs=[str(CSRC / "kernels"), str(Path(__file__).parent)],
         defines=defines,
     )
-    return ptxsim.load(text)
+    # As on sm_90, the dynamic shared memory does not begin at address 0.
+    reserved = ".shared .align 1024 .b8 reserved[1024];\n"
+    return ptxsim.load(text.replace(".extern .shared", reserved + ".extern .shared", 1))
 
 
 def run_ptx(
