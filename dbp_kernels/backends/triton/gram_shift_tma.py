@@ -34,6 +34,7 @@ from .work import (
     MAX_PIXELS,
     Box,
     Work,
+    keep_if_captured,
     make_tables,
     reciprocal,
     shift_work,
@@ -185,7 +186,7 @@ def _run_words(box: Box, rows: Layout, block_k: int) -> list[int]:
     ]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _run_table(work: Work, rows: Layout, block_k: int, device: torch.device) -> Tensor:
     words = [_run_words(box, rows, block_k) for box in work.program.boxes]
     with torch.inference_mode(False):
@@ -242,7 +243,7 @@ def patch_gram_shift_tma(
         rows,
         workspace,
         tables.items,
-        _run_table(work, layout(geometry), block_k, x.device),
+        keep_if_captured(_run_table(work, layout(geometry), block_k, x.device), x.device),
         rows.shape[1] // vector(rows.dtype),
         VECTOR=vector(rows.dtype),
         BLOCK=block,
