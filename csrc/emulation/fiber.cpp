@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DBP_UCONTEXT)
 
 // Saves the callee-saved registers on the current stack and resumes another: swapcontext without
 // its system calls, which would dominate the run time.
@@ -90,7 +90,7 @@ Fiber::Fiber(size_t stack_bytes) : bytes_(stack_bytes) {
 
 Fiber::~Fiber() {
   munmap(stack_, bytes_);
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(DBP_UCONTEXT)
   delete static_cast<ucontext_t*>(own_);
   delete static_cast<ucontext_t*>(caller_);
 #endif

@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,7 +115,17 @@ def build(sources: Iterable[Path], compiler: str, include: str) -> Path:
         scratch = cache / f"{module.stem}.{os.getpid()}.so"
         _run([compiler, "-shared", *map(str, objects), "-ldl", "-o", str(scratch)])
         scratch.replace(module)
+    _prune(cache, keep=[*objects, module])
     return module
+
+
+def _prune(cache: Path, keep: list[Path], days: int = 3) -> None:
+    """Removes what no build has used for some days."""
+    for path in keep:
+        path.touch()
+    for path in cache.glob("*.*o"):
+        if time.time() - path.stat().st_mtime > days * 86400:
+            path.unlink(missing_ok=True)
 
 
 @functools.cache
