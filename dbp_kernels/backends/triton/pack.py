@@ -193,5 +193,8 @@ def cases(target: int) -> list[KernelCase]:
                     del signature["mean"]
                 name = f"pack[{source} {layout} to {result}, {tile[0]}x{tile[1]}"
                 name += ", int64, mean]" if wide else "]"
-                found.append(KernelCase(name, pack_kernel, signature, constexprs, 4, 1, False))
+                divisible = [n for n in _STRIDES if n in signature] if variant == 0 else []
+                found.append(
+                    KernelCase(name, pack_kernel, signature, constexprs, 4, 1, False, divisible)
+                )
     return found
