@@ -11,6 +11,7 @@ namespace dbp {
 
 struct GramBoxParams;
 struct GramDirectParams;
+struct GramMatrixParams;
 struct GramShiftParams;
 struct PackParams;
 struct ReduceParams;
@@ -22,6 +23,9 @@ namespace compiled {
 cudaError_t gram_box(const GramBoxParams& params, cudaStream_t stream);
 cudaError_t gram_direct(const GramDirectParams& params, cudaStream_t stream);
 cudaError_t gram_shift(const GramShiftParams& params, cudaStream_t stream);
+// bf16 and fp16, devices of compute capability 9.0 only.
+cudaError_t gram_matrix_sm90(const GramMatrixParams& params, cudaStream_t stream);
+cudaError_t gram_shift_sm90(const GramShiftParams& params, cudaStream_t stream);
 cudaError_t pack(const PackParams& params, cudaStream_t stream);
 cudaError_t reduce(const ReduceParams& params, cudaStream_t stream);
 cudaError_t stats(const StatsParams& params, cudaStream_t stream);

@@ -54,6 +54,18 @@ def test_patch_gram(c, form, dtype, poison):
         assert torch.equal(S, FORMS[form](on_device(x), c.geometry))  # bit for bit
 
 
+@pytest.mark.skipif(
+    _PROBLEM is not None or torch.cuda.get_device_capability() != (9, 0), reason="not an sm_90"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("c", [*CASES[:4], rows((3000, 200), 2), case(5, 96, (14, 13), 1)], ids=str)
+def test_kernels_for_sm90(c, dtype, poison):
+    x = c.input(dtype)
+    for _ in range(2):
+        S = ops.patch_gram(x.cuda(), c.geometry, Choice("cuda_sm90", 0.0, 0.0))
+        assert moment_error(S.cpu(), reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype, poison):
     c = rows((3000, 200), 2)

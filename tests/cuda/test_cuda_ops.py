@@ -11,6 +11,7 @@ from stand_in import array, emulated
 import dbp_kernels as dbp
 from dbp_kernels import backends, plans, reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
+from dbp_kernels.backends.triton.work import shift_program
 from dbp_kernels.choices import gram_choices
 from dbp_kernels.planner import Choice
 
@@ -48,6 +49,39 @@ def test_patch_gram_of_any_layout(c, form, dtype, layout, seed):
     # products of the inputs are exact, so only sums in float32 err
     assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
     assert torch.equal(S, S.mT)
+
+
+@settings(max_examples=25)
+@given(
+    c=st.one_of(
+        cases(max_channels=12).filter(lambda c: set(c.stride) == {1}),
+        st.sampled_from([rows((70, 20), 2), case(3, 24, (5, 6), 1, groups=3)]),
+    ),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 1000),
+)
+def test_kernels_for_sm90_on_request(c, dtype, layout, seed):
+    x = c.input(dtype, layout=layout)
+    with emulated(seed) as launched:
+        S = ops.patch_gram(x, c.geometry, Choice("cuda_sm90", 0.0, 0.0))
+    if c.geometry.pointwise:
+        assert "gram_matrix_sm90" in launched
+    else:  # without a pixel that two taps see there is no main box
+        assert "gram_shift_sm90" in launched or not shift_program(c.geometry.axes).boxes
+    assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+    assert torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize(
+    ("stride", "dtype", "reason"),
+    [(2, torch.bfloat16, "strided"), (1, torch.float32, r"not torch\.float32")],
+)
+def test_kernels_for_sm90_say_what_they_do_not_cover(stride, dtype, reason):
+    c = case(2, 8, (6, 6), 3, stride=stride)
+    x, choice = c.input(dtype), Choice("cuda_sm90", 0.0, 0.0)
+    with emulated(), pytest.raises(RuntimeError, match=reason):
+        ops.patch_gram(x, c.geometry, choice)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

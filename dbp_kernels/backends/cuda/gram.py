@@ -2,6 +2,8 @@
 
 ``gram_shift`` computes the main boxes of a stride-1 convolution and ``gram_box`` all others; of a
 strided or pointwise one ``gram_box`` computes all. ``gram_direct`` gathers patches (few channels).
+``gram_shift_sm90`` and ``gram_matrix_sm90`` are for bf16 and fp16 on compute capability 9.0; the planner
+does not offer them before they have been measured.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .shift_plan import ShiftPlan, make_shift_tables, shift_plan
 
 BLOCKS = (16, 32, 64, 128)  # sides of a tile, of gram_box and gram_direct
 _STEP = 32  # pixels
+_SM90_SHARED = 227 << 10  # bytes
 # GUESSES, not measured: what a tile costs per element of the block, against the largest, and blocks
 # of threads that fit on a multiprocessor.
 _COST = {128: 1.0, 64: 1.25, 32: 2.0, 16: 4.0}
@@ -83,19 +86,23 @@ def _as_rows(x: Tensor) -> Tensor | None:
         return None
 
 
-def _launch_shifts(x: Tensor, plan: ShiftPlan, workspace: Tensor) -> None:
+def _row_stride(rows: Tensor) -> int:
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def _launch_shifts(kernel: str, x: Tensor, plan: ShiftPlan, workspace: Tensor) -> None:
     """x: rows of channels with nothing between the pixels."""
     tables = make_shift_tables(plan, x.device)
     rows = _as_rows(x)
     library.launch(
-        "gram_shift",
+        kernel,
         x=x,
         workspace=workspace,
         items=tables.items,
         shifts=tables.shifts,
         masks=tables.masks,
         pixels=rows.shape[0],
-        row_stride=rows.stride(0) if rows.shape[0] > 1 else x.shape[1],
+        row_stride=_row_stride(rows),
         channels=x.shape[1],
         size=four(x)[0][1:],
         halo=plan.halo,
@@ -105,19 +112,67 @@ def _launch_shifts(x: Tensor, plan: ShiftPlan, workspace: Tensor) -> None:
     )
 
 
-def patch_gram_shift(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
-    """S (groups, D, D) by products of shifted pixels. At least one axis and one sample."""
+def _evenly_spaced(x: Tensor) -> Tensor:
+    """x as rows of channels with nothing between the pixels; a copy if need be."""
     x = rows_of_channels(x)
-    if _as_rows(x) is None:
-        x = pack(x)
+    return x if _as_rows(x) is not None else pack(x)
+
+
+def patch_gram_shift(
+    x: Tensor, geometry: ConvGeometry, block: int | None = None, sm90: bool = False
+) -> Tensor:
+    """S (groups, D, D) by products of shifted pixels. At least one axis and one sample."""
+    x = _evenly_spaced(x)
     block = block or choose_block(geometry.channels, geometry.group_channels, SHIFT_BLOCKS)
-    plan = shift_plan(geometry, block, x.element_size(), _STEP, _parallel(x))
+    if sm90:
+        size, limit = 2, _SM90_SHARED
+        plan = shift_plan(geometry, 64, size, _STEP, _parallel(x), shared_limit=limit, sm90=True)
+    else:
+        plan = shift_plan(geometry, block, x.element_size(), _STEP, _parallel(x))
     if plan is None:
         return patch_gram_box(x, geometry)
     workspace = _workspace(x, plan.work)
-    _launch_shifts(x, plan, workspace)
+    _launch_shifts("gram_shift_sm90" if sm90 else "gram_shift", x, plan, workspace)
     _launch_boxes(x, geometry, plan.work, workspace)
     return reduce(workspace, plan.work, make_tables(plan.work, x.device), geometry.samples)
+
+
+def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """S (groups, D, D) of pointwise patches without strides, or of rows, as X^T X."""
+    if not geometry.axes:
+        x = x.reshape(-1, x.shape[-1])
+    x = _evenly_spaced(x)
+    rows = _as_rows(x)
+    program = direct_program(geometry.samples)
+    channels = geometry.channels, geometry.group_channels
+    work = make_work(program, 1, *channels, 128, 64, _parallel(x))
+    tables = make_tables(work, x.device)
+    workspace = _workspace(x, work)
+    library.launch(
+        "gram_matrix_sm90",
+        x=x,
+        workspace=workspace,
+        items=tables.items,
+        rows=rows.shape[0],
+        row_stride=_row_stride(rows),
+        channels=x.shape[1],
+        item_count=len(work.items),
+        dtype=dtype_number(x.dtype),
+    )
+    return reduce(workspace, work, tables, geometry.samples)
+
+
+def sm90_problem(x: Tensor, geometry: ConvGeometry) -> str | None:
+    """None if the kernels for compute capability 9.0 cover this input, else why not."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"they multiply float16 and bfloat16, not {x.dtype}"
+    if any(a.stride != 1 for a in geometry.axes):
+        return "they do not cover strided convolutions"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has another compute capability"
+    if x.is_cuda and "9.0a" not in library.build_text():
+        return "the library was not built for 9.0a"
+    return None
 
 
 def patch_gram_box(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:

@@ -18,12 +18,25 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
-    """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+    """S (groups, D, D), by the planner's choice unless one is given. At least one sample.
+
+    Beside what the planner offers there is "cuda_sm90": TMA and wgmma, not measured yet. Raises
+    RuntimeError where these kernels do not apply.
+    """
     choice = choice or gram_choices(geometry, x.device.type, x.dtype)[0]
     if not choice.name.startswith("cuda_"):
         return eager.patch_gram(x, geometry, choice)
     if not gram.supported(x, geometry):
         return eager.patch_gram(x, geometry)
+    if choice.name.endswith("_sm90"):
+        problem = gram.sm90_problem(x, geometry)
+        if problem:
+            raise RuntimeError(
+                f"the kernels for compute capability 9.0 were asked for, but {problem}"
+            )
+        if geometry.pointwise:
+            return gram.patch_gram_matrix_sm90(x, geometry)
+        return gram.patch_gram_shift(x, geometry, sm90=True)
     if geometry.pointwise:
         return gram.patch_gram_box(x, geometry)
     if choice.name == "cuda_shift":
