@@ -14,7 +14,7 @@ Machine machine;
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kGuard = size_t{1} << 30;  // address space kept free on both sides of an array
+constexpr size_t kGuard = size_t{1} << 33;  // address space kept free on both sides of an array
 
 std::string text(uint3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
