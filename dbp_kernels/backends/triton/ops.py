@@ -1,0 +1,118 @@
+"""The opaque ops on checked arguments, as ``eager/ops.py``; what no kernel covers goes there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import plans
+from ...choices import gram_choices, stats_choices, update_choices
+from ...geometry import ConvGeometry
+from ...planner import Choice
+from ...plans import UpdateRule
+from ..eager import ops as eager
+from ..eager.unfold import rows
+from . import configs, gram_shift, gram_shift_tma, stats, update
+from .gram_direct import patch_gram_direct
+from .runtime import dot_precision, target
+from .work import MAX_PIXELS
+
+patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
+
+
+def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
+    """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+    if x.dtype == torch.float64:
+        return eager.patch_gram(x, geometry)
+    choice = choice or gram_choices(geometry, x.device.type, x.dtype)[0]
+    own = _OWN.get(choice.name)
+    if own is None:
+        return eager.patch_gram(x, geometry, choice)
+    if geometry.input_numel // geometry.channels > MAX_PIXELS:  # pixels are numbered in 32 bits
+        return eager.patch_gram(x, geometry)
+    return own(x, geometry)
+
+
+def _shift(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """By pointers, or by tensor descriptors where that was measured to be faster."""
+    if gram_shift_tma.usable(x, geometry):
+        where = configs.precision_key(x.dtype), gram_shift.sizes(geometry), x.device
+        pointers, tma = (configs.seconds(k.KERNEL, *where) for k in (gram_shift, gram_shift_tma))
+        if tma and pointers and tma < pointers:
+            return gram_shift_tma.patch_gram_shift_tma(x, geometry)
+    return gram_shift.patch_gram_shift(x, geometry)
+
+
+_OWN = {"triton_shift": _shift, "triton_direct": patch_gram_direct}
+
+
+def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    if R.dtype != torch.float32:
+        return eager.decor_stats(x, R, geometry)
+    fused = stats.fits(geometry, target(x.device), dot_precision(R.dtype))
+    offered = stats_choices(geometry, x.device.type, x.dtype)
+    choice = next(c for c in offered if fused or c.name != "fused")
+    if choice.name == "fused":
+        return stats.decor_stats(x, R, geometry)[:2]
+    if choice.name == "gram":
+        P, Q, scale = torch.bmm(R, patch_gram(x, geometry, choice.gram)), R, 1.0
+    else:
+        P = Q = torch.bmm(R, rows(x, geometry, R.dtype).mT)
+        scale = 1 / geometry.samples
+    # M = P Q^T, its diagonal less one
+    M, _ = update.symmetric_update(P, Q, scale, UpdateRule(1.0, 1.0, 0.0, 1.0))
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    V = diagonal.clone()
+    diagonal.zero_()
+    return M, V
+
+
+def decor_update(
+    x: Tensor,
+    R: Tensor,
+    geometry: ConvGeometry,
+    lr: float,
+    kappa: float,
+    rule: str,
+    demean: bool,
+    choice: Choice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
+    if R.dtype != torch.float32:
+        return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
+    choice = choice or update_choices(geometry, x.device.type, x.dtype)[0]
+    if choice.name == "gram":
+        S = patch_gram(x, geometry, choice.gram)
+        if demean:
+            m = patch_mean(x, geometry)
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+        return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+    if choice.name == "direct":
+        Z = rows(x, geometry, R.dtype)
+        if demean:
+            Z = Z - Z.mean(1, keepdim=True)
+        return update_direct(Z, R, lr, kappa, rule)
+    return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+
+
+def update_from_gram(
+    S: Tensor,
+    R: Tensor,
+    lr: float,
+    kappa: float,
+    rule: str = "standard",
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As ``plans.update_from_gram``; all matrices of the batch in the same launches."""
+    own = R.dtype == torch.float32
+    call = update.update_from_gram if own else plans.update_from_gram
+    return call(S, R, lr, kappa, rule, overwrite)
+
+
+def update_direct(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[Tensor, Tensor]:
+    """As ``plans.update_direct``; all matrices of the batch in the same launches."""
+    call = update.update_direct if R.dtype == torch.float32 else plans.update_direct
+    return call(Z, R, lr, kappa, rule)
