@@ -42,29 +42,75 @@ class Problem:
 
 def problems(device: torch.device) -> Iterator[Problem]:
     """The sizes of ResNet layers at a training batch and at its sampled tenth."""
-    for case in (case for n in (256, 26) for case in registry.select("^3x3 [0-9].*resnet", n)):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            yield _shift_problem(case, Settings(device, dtype, channels_last=True))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for case in (case for n in (256, 26) for case in registry.select("resnet", n)):
+        for dtype in dtypes:
+            yield from _gram_problems(case, Settings(device, dtype, channels_last=True))
+    for case in registry.select("stem|3x3 3@|1x1 64@", 26):
+        yield from _stats_problem(case, Settings(device, torch.bfloat16, channels_last=True))
     for dim in (64, 128, 256, 576, 1152, 2304):
         for groups in (1, 4):
             yield _update_problem(groups, dim, device)
 
 
-def _shift_problem(case: registry.Case, settings: Settings) -> Problem:
-    from dbp_kernels.backends.triton import configs, gram_shift, runtime
+def _gram_problems(case: registry.Case, settings: Settings) -> Iterator[Problem]:
+    """One for each kernel that computes S of this case and has tiles to choose from."""
+    from dbp_kernels.backends.triton import (
+        configs,
+        gram_direct,
+        gram_shift,
+        gram_shift_tma,
+        runtime,
+    )
+
+    x, geometry = make_input(case, settings), _geometry(case)
+    precision, target = configs.precision_key(x.dtype), runtime.target(x.device)
+    forms: list[tuple] = []
+    if not geometry.pointwise:
+        forms.append((gram_direct, gram_direct.patch_gram_direct))
+    if geometry.axes:
+        forms.append((gram_shift, gram_shift.patch_gram_shift))
+    if geometry.axes and gram_shift_tma.usable(x, geometry):
+        forms.append((gram_shift_tma, gram_shift_tma.patch_gram_shift_tma))
+    for module, compute in forms:
+        yield Problem(
+            module.KERNEL,
+            precision,
+            (gram_direct if module is gram_direct else gram_shift).sizes(geometry),
+            configs.configs(module.KERNEL, precision, target),
+            lambda config, compute=compute: compute(x, geometry, config),
+            lambda: check.oracle(x, case),
+        )
+
+
+def _geometry(case: registry.Case):
     from dbp_kernels.geometry import make_geometry
 
-    x = make_input(case, settings)
+    lists = (case.kernel, case.stride, case.padding, case.dilation)
+    window = (*(() if case.is_linear else v for v in lists), case.groups)
+    return make_geometry(case.input_shape, *window)
+
+
+def _stats_problem(case: registry.Case, settings: Settings) -> Iterator[Problem]:
+    """Of the fused statistics; none where D is too large for every tile."""
+    from dbp_kernels import reference
+    from dbp_kernels.backends.triton import configs, runtime, stats
+
+    x, geometry = make_input(case, settings), _geometry(case)
+    precision, target = configs.precision_key(torch.float32), runtime.target(x.device)
+    dim = geometry.dim
+    fit = tuple(c for c in configs.configs(stats.KERNEL, precision, target) if c.block_m >= dim)
+    if not fit:
+        return
+    R = torch.eye(dim, device=x.device).expand(geometry.groups, dim, dim).contiguous()
     window = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    geometry = make_geometry(x.shape, *window)
-    precision = configs.precision_key(x.dtype)
-    return Problem(
-        gram_shift.KERNEL,
+    yield Problem(
+        stats.KERNEL,
         precision,
-        gram_shift.sizes(geometry),
-        configs.configs(gram_shift.KERNEL, precision, runtime.target(x.device)),
-        lambda config: gram_shift.patch_gram_shift(x, geometry, config),
-        lambda: check.oracle(x, case),
+        {"dim": dim, "groups": geometry.groups, "samples": geometry.samples},
+        fit,
+        lambda config: stats.decor_stats(x, R, geometry, config=config)[0],
+        lambda: reference.decor_stats(x.double(), R.double(), *window)[0],
     )
 
 

@@ -61,7 +61,7 @@ def pinned_files(monkeypatch):
     """Two GPUs of one capability with measured configurations, and one of another."""
 
     def entry(device, capability, config):
-        rows = [{"sizes": {"C": 64, "n": 1000}, "config": asdict(config)}]
+        rows = [{"sizes": {"C": 64, "n": 1000}, "config": asdict(config), "seconds": {"x": 2.0}}]
         return {"device": device, "capability": capability, "pinned": {"k": {"bf16": rows}}}
 
     files = (entry("H200", 90, LARGE), entry("H100", 90, SMALL), entry("A100", 80, SMALL))
@@ -72,7 +72,8 @@ def pinned_files(monkeypatch):
 
 
 def nearest(name, target, C=64, n=1000, kernel="k"):
-    return configs._nearest(kernel, "bf16", (("C", C), ("n", n)), name, target)
+    entry = configs._nearest(kernel, "bf16", (("C", C), ("n", n)), name, target)
+    return Config(**entry["config"]) if entry else None
 
 
 @pytest.mark.usefixtures("pinned_files")
@@ -129,10 +130,16 @@ def test_tuning_problems_run():
     from bench import registry
     from bench.kernels import Settings
 
-    case = registry.conv(2, 20, 5, 3)
-    several = [tune._shift_problem(case, Settings(CPU, d)) for d in (torch.bfloat16, torch.float32)]
-    for p in (*several, tune._update_problem(2, 24, CPU)):
+    found = []
+    for case in (registry.conv(2, 20, 5, 3), registry.conv(2, 20, 5, 1)):
+        for dtype in (torch.bfloat16, torch.float32):
+            found += tune._gram_problems(case, Settings(CPU, dtype))
+    found += tune._stats_problem(registry.conv(2, 3, 5, 3), Settings(CPU, torch.bfloat16))
+    found.append(tune._update_problem(2, 24, CPU))
+    kernels = {"gram_shift", "gram_shift_tma", "gram_direct", "decor_stats", "symmetric_update"}
+    assert {p.kernel for p in found} == kernels
+    for p in found:
         assert p.candidates
         exact = p.exact()
         for config in p.candidates:
-            assert tune.check.error(p.run(config), exact) < 1e-2
+            assert tune.check.error(p.run(config), exact) < 1e-2, (p.kernel, config)
