@@ -144,9 +144,13 @@ def test_resources_are_within_the_committed_limits():
         for limit in by_target.values():
             assert limit.spilled == 0  # no configuration that spills is shipped
     for kernel, by_target in limits.items():
-        if kernel.startswith("gram_"):  # every product but that of ieee fp32 is on tensor cores
-            ieee = "fp32" in kernel
-            assert all((limit.tensor == "") == ieee for limit in by_target.values()), kernel
+        if not kernel.startswith("gram_"):
+            continue
+        for target, limit in by_target.items():
+            if "sm90" in kernel:  # empty elsewhere
+                assert limit.tensor == ("HGMMA" if target == "sm_90a" else "")
+            else:  # every product but that of ieee fp32
+                assert limit.tensor == ("" if "fp32" in kernel else "HMMA"), kernel
 
 
 def test_what_passes_a_limit_is_named():

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from ..triton.work import MAX_PIXELS, Work, direct_program, make_tables, make_work, tile_pairs
+from ..triton.work import (
+    MAX_PIXELS,
+    Work,
+    direct_program,
+    keep_if_captured,
+    make_tables,
+    make_work,
+    tile_pairs,
+)
 from ..triton.work import shift_work as box_work
 from . import library
 from .arguments import dtype_number, four
@@ -92,7 +100,7 @@ def _row_stride(rows: Tensor) -> int:
 
 def _launch_shifts(kernel: str, x: Tensor, plan: ShiftPlan, workspace: Tensor) -> None:
     """x: rows of channels with nothing between the pixels."""
-    tables = make_shift_tables(plan, x.device)
+    tables = keep_if_captured(make_shift_tables(plan, x.device), x.device)
     rows = _as_rows(x)
     library.launch(
         kernel,
