@@ -1,5 +1,7 @@
 """The shift form against the float64 definition, interpreted and compiled."""
 
+import itertools
+
 import pytest
 import simulator
 import torch
@@ -46,8 +48,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case_", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case_", "dtype"), zip(CASES, itertools.cycle(DTYPES)), ids=str)
 def test_own_configuration(case_, dtype):
     x = case_.input(dtype, layout="channels_last")
     check(case_, x, patch_gram_shift(x.to(DEVICE), case_.geometry))
