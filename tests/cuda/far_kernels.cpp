@@ -19,8 +19,12 @@ static int64_t distance(Global<const float> from, Global<const float> to) {
 static Register pack_far("far_pack", [](Arguments& a) {
   Global<const float> x[2];
   Global<float> out[2];
-  int pixels = 0, channels = 0;
-  a("x0", x[0])("x1", x[1])("out0", out[0])("out1", out[1]);
+  int pixels = 0, channels = 0, last_first = 0;
+  a("last_first", last_first);  // which image comes first in the address space
+  if (last_first)
+    a("x1", x[1])("x0", x[0])("out1", out[1])("out0", out[0]);
+  else
+    a("x0", x[0])("x1", x[1])("out0", out[0])("out1", out[1]);
   a("pixels", pixels)("channels", channels);
   PackParams p{x[0],
                out[0],

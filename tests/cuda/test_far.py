@@ -15,11 +15,12 @@ from dbp_kernels.backends.triton import work as W
 pytestmark = pytest.mark.emulation
 
 
-def test_pack():
+@pytest.mark.parametrize("last_first", [0, 1])
+def test_pack(last_first):
     x = random((2, 70, 12), torch.float32).numpy()
     out = np.full_like(x, np.nan), np.full_like(x, np.nan)
     images = {"x0": x[0].copy(), "x1": x[1].copy(), "out0": out[0][0], "out1": out[1][1]}
-    call("far_pack", **images, pixels=70, channels=12)
+    call("far_pack", **images, pixels=70, channels=12, last_first=last_first)
     np.testing.assert_array_equal(out[0][0], x[0])
     np.testing.assert_array_equal(out[1][1], x[1])
 
