@@ -37,8 +37,9 @@ __device__ __forceinline__ int tile_column(int r) {
 }
 
 // acc[s] += left^T right[s] for every s whose bit in `active` is set (the same in all lanes).
-//   left:  shared address of the first of 32 rows `pitch` apart, at the warp's first of 16 M
-//   channels right: right[s] is the address of this lane's pixel, at the first of 8 channels
+// `left` is the shared address of the first of 32 rows `pitch` apart, at the first of 16 M
+// channels. right[s] is that of this lane's pixel, at the first of 8 channels, and readable even if
+// not active.
 template <DType K, int M, int S>
 __device__ __forceinline__ void multiply(float (&acc)[S][M][4], uint32_t left, uint32_t pitch,
                                          const uint32_t (&right)[S], uint32_t active) {
@@ -51,12 +52,14 @@ __device__ __forceinline__ void multiply(float (&acc)[S][M][4], uint32_t left, u
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int m = 0; m < M; ++m) ldmatrix_x4_trans(a[h][m], at + h * 16 * pitch + m * 32);
+    uint32_t b[2][4];  // loaded one s ahead
+    ldmatrix_x4_trans(b[0], right[0]);
 #pragma unroll
     for (int s = 0; s < S; ++s) {
+      if (s + 1 < S) ldmatrix_x4_trans(b[(s + 1) % 2], right[s + 1]);
       if (!(active >> s & 1)) continue;
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, right[s]);
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      const auto& now = b[s % 2];
+      const uint32_t low[2] = {now[0], now[1]}, high[2] = {now[2], now[3]};
 #pragma unroll
       for (int m = 0; m < M; ++m) mma<Element<K>>(acc[s][m], a[0][m], low);
 #pragma unroll

@@ -97,12 +97,13 @@ def _main_boxes(program: Program) -> dict[int, Box]:
 
 
 def _parts(items: int, pixels: int, halo: int, parallel: int, most: int) -> int:
-    """Ranges of pixels that ``items`` are cut into, so that all are done soonest."""
+    """Ranges that ``pixels`` are cut into, for all ``items`` to be done soonest."""
 
     def span(n: int) -> int:
         return -(-items * n // parallel) * (-(-pixels // n) + halo + _OVERHEAD)
 
-    return min(range(1, max(1, min(most, -(-pixels // 64))) + 1), key=span)
+    most = max(1, min(most, -(-pixels // 64), 4 * parallel))
+    return min(range(1, most + 1), key=span)
 
 
 def _spread(count: int, bins: int) -> list[int]:
@@ -128,7 +129,8 @@ def shift_plan(
 
     Args:
         block_k: pixels per step of the box kernel.
-        parallel: blocks of threads that run at the same time.
+        parallel: blocks of threads of the box kernel that run at the same time; of the staged-halo
+            kernel, which takes most registers of a multiprocessor, half as many do.
         max_workspace: bytes of float32 partials above which pixels are not split further.
         shared_limit: bytes of shared memory a block of threads can have.
         sm90: for csrc/kernels/gram_shift_sm90.cuh, which has tiles of 64 channels of 2 bytes only.
@@ -168,7 +170,8 @@ def shift_plan(
     across = block // shape.columns
     tiles = sum(len(whole.upper if m.symmetric else whole.pairs) for m in main.values())
     count = len(sets) * len(whole.pairs) * across
-    parts = _parts(count, pixels, halo, parallel, max_workspace // (4 * block**2 * tiles))
+    slots = max(1, parallel // 2)
+    parts = _parts(count, pixels, halo, slots, max_workspace // (4 * block**2 * tiles))
     each = -(-pixels // (parts * shape.pixels)) * shape.pixels
     parts = max(1, -(-pixels // each))
     work = make_work(
