@@ -11,23 +11,23 @@ from dbp_kernels.backends.triton import runtime
 
 pytestmark = pytest.mark.aot
 
-PARTS = 2  # of a module's cases, so that test processes share the work evenly
-QUICK = (80, 86, 90)  # the other targets are compiled by `make test-all`
+PARTS = 6  # of a module's cases: so many tests for every target
 
 
-def targets():
-    return [
-        pytest.param(t, marks=[] if t in QUICK else [pytest.mark.slow], id=f"sm_{t}")
-        for t in runtime.TARGETS
-    ]
+def parts():
+    """All of sm_90 and a sixth of the other targets; the rest is compiled by `make test-all`."""
+    for target in runtime.TARGETS:
+        for part in range(PARTS):
+            quick = target == 90 or part == 0
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(target, part, marks=marks, id=f"sm_{target}-{part}")
 
 
 def short(module):
     return module.rpartition(".")[2]
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize(("target", "part"), list(parts()))
 @pytest.mark.parametrize("module", compiler.kernel_modules(), ids=short)
 def test_compiled_code(compiled, module, target, part):
     limit = runtime.shared_limit(target)
