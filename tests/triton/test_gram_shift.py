@@ -48,7 +48,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case_", "dtype"), zip(CASES, itertools.cycle(DTYPES)), ids=str)
+@pytest.mark.parametrize(("case_", "dtype"), list(zip(CASES, itertools.cycle(DTYPES))), ids=str)
 def test_own_configuration(case_, dtype):
     x = case_.input(dtype, layout="channels_last")
     check(case_, x, patch_gram_shift(x.to(DEVICE), case_.geometry))
