@@ -104,6 +104,11 @@ def _entries(architectures: str) -> list[str]:
     return [entry for entry in re.split(r"[;, ]+", architectures) if entry]
 
 
+def requested_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, or all that are shipped."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+
+
 def gencode_flags(architectures: str) -> list[str]:
     """nvcc's flags for a list like "8.0;9.0a;12.0+PTX" (also with spaces or commas).
 
@@ -180,7 +185,7 @@ def build(directory: Path, architectures: str | None = None, jobs: str | None = 
     reason = missing()
     if reason:
         raise RuntimeError(reason)
-    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    architectures = architectures or requested_architectures()
     jobs = jobs or os.environ.get("MAX_JOBS")
     library = write_ninja(directory, architectures)
     (directory / "nvcc").write_text(nvcc_version())

@@ -1,4 +1,4 @@
-"""The compiled library for tests: built once for two targets, kept between runs."""
+"""The compiled library for tests: what ``make cuda`` built, else built for two targets and kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = "8.0;9.0a"
 
 
 @functools.cache
@@ -28,18 +27,30 @@ def script(name: str) -> ModuleType:
 
 
 @functools.cache
-def directory() -> Path:
-    """Where the library is built for ``TARGETS``; skips the test where it cannot be."""
+def _built() -> tuple[Path, str]:
     build = script("build")
     reason = build.missing()
     if reason:
         pytest.skip(reason)
-    path = Path(tempfile.gettempdir()) / f"dbp-kernels-cuda-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
+    path, targets = ROOT / "build" / "cuda", build.requested_architectures()
+    if not (path / build.LIBRARY).is_file():
+        path = Path(tempfile.gettempdir()) / f"dbp-kernels-cuda-{os.getuid()}"
+        path.mkdir(mode=0o700, exist_ok=True)
+        targets = "8.0;9.0a"
     with open(path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
-        build.build(path, TARGETS, jobs=os.environ.get("MAX_JOBS", "2"))
-    return path
+        build.build(path, targets, jobs=os.environ.get("MAX_JOBS", "2"))
+    return path, targets
+
+
+def directory() -> Path:
+    """Where the library is built, and up to date; skips the test where it cannot be."""
+    return _built()[0]
+
+
+def targets() -> str:
+    """What it is built for, as TORCH_CUDA_ARCH_LIST."""
+    return _built()[1]
 
 
 def library() -> Path:
