@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulation import call
 from helpers import error, random, rows
-from test_reduce import arguments_of, partials
+from test_cuda_reduce import arguments_of, partials
 
 from dbp_kernels import reference
 from dbp_kernels.backends.triton import work as W
