@@ -63,7 +63,7 @@ def spilling_stack() -> int:
     case = runtime.KernelCase(
         name="too large",
         kernel=too_large_kernel,
-        signature=dict.fromkeys(("a", "b", "out"), "*fp32"),
+        signature={"a": "*fp16", "b": "*fp16", "out": "*fp32"},
         constexprs={"BLOCK": 128},
         num_warps=1,
         num_stages=1,
@@ -75,4 +75,4 @@ def spilling_stack() -> int:
 @triton.jit
 def too_large_kernel(a, b, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + i, tl.dot(tl.load(a + i), tl.load(b + i), input_precision="ieee"))
+    tl.store(out + i, tl.dot(tl.load(a + i), tl.load(b + i)))
