@@ -209,6 +209,9 @@ def ptx(header: str, arch: str, defines: tuple[str, ...] = ()):
     nvcc = os.environ.get("NVCC", "nvcc")
     if shutil.which(nvcc) is None:
         pytest.skip("no nvcc")
+    # Where the simulator never schedules single warps (blocks of more than 8, unless told to), one
+    # that spins on an mbarrier can keep its neighbour from ever running: a deadlock of its own.
+    importlib.import_module("ptxsim.executor").MAX_SPLIT = 5
     source = f'#include "{header}"\n'
     text = compiler.compile(
         source,
