@@ -336,8 +336,10 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     _check_R(R, groups, math.prod(weight.shape[1:]))
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
-        W = weight.to(dtype).reshape(groups, weight.shape[0] // groups, R.shape[-1])
-        A = W @ R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1])
+        # one matrix as such: libraries run mm faster than bmm of one, both ways
+        batch = () if groups == 1 else (groups,)
+        W = weight.to(dtype).reshape(*batch, weight.shape[0] // groups, R.shape[-1])
+        A = W @ R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
         return A.reshape(weight.shape).to(weight.dtype)
 
 
@@ -354,8 +356,9 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
     _check_R(R, groups, weight.shape[0] // groups)
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
-        W = weight.to(dtype).reshape(groups, R.shape[-1], math.prod(weight.shape[1:]))
-        A = R.to(dtype).reshape(groups, R.shape[-2], R.shape[-1]).mT @ W
+        batch = () if groups == 1 else (groups,)
+        W = weight.to(dtype).reshape(*batch, R.shape[-1], math.prod(weight.shape[1:]))
+        A = R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1]).mT @ W
         return A.reshape(weight.shape).to(weight.dtype)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.eager.matmul import symmetric_product
+from .backends.eager.matmul import add_product, matmul, symmetric_product
 
 RULES = ("standard", "normalized")
 
@@ -61,7 +61,7 @@ def _apply(
     if rule.c_weight != 1:
         M.mul_(rule.c_weight)
     diagonal.copy_(rule.v_weight * v)
-    return torch.baddbmm(R, M, R, alpha=-lr, out=out), loss
+    return add_product(R, M, R, -lr, out), loss
 
 
 def update_from_gram(
@@ -78,7 +78,7 @@ def update_from_gram(
     for an unknown rule or a kappa outside [0, 1].
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    P = torch.bmm(S, R.mT)
+    P = matmul(S, R.mT)
     M = symmetric_product(P, R.mT, out=S if overwrite else None)
     return _apply(M, R, lr, weights, out=P)
 
@@ -88,7 +88,7 @@ def update_direct(
 ) -> tuple[Tensor, Tensor]:
     """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    X = torch.bmm(Z, R.mT)
+    X = matmul(Z, R.mT)
     return _apply(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
@@ -103,13 +103,13 @@ def update_from_samples(
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     n = Z.shape[1]
     # Few samples against a large R: its rows times short columns stream through memory best.
-    X = torch.bmm(R, Z.mT).mT
+    X = matmul(R, Z.mT).mT
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
-    total = torch.linalg.vector_norm(torch.bmm(X, X.mT), dim=(-2, -1)).square() / n**2
+    total = torch.linalg.vector_norm(matmul(X, X.mT), dim=(-2, -1)).square() / n**2
     off = (total - second.square().sum(-1)).clamp_min(0)
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
     # few passes over D x D: with few samples it is they that cost
     R_new = R * (1 - lr * d).unsqueeze(-1)
-    return R_new.baddbmm_(X.mT, torch.bmm(X, R), alpha=-lr * weights.c_weight / n), loss
+    return add_product(R_new, X.mT, matmul(X, R), -lr * weights.c_weight / n, R_new), loss

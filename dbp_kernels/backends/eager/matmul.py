@@ -14,6 +14,19 @@ _PANEL, _MAX_PANELS, _FEW_ROWS = 256, 8, 256
 _THIN, _LONG = 16, 1024
 
 
+def matmul(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y for X (G, a, n), Y (G, n, b); one matrix by mm, which libraries run faster than bmm."""
+    return torch.mm(X[0], Y[0]).unsqueeze(0) if X.shape[0] == 1 else torch.bmm(X, Y)
+
+
+def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    """R + alpha X Y for R (G, a, b), X (G, a, n), Y (G, n, b); into ``out`` (may be R) if given."""
+    if X.shape[0] > 1:
+        return torch.baddbmm(R, X, Y, alpha=alpha, out=out)
+    one = None if out is None else out[0]
+    return torch.addmm(R[0], X[0], Y[0], alpha=alpha, out=one).unsqueeze(0)
+
+
 def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:
     """out (G, A, B) = alpha X^T Y for X (G, n, A), Y (G, n, B); ``accumulate`` adds to ``out``.
 
