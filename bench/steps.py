@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models import ConvNet, resnet18, resnet34, resnet50
-
 from .kernels import Settings, failed, plan_for
+from .networks import SMALL, StepCase, at_224
 from .published import publish_model, publish_update
 from .timing import time_interleaved
 
@@ -20,31 +18,10 @@ BP, OURS, PUBLISHED = "bp", "dbp", "published"
 LR, DECOR_LR, KAPPA = 1.6e-4, 1e-5, 0.5  # the paper's setting
 
 
-@dataclass(frozen=True)
-class StepCase:
-    """A network to train on random images of shape (batch, 3, size, size).
-
-    ``pairs`` is the default number of alternating pairs.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    batch: int
-    size: int
-    classes: int
-    pairs: int
-
-
-STEP_CASES = (
-    StepCase("convnet 32x32", lambda: ConvNet(3, (64, 64, 128)), 128, 32, 10, 25),
-    StepCase("resnet18 32x32", lambda: resnet18(10, stem="cifar"), 128, 32, 10, 9),
-)
-# The paper's networks at the paper's size. A CPU takes minutes for one step.
-GPU_STEP_CASES = (
-    StepCase("resnet50 224x224", lambda: resnet50(1000), 256, 224, 1000, 9),
-    StepCase("resnet18 224x224", lambda: resnet18(1000), 256, 224, 1000, 9),
-    StepCase("resnet34 224x224", lambda: resnet34(1000), 256, 224, 1000, 9),
-)
+# The paper's networks at the paper's size, where a CPU takes minutes for one step.
+STEP_CASES = SMALL
+_BY_NAME = {case.name.split()[0]: case for case in at_224(256, 9)}
+GPU_STEP_CASES = tuple(_BY_NAME[name] for name in ("resnet50", "resnet18", "resnet34"))
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -117,12 +94,7 @@ def run_step_case(
     no number.
     """
     batch = batch or case.batch
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, case.size, case.size, generator=generator)
-    labels = torch.randint(case.classes, (batch,), generator=generator)
-    images, labels = images.to(settings.device), labels.to(settings.device)
-    if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images, labels = random_images(case, settings, batch)
     torch.manual_seed(0)
     model = case.build().to(settings.device)
     if settings.channels_last:
@@ -141,11 +113,7 @@ def run_step_case(
             records[name] = failed(failure)
             continue
         expected = loss if expected is None else expected
-        if abs(loss - expected) <= 1e-3 * abs(expected):
-            records[name] = {"status": "ok"}
-        else:
-            reason = f"first loss {loss:.6g}, plain backpropagation's {expected:.6g}"
-            records[name] = {"status": "wrong", "reason": reason}
+        records[name] = verdict(loss, expected)
     right = [name for name, record in records.items() if record["status"] == "ok"]
     times = time_interleaved(
         {name: (lambda step=steps[name]: step(images, labels)) for name in right},
@@ -158,13 +126,32 @@ def run_step_case(
         records[name]["seconds"] = times[name].as_dict()
     plans = planned_updates(model, images[: max(1, round(sample * batch))])
     return {
-        "name": f"{case.name} b{batch}",
+        "name": case.named(batch),
         "batch": batch,
         "sample": sample,
         "update_every": 1,
         "plans": plans,
         "methods": records,
     }
+
+
+def verdict(loss: float, expected: float) -> dict:
+    """The record of a variant by its first loss: R is the identity, so it must be as expected."""
+    if abs(loss - expected) <= 1e-3 * abs(expected):
+        return {"status": "ok"}
+    reason = f"first loss {loss:.6g}, plain backpropagation's {expected:.6g}"
+    return {"status": "wrong", "reason": reason}
+
+
+def random_images(case: StepCase, settings: Settings, count: int) -> tuple[Tensor, Tensor]:
+    """(images, labels), the same in every run."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, case.size, case.size, generator=generator)
+    labels = torch.randint(case.classes, (count,), generator=generator)
+    images = images.to(settings.device)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, labels.to(settings.device)
 
 
 def planned_updates(model: nn.Module, images: Tensor) -> dict[str, str]:

@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import bars, check, cli, kernels, memory, registry, report, rivals, steps, timing
+from bench import (
+    bars,
+    check,
+    cli,
+    kernel_tables,
+    kernels,
+    memory,
+    registry,
+    report,
+    rivals,
+    steps,
+    suites,
+    timing,
+)
 from bench.published import PublishedConv2d, publish_model, publish_update
 from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
@@ -482,7 +495,7 @@ def test_memory_figure():
 
 
 def test_geometric_means():
-    means = report.geometric_means(synthetic(speedup=8.0)["kernels"])
+    means = kernel_tables.geometric_means(synthetic(speedup=8.0)["kernels"])
     assert means["unfold, all cases"] == (pytest.approx(8), len(registry.all_cases()))
     assert means["self_wgrad, K >= 3 stride 1"][0] == pytest.approx(2)
     assert means["best rival, K >= 3 stride 1"][0] == pytest.approx(2)
@@ -506,7 +519,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     for record in result["kernels"] + result["step"]:
         for name, measured in record["methods"].items():
             assert measured["status"] == "ok", (name, measured)
-            assert measured["seconds"]["samples"] == cli.QUICK_PAIRS
+            assert measured["seconds"]["samples"] == suites.QUICK_PAIRS
             assert measured["seconds"]["median"] > 0
     assert set(result["step"][0]["methods"]) == {"bp", "dbp", "published"}
     assert result["complete"]
@@ -572,7 +585,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
             return record
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_case", stop)
+    monkeypatch.setattr(kernels, "run_case", stop)
     target = tmp_path / "part.json"
     assert run("--filter", "^3x3 64@", "--save", target) == 1
     result = json.loads(target.read_text())
