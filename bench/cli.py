@@ -15,6 +15,7 @@ import torch
 
 from . import bars, machine, peaks, plots, report, suites
 from .kernels import DEFAULT_PAIRS
+from .steps import COMPILE_MODES
 from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES, Job
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,6 +72,24 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--sample", type=float, default=0.1, help="fraction of the images (default: 0.1)"
     )
+    out.add_argument(
+        "--samplings",
+        action="store_true",
+        help="step suite: also samples of 100 %%, 10 %%, 1 %% with an update every 1, 4, 16 steps",
+    )
+    out.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        help="step suite: also under torch.compile; reduce-overhead: with CUDA graphs on a GPU",
+    )
+    out.add_argument(
+        "--trace",
+        type=Path,
+        metavar="PATH",
+        help="step and update suites: also a Chrome trace, to be opened in Perfetto",
+    )
     out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="steps: autocast to it")
     out.add_argument("--channels-last", action="store_true", help="memory format of the images")
@@ -116,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.suite not in ("kernels", "scaling") and options.dtype == "float64":
         print("--dtype float64 is for kernels and scaling: steps autocast", file=sys.stderr)
+        return 2
+    if options.trace and options.suite not in ("step", "update"):
+        print(f"--trace is for step and update, not {options.suite}", file=sys.stderr)
         return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import bars
+from .steps import IDLE, SAMPLES, UPDATE_EVERY, sampled
 from .table import format_table, milliseconds
 
 
@@ -28,8 +29,45 @@ def step_table(records: Sequence[dict]) -> str:
 
 
 def step_text(records: Sequence[dict]) -> str:
-    """The table, then what else was measured of the steps."""
-    return step_table(records)
+    """The table of steps; samplings where they were measured; where the extra time goes."""
+    parts = [step_table(records)]
+    grid = [record for record in records if IDLE in record["methods"]]
+    if grid:
+        parts += ["by sample and update_every", sampling_table(grid)]
+    broken_down = [record for record in records if "breakdown" in record]
+    if broken_down:
+        parts += ["where our extra time goes", breakdown_table(broken_down)]
+    return "\n\n".join(parts)
+
+
+def sampling_table(records: Sequence[dict]) -> str:
+    """Ratio to plain backpropagation by sample and update_every.
+
+    With update_every=k: one step with an update and k - 1 idle ones, as measured, over k plain ones.
+    """
+    rows = [["network", "sample", *(f"every {k}" for k in UPDATE_EVERY)]]
+    for record in records:
+        idle = bars.speedup(record, IDLE, "bp")
+        for sample in SAMPLES:
+            updating = bars.speedup(record, sampled(sample), "bp")
+            cells = ["-"] * len(UPDATE_EVERY)
+            if None not in (idle, updating):
+                cells = [f"{(updating + (k - 1) * idle) / k:.3f}" for k in UPDATE_EVERY]
+            rows.append([record["name"], f"{sample:.0%}", *cells])
+    return format_table(rows)
+
+
+def breakdown_table(records: Sequence[dict]) -> str:
+    """A column a network: milliseconds and share of the extra time of our step, part by part."""
+    rows = [["part", *(f"{record['name']}, ms" for record in records)]]
+    for part in dict.fromkeys(part for record in records for part in record["breakdown"]):
+        row = [part]
+        for record in records:
+            seconds, extra = (record["breakdown"].get(key, 0.0) for key in (part, "extra"))
+            share = f" ({seconds / extra:.0%})" if extra > 0 else ""
+            row.append(f"{seconds * 1e3:.1f}{share}")
+        rows.append(row)
+    return format_table(rows)
 
 
 def update_table(records: Sequence[dict]) -> str:

@@ -61,17 +61,26 @@ def _on_networks(
     options: argparse.Namespace,
     settings: Settings,
     rounds: int | None = None,
+    traced: bool = False,
     **more: object,
 ) -> Iterator[Job]:
-    """The networks that --filter names; --quick alone takes the first."""
+    """The networks that --filter names; --quick alone takes the first.
+
+    With several of them each has its own trace, <PATH>-<network>.
+    """
     pattern = registry.compile_filter(options.filter)
     if options.quick and not options.filter:
         cases = cases[:1]
     batch = _batch(options)
-    for case in networks.matching(cases, pattern):
+    chosen = networks.matching(cases, pattern)
+    for case in chosen:
+        own = dict(more)
+        if traced and options.trace:
+            slug = "-" + case.named(batch).replace(" ", "-") if len(chosen) > 1 else ""
+            own["trace"] = options.trace.with_stem(options.trace.stem + slug)
 
-        def run(tick, case=case):
-            return run_case(case, settings, batch=batch, sample=options.sample, tick=tick, **more)
+        def run(tick, case=case, own=own):
+            return run_case(case, settings, batch=batch, sample=options.sample, tick=tick, **own)
 
         yield Job(suite, case.named(batch), run, rounds or settings.pairs or case.pairs)
 
@@ -87,14 +96,23 @@ def _update(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     cases = updates.GPU_CASES
     if options.device.type == "cpu":
         cases = _default(updates.CPU_CASES, updates.CPU_DEFAULT, options)
-    return _on_networks("update", updates.run_update_case, cases, options, settings)
+    return _on_networks("update", updates.run_update_case, cases, options, settings, traced=True)
 
 
 def _step(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     cases = steps.STEP_CASES
     if options.device.type != "cpu":
         cases = (*cases, *steps.GPU_STEP_CASES)
-    return _on_networks("step", steps.run_step_case, cases, options, settings)
+    return _on_networks(
+        "step",
+        steps.run_step_case,
+        cases,
+        options,
+        settings,
+        traced=True,
+        samplings=options.samplings,
+        compiled=options.compile,
+    )
 
 
 def _memory(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .breakdown import write_trace
 from .kernels import Settings, failed
 from .networks import SMALL, StepCase, at_224
 from .published import publish_model, publish_update
@@ -72,12 +74,14 @@ def run_update_case(
     *,
     batch: int | None = None,
     sample: float = 0.1,
+    trace: Path | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> dict:
     """Checks and times the update of every variant; returns the case's record.
 
     The check is one update of each from the same samples at a large learning rate: every R must
     agree to ``BOUND`` of its largest change, else our update is "wrong" and gets no number.
+    ``trace`` is where a profiler's trace of the updates goes.
     """
     batch = batch or case.batch
     count = max(1, round(sample * batch))
@@ -110,16 +114,20 @@ def run_update_case(
     right = [name for name, record in records.items() if record["status"] == "ok"]
     for name in right:
         reset(variants[name].model)
+    calls = {name: (lambda update=variants[name].update: update(DECOR_LR)) for name in right}
+    prepare = {name: variants[name].forward for name in right}
     times = time_interleaved(
-        {name: (lambda update=variants[name].update: update(DECOR_LR)) for name in right},
+        calls,
         settings.pairs or case.pairs,
         device=settings.device,
         warmup=1,  # the check was another
-        prepare={name: variants[name].forward for name in right},
+        prepare=prepare,
         tick=tick,
     )
     for name in right:
         records[name]["seconds"] = times[name].as_dict()
+    if trace is not None:
+        write_trace(trace, calls, settings.device, prepare)
     return {
         "name": case.named(batch),
         "batch": batch,

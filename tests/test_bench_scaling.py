@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from test_bench import method
 
 from bench import cli, kernel_tables, kernels, peaks, registry, scaling
-from tests.test_bench import method
 
 
 def test_sweeps_change_one_size_of_the_base_layer():
