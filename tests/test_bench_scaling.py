@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 from test_bench import method
 
-from bench import cli, kernel_tables, kernels, peaks, registry, scaling
+from bench import cli, kernel_tables, kernels, machine, peaks, registry, rivals, scaling
+from bench.rivals import Rival
 
 
 def test_sweeps_change_one_size_of_the_base_layer():
@@ -50,6 +52,33 @@ def test_useful_bytes_are_input_and_result():
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         record = kernels.run_case(case, kernels.Settings(dtype=dtype, pairs=1, warmup=1))
         assert record["useful_bytes"] == size * case.input_elements + 4 * case.D**2
+
+
+def test_inputs_rotate_through_more_than_the_cache(monkeypatch):
+    case = registry.conv(2, 2, 5, 3)
+    x = torch.randn(case.input_shape)
+    size = x.numel() * 4
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 5 * size)
+    inputs = kernels.rotation(x.to(memory_format=torch.channels_last))
+    assert len(inputs) * size > 5 * size
+    assert len({tensor.data_ptr() for tensor in inputs}) == len(inputs) == 6
+    assert all(torch.equal(tensor, x) and tensor.stride(1) == 1 for tensor in inputs)
+    seen: list[int] = []
+
+    def compute(tensor, case):
+        seen.append(tensor.data_ptr())
+        return rivals.unfold_matmul(tensor, case)
+
+    methods = {"dbp": Rival("recorder", compute, lambda case: "")}
+    record = kernels.run_case(case, kernels.Settings(pairs=1, warmup=1), methods)
+    assert record["inputs"] == 6
+    timed = seen[2:]  # after the check and the weighing
+    assert all(a != b for a, b in itertools.pairwise(timed))
+    assert len(set(timed)) == 6
+
+
+def test_the_cache_has_a_size():
+    assert 2**18 < machine.cache_bytes(torch.device("cpu")) < 2**34
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
