@@ -21,6 +21,7 @@ from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES, Job
 RESULTS = Path(__file__).resolve().parent / "results"
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
+python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 """
@@ -124,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import device_check
 
         return device_check.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        from . import regress
+
+        return regress.main(arguments[1:])
     if arguments[:1] == ["tune"]:
         from . import tune
 
