@@ -18,6 +18,7 @@ from bench import (
     kernel_tables,
     kernels,
     memory,
+    more_rivals,
     registry,
     report,
     rivals,
@@ -161,9 +162,37 @@ def test_rival_equals_the_definition(rival, case):
         assert check.error(result, definition(low, case)) < (3e-2 if loose else limit)
 
 
-def test_rivals_by_device():
+def test_rivals_by_device(monkeypatch):
+    monkeypatch.setattr(more_rivals, "installed", lambda package: False)
+    on_gpu = {*RIVALS, *GPU_RIVALS, "compiled"}
     assert set(rivals_on(torch.device("cpu"))) == set(RIVALS)
-    assert set(rivals_on(torch.device("cuda"))) == {*RIVALS, *GPU_RIVALS}
+    assert set(rivals_on(torch.device("cuda"))) == on_gpu
+    monkeypatch.setattr(more_rivals, "installed", lambda package: True)
+    assert set(rivals_on(torch.device("cpu"))) == {*RIVALS, "einconv"}
+    assert set(rivals_on(torch.device("cuda"))) == {*on_gpu, "einconv", "quack"}
+
+
+@pytest.mark.skipif(not more_rivals.installed("einconv"), reason="einconv is not installed")
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_einconv_equals_the_definition(case):
+    method = rivals.OPTIONAL["einconv"]
+    if method.why_not(case):
+        pytest.skip(method.why_not(case))
+    x = torch.randn(case.input_shape, dtype=torch.float64)
+    assert (
+        check.error(method.compute(x, case), definition(x, case)) < 1e-7
+    )  # its scale is a float32
+    assert method.compute(x.bfloat16(), case).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compiled_reference_equals_the_definition():
+    for case in SMALL[1:3]:
+        for dtype, limit in ((torch.float64, 1e-13), (torch.bfloat16, 1e-5)):
+            x = torch.randn(case.input_shape, dtype=dtype)
+            result = rivals.COMPILED.compute(x, case)
+            assert result.dtype == (dtype if dtype == torch.float64 else torch.float32)
+            assert check.error(result, definition(x, case)) < limit
 
 
 def test_padded_gemm_covers_the_cases_of_the_gpu_bars():
