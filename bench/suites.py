@@ -102,7 +102,7 @@ def _update(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
 def _step(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     cases = steps.STEP_CASES
     if options.device.type != "cpu":
-        cases = (*cases, *steps.GPU_STEP_CASES)
+        cases = (*cases, *networks.at_224(256, 9))
     return _on_networks(
         "step",
         steps.run_step_case,

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_bench import method, synthetic
+from bench_results import method, synthetic
 
 from bench import bars, cli, regress
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_bench import method
+from bench_results import method
 
 from bench import cli, kernel_tables, kernels, machine, peaks, registry, rivals, scaling
 from bench.rivals import Rival
