@@ -1,5 +1,6 @@
 # make demo   train by plain and by decorrelated backpropagation on real images, side by side
 # make test   the test suite          make bench  speed against the alternatives
+# make bench-check   in three minutes: has anything become slower than the committed results?
 # make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
 # make device-check   on a machine with a GPU: its tests and benchmarks, in under ten minutes
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
@@ -12,7 +13,7 @@ JOBS ?= 2
 BIN = $(abspath $(VENV))/bin
 READY = $(VENV)/.dbp-kernels-installed
 
-.PHONY: demo test test-all bench cuda device-check lint format clean
+.PHONY: demo test test-all bench bench-check cuda device-check lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
@@ -26,6 +27,9 @@ test-all: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench --save
+
+bench-check: $(READY)
+	$(BIN)/python -m bench check
 
 cuda: $(READY)
 	$(BIN)/python csrc/build.py --in-place

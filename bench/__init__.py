@@ -1,5 +1,6 @@
 """Benchmarks of dbp_kernels, run from a clone: ``python -m bench`` (see ``--help``).
 
-registry.py lists the cases, rivals.py and published.py what they are compared with, bars.py the
-promises they are held to; results/ holds committed runs.
+registry.py and networks.py list the cases, rivals.py, more_rivals.py and published.py what they are
+compared with, suites.py what each suite measures, bars.py the promises it is held to; results/ holds
+committed runs.
 """

@@ -7,26 +7,21 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-from . import bars, machine, registry, report
-from .kernels import DEFAULT_PAIRS, Settings, run_case
-from .steps import STEP_CASES, run_step_case
+from . import bars, machine, peaks, plots, report, suites
+from .kernels import DEFAULT_PAIRS
+from .steps import COMPILE_MODES
+from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES, Job
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-QUICK_BATCH, QUICK_PAIRS = 4, 3
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
+python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 """
@@ -59,9 +54,11 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--suite",
-        choices=("kernels", "step", "all"),
+        choices=(*SUITES, "all"),
         default="kernels",
-        help="kernels: patch_gram on layer shapes; step: whole training steps (default: kernels)",
+        help="kernels: patch_gram on layer shapes (default); update: DecorUpdate.step() of whole "
+        "networks; step: whole training steps; memory: their peak; scaling: patch_gram against "
+        "one size of a layer",
     )
     out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
     out.add_argument(
@@ -73,7 +70,27 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help=f"alternating rounds (default: kernels {DEFAULT_PAIRS}, steps 25 or 9 by network)",
     )
-    out.add_argument("--sample", type=float, default=0.1, help="step suite (default: 0.1)")
+    out.add_argument(
+        "--sample", type=float, default=0.1, help="fraction of the images (default: 0.1)"
+    )
+    out.add_argument(
+        "--samplings",
+        action="store_true",
+        help="step suite: also samples of 100 %%, 10 %%, 1 %% with an update every 1, 4, 16 steps",
+    )
+    out.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        help="step suite: also under torch.compile; reduce-overhead: with CUDA graphs on a GPU",
+    )
+    out.add_argument(
+        "--trace",
+        type=Path,
+        metavar="PATH",
+        help="step and update suites: also a Chrome trace, to be opened in Perfetto",
+    )
     out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="steps: autocast to it")
     out.add_argument("--channels-last", action="store_true", help="memory format of the images")
@@ -108,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import device_check
 
         return device_check.main(arguments[1:])
+    if arguments[:1] == ["check"]:
+        from . import regress
+
+        return regress.main(arguments[1:])
     if arguments[:1] == ["tune"]:
         from . import tune
 
@@ -117,14 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if target is not None and target.exists():
         print(f"{target} exists and is not overwritten; name another with --save", file=sys.stderr)
         return 2
-    if options.suite != "kernels" and options.dtype == "float64":
-        print("--dtype float64 is for the kernels suite: steps autocast", file=sys.stderr)
+    if options.suite not in ("kernels", "scaling") and options.dtype == "float64":
+        print("--dtype float64 is for kernels and scaling: steps autocast", file=sys.stderr)
+        return 2
+    if options.trace and options.suite not in ("step", "update"):
+        print(f"--trace is for step and update, not {options.suite}", file=sys.stderr)
         return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
         return 2
     try:
-        jobs = _jobs(options)
+        jobs = suites.jobs(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -147,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         save(result, target)
         print(f"\nsaved {target}")
-    records = result["kernels"] + result["step"]
-    right = all(record["methods"][bars.OURS]["status"] == "ok" for record in records)
+    right = all(
+        record["methods"][bars.OURS]["status"] == "ok" for record in report.all_records(result)
+    )
     return 0 if right and result["complete"] else 1
 
 
@@ -161,40 +186,7 @@ def _target(options: argparse.Namespace) -> Path | None:
     return RESULTS / f"{options.device.type}-{commit[:10] if commit else 'unknown'}.json"
 
 
-Job = tuple[str, str, Callable[[Callable[[], object]], dict], int]
-
-
-def _jobs(options: argparse.Namespace) -> list[Job]:
-    """(suite, name, tick -> record, rounds) of everything that is to be measured."""
-    pairs = options.pairs or (QUICK_PAIRS if options.quick else None)
-    settings = Settings(
-        device=options.device,
-        dtype=DTYPES[options.dtype],
-        pairs=pairs,
-        warmup=1 if options.quick else 2,
-        channels_last=options.channels_last,
-    )
-    batch = options.batch or (QUICK_BATCH if options.quick else None)
-    jobs: list[Job] = []
-    if options.suite in ("kernels", "all"):
-        tag = "core" if options.quick and not options.filter else None
-        for case in registry.select(options.filter, batch, tag):
-            run = lambda tick, case=case: run_case(case, settings, tick=tick)  # noqa: E731
-            jobs.append(("kernels", case.name, run, pairs or DEFAULT_PAIRS))
-    if options.suite in ("step", "all"):
-        pattern = registry.compile_filter(options.filter)
-        networks = STEP_CASES[:1] if options.quick and not options.filter else STEP_CASES
-        for case in networks:
-            if not pattern.search(case.name):
-                continue
-            run = lambda tick, case=case: run_step_case(  # noqa: E731
-                case, settings, batch=batch, sample=options.sample, tick=tick
-            )
-            jobs.append(("step", case.name, run, pairs or case.pairs))
-    return jobs
-
-
-def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: list[Job]) -> dict:
+def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequence[Job]) -> dict:
     """Runs the jobs; an interrupt ends the run early and keeps what is there."""
     from tqdm import tqdm
 
@@ -213,15 +205,19 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: list[J
             "channels_last": options.channels_last,
             "whole_registry": whole and options.suite in ("kernels", "all"),
         },
-        "kernels": [],
-        "step": [],
+        **{suite: [] for suite in SUITES},
     }
-    with tqdm(total=sum(job[3] for job in jobs), unit="round", leave=False) as progress:
+    if any(job.suite in ("kernels", "scaling") for job in jobs):
+        result["peaks"] = peaks.measure(options.device, DTYPES[options.dtype])
+    with tqdm(total=sum(job.rounds for job in jobs), unit="round", leave=False) as progress:
         try:
             for suite, name, run, rounds in jobs:
                 progress.set_description(name)
                 done = progress.n
-                result[suite].append(run(progress.update))
+                record = run(progress.update)
+                if suite in ("kernels", "scaling"):
+                    peaks.add_fractions(record, result["peaks"])
+                result[suite].append(record)
                 progress.update(done + rounds - progress.n)
             result["complete"] = True
         except KeyboardInterrupt:
@@ -259,6 +255,6 @@ def _report(arguments: Sequence[str]) -> int:
         return 2
     print(text)
     picture = options.plot or options.file.with_suffix(".png")
-    if report.plot(result, picture):
+    if plots.plot(result, picture):
         print(f"\ndrew {picture}")
     return 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import bars, machine, peaks, registry, report
+from . import bars, machine, peaks, registry, report, table
 from .kernels import Settings, run_case
 from .stages import FAILED, PASSED, Run, Stage, pytest_stage, run_stages
 from .steps import BP, GPU_STEP_CASES, OURS, run_step_case
@@ -199,5 +199,5 @@ def summary(result: dict) -> str:
         for name, check in result["checks"].items()
         for failure in check.get("failures", ())
     ]
-    parts = [report.format_table(rows), "\n".join(failures)]
+    parts = [table.format_table(rows), "\n".join(failures)]
     return "\n\n".join(part for part in (*parts, report.text_report(result)) if part)

@@ -44,6 +44,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache: a GPU's L2, a CPU's L3 (32 MiB where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) * 2**10
+    except (OSError, ValueError):
+        return 2**25
+
+
 def describe(device: torch.device | str) -> dict[str, object]:
     """Versions, processor, threads and commit, for a result file."""
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""Peak extra memory of one call: the most bytes alive at once, beyond its result."""
+"""Peak memory of a call: the most bytes alive at once beyond what lived before."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else two log lines for every 
 
 
 def extra_bytes(call: Callable[[], Tensor], device: torch.device | str = "cpu") -> int:
-    """Peak bytes that ``call`` holds beyond what lived before it and beyond the result it returns.
+    """Peak bytes that ``call`` holds beyond what lived before it and beyond the result it returns."""
+    results: list[Tensor] = []
+    peak, _ = peak_and_live(lambda: results.append(call()), device)
+    return max(0, peak - results[0].numel() * results[0].element_size())
 
-    CUDA: the allocator's own peak. CPU: every allocation and release of torch's allocator, as the
-    profiler records them (memory that a BLAS library keeps for itself is not seen).
+
+def peak_and_live(
+    call: Callable[[], object], device: torch.device | str = "cpu"
+) -> tuple[int, int]:
+    """(most bytes alive at once, bytes alive afterwards) beyond what lived before ``call``.
+
+    CUDA: the allocator's own figures. CPU: every allocation and release of torch's allocator, as
+    the profiler records them (memory that a BLAS library keeps for itself is not seen).
     """
     device = torch.device(device)
     gc.collect()
@@ -25,24 +34,18 @@ def extra_bytes(call: Callable[[], Tensor], device: torch.device | str = "cpu") 
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        result = call()
+        call()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            result = call()
-        peak = _peak_live(prof)
-    return max(0, peak - result.numel() * result.element_size())
-
-
-def _peak_live(prof: profile) -> int:
-    """The highest running sum of the recorded allocations (positive) and releases (negative)."""
-    changes = sorted(_allocations(prof.profiler.kineto_results.experimental_event_tree()))
+        live = torch.cuda.memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, live
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
     live = peak = 0
-    for _, size in changes:
+    events = prof.profiler.kineto_results.experimental_event_tree()
+    for _, size in sorted(_allocations(events)):  # releases are negative
         live += size
         peak = max(peak, live)
-    return peak
+    return peak, live
 
 
 def _allocations(events: list) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,8 @@ import torch
 
 from .timing import time_once
 
-SIDE = {"cuda": 8192, "cpu": 512}
+SIDE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = 2**28  # beyond every cache
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> dict:
@@ -14,7 +15,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict:
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     gemm = _best(lambda: a @ b, device)
-    source = torch.empty(side * side, dtype=torch.float32, device=device)
+    source = torch.randn(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copy = _best(lambda: target.copy_(source), device)
     return {
@@ -30,15 +31,19 @@ def _best(call, device: torch.device) -> float:
 
 
 def add_fractions(record: dict, peaks: dict) -> None:
-    """Adds useful TFLOP/s and the fraction of the measured matmul peak to every timed method.
+    """Adds rates, and their fractions of what the machine can do, to every timed method.
 
-    Useful are the operations that the shift structure cannot avoid, whatever a method did.
+    Useful are the operations that the shift structure cannot avoid, and the bytes of the input read
+    once and of S written once, whatever a method did.
     """
-    gflop = record.get("useful_gflop")
-    if not gflop:
-        return
+    gflop, moved = record.get("useful_gflop"), record.get("useful_bytes")
     for method in record["methods"].values():
-        if "seconds" in method:
-            rate = gflop / 1e3 / method["seconds"]["median"]
+        if "seconds" not in method:
+            continue
+        seconds = method["seconds"]["median"]
+        if gflop:
+            rate = gflop / 1e3 / seconds
             method["useful_tflops"] = float(f"{rate:.4g}")
             method["of_peak"] = float(f"{rate / peaks['gemm_tflops']:.3g}")
+        if moved:
+            method["of_copy"] = float(f"{moved / 1e9 / seconds / peaks['copy_gbytes']:.3g}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import padded
+from . import more_rivals, padded
 from .product import product
 from .registry import Case
 
@@ -218,12 +218,27 @@ RIVALS: dict[str, Rival] = {
     "unfold": Rival("unfold + matmul", unfold_matmul, lambda case: ""),
     "self_wgrad": Rival("self weight gradient + borders", self_wgrad, _self_wgrad_why_not),
 }
-# Written for GPUs: many products with little work each.
+# Written for GPUs: many products with little work each, or many more operations.
 GPU_RIVALS: dict[str, Rival] = {
     "padded_gemm": Rival("GEMMs on a padded buffer", padded.padded_gemm, padded.why_not),
+    "bmm": Rival("unfold + bmm", more_rivals.batched_matmul, more_rivals.batched_why_not),
+}
+COMPILED = Rival("torch.compile of the definition", more_rivals.compiled_reference, lambda case: "")
+# {package: its rival}, used where it is installed
+OPTIONAL: dict[str, Rival] = {
+    "einconv": Rival("einconv KFC", more_rivals.einconv_kfc, more_rivals.einconv_why_not),
+}
+GPU_OPTIONAL: dict[str, Rival] = {
+    "quack": Rival("unfold + quack", more_rivals.quack_symmetric, more_rivals.quack_why_not),
 }
 
 
 def rivals_on(device: torch.device) -> dict[str, Rival]:
     """What patch_gram is compared with on a device."""
-    return {**RIVALS, **(GPU_RIVALS if device.type == "cuda" else {})}
+    found = {**RIVALS}
+    optional = {**OPTIONAL}
+    if device.type == "cuda":
+        found.update(GPU_RIVALS, compiled=COMPILED)
+        optional.update(GPU_OPTIONAL)
+    installed = filter(more_rivals.installed, optional)
+    return {**found, **{package: optional[package] for package in installed}}

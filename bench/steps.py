@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models import ConvNet, resnet18, resnet34, resnet50
-
+from .breakdown import breakdown, write_trace
 from .kernels import Settings, failed, plan_for
+from .networks import SMALL, StepCase, at_224
 from .published import publish_model, publish_update
 from .timing import time_interleaved
 
 BP, OURS, PUBLISHED = "bp", "dbp", "published"
 LR, DECOR_LR, KAPPA = 1.6e-4, 1e-5, 0.5  # the paper's setting
+SAMPLES = (1.0, 0.1, 0.01)
+UPDATE_EVERY = (1, 4, 16)
+IDLE, NEVER_AGAIN = "dbp idle", 10**9  # the first step updates, at which variants are checked
+COMPILE_MODES = ("default", "reduce-overhead")
 
-
-@dataclass(frozen=True)
-class StepCase:
-    """A network to train on random images of shape (batch, 3, size, size).
-
-    ``pairs`` is the default number of alternating pairs.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    batch: int
-    size: int
-    classes: int
-    pairs: int
-
-
-STEP_CASES = (
-    StepCase("convnet 32x32", lambda: ConvNet(3, (64, 64, 128)), 128, 32, 10, 25),
-    StepCase("resnet18 32x32", lambda: resnet18(10, stem="cifar"), 128, 32, 10, 9),
-)
-# The paper's networks at the paper's size. A CPU takes minutes for one step.
-GPU_STEP_CASES = (
-    StepCase("resnet50 224x224", lambda: resnet50(1000), 256, 224, 1000, 9),
-    StepCase("resnet18 224x224", lambda: resnet18(1000), 256, 224, 1000, 9),
-    StepCase("resnet34 224x224", lambda: resnet34(1000), 256, 224, 1000, 9),
-)
+# The paper's networks at the paper's size, where a CPU takes minutes for one step.
+STEP_CASES = SMALL
+_BY_NAME = {case.name.split()[0]: case for case in at_224(256, 9)}
+GPU_STEP_CASES = tuple(_BY_NAME[name] for name in ("resnet50", "resnet18", "resnet34"))
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def plain_step(model: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
+def plain_step(
+    model: nn.Module, dtype: torch.dtype = torch.float32, compiled: str | None = None
+) -> Step:
     """One step of backpropagation with Adam on the cross entropy; returns the loss.
 
-    With a lower ``dtype`` the forward pass runs under autocast.
+    With a lower ``dtype`` the forward pass runs under autocast. ``compiled`` is a mode of
+    torch.compile; the mode "reduce-overhead" records CUDA graphs where that is possible.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    if compiled:
+        model = torch.compile(model, mode=compiled)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -67,13 +54,22 @@ def plain_step(model: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
     return step
 
 
-def decorrelated_step(model: nn.Module, sample: float, dtype: torch.dtype) -> Step:
-    """The library's: the same step, then ``DecorUpdate.step()``, every step."""
+def decorrelated_step(
+    model: nn.Module,
+    sample: float,
+    dtype: torch.dtype,
+    update_every: int = 1,
+    compiled: str | None = None,
+) -> Step:
+    """The library's: the same step, then ``DecorUpdate.step()``."""
     import dbp_kernels as dbp
 
     dbp.decorrelate_model(model)
-    update = dbp.DecorUpdate(model, lr=DECOR_LR, kappa=KAPPA, sample=sample)
-    return _followed_by(plain_step(model, dtype), update.step)
+    update = dbp.DecorUpdate(
+        model, lr=DECOR_LR, kappa=KAPPA, sample=sample, update_every=update_every
+    )
+    # looked up at every call: a breakdown replaces the method
+    return _followed_by(plain_step(model, dtype, compiled), lambda: update.step())
 
 
 def published_step(model: nn.Module, sample: float, dtype: torch.dtype) -> Step:
@@ -101,6 +97,33 @@ def variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module
     }
 
 
+def sampling_variants(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Step]]:
+    """The library's step at other samples, and "idle": a step between two updates.
+
+    With update_every=k, one step of k is an update at its sample, the others are idle.
+    """
+    makers = {
+        sampled(sample): lambda model, sample=sample: decorrelated_step(model, sample, dtype)
+        for sample in SAMPLES
+    }
+    return {**makers, IDLE: lambda model: decorrelated_step(model, 0.1, dtype, NEVER_AGAIN)}
+
+
+def sampled(sample: float) -> str:
+    """The name of the variant at a sample."""
+    return f"dbp {sample:.0%}"
+
+
+def compiled_variants(
+    sample: float, dtype: torch.dtype, mode: str
+) -> dict[str, Callable[[nn.Module], Step]]:
+    """Plain and decorrelated steps under torch.compile."""
+    return {
+        f"bp {mode}": lambda model: plain_step(model, dtype, mode),
+        f"dbp {mode}": lambda model: decorrelated_step(model, sample, dtype, compiled=mode),
+    }
+
+
 def run_step_case(
     case: StepCase,
     settings: Settings,
@@ -108,21 +131,22 @@ def run_step_case(
     batch: int | None = None,
     sample: float = 0.1,
     methods: Sequence[str] = (BP, OURS, PUBLISHED),
+    samplings: bool = False,
+    compiled: str | None = None,
+    trace: Path | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> dict:
     """Times one step of every variant in ``methods``, interleaved; returns the case's record.
+
+    ``samplings`` adds the ``sampling_variants``, ``compiled`` (a mode of torch.compile) the
+    ``compiled_variants``; ``trace`` is where a profiler's trace of the steps goes.
 
     All variants start from one and the same network. First a step of each on the same data: with R
     at the identity their losses must agree (1e-3 relative), else the variant is "wrong" and gets
     no number.
     """
     batch = batch or case.batch
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, case.size, case.size, generator=generator)
-    labels = torch.randint(case.classes, (batch,), generator=generator)
-    images, labels = images.to(settings.device), labels.to(settings.device)
-    if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images, labels = random_images(case, settings, batch)
     torch.manual_seed(0)
     model = case.build().to(settings.device)
     if settings.channels_last:
@@ -131,9 +155,13 @@ def run_step_case(
     records: dict[str, dict] = {}
     steps: dict[str, Step] = {}
     expected = None
-    for name, make in variants(sample, settings.dtype).items():
-        if name not in methods:
-            continue
+    makers = {k: v for k, v in variants(sample, settings.dtype).items() if k in methods}
+    if samplings:
+        makers.update(sampling_variants(settings.dtype))
+    if compiled:
+        torch._dynamo.reset()  # no limit of recompilations is met because of other networks
+        makers.update(compiled_variants(sample, settings.dtype, compiled))
+    for name, make in makers.items():
         try:
             steps[name] = make(copy.deepcopy(model))
             loss = float(steps[name](images, labels).detach())
@@ -141,14 +169,11 @@ def run_step_case(
             records[name] = failed(failure)
             continue
         expected = loss if expected is None else expected
-        if abs(loss - expected) <= 1e-3 * abs(expected):
-            records[name] = {"status": "ok"}
-        else:
-            reason = f"first loss {loss:.6g}, plain backpropagation's {expected:.6g}"
-            records[name] = {"status": "wrong", "reason": reason}
+        records[name] = verdict(loss, expected)
     right = [name for name, record in records.items() if record["status"] == "ok"]
+    calls = {name: (lambda step=steps[name]: step(images, labels)) for name in right}
     times = time_interleaved(
-        {name: (lambda step=steps[name]: step(images, labels)) for name in right},
+        calls,
         settings.pairs or case.pairs,
         device=settings.device,
         warmup=settings.warmup,
@@ -156,15 +181,41 @@ def run_step_case(
     )
     for name in right:
         records[name]["seconds"] = times[name].as_dict()
+    more = {}
+    if {BP, OURS} <= set(right):
+        extra = times[OURS].median - times[BP].median
+        more["breakdown"] = breakdown(calls[OURS], settings.device, extra)
+    if trace is not None:
+        write_trace(trace, calls, settings.device)
     plans = planned_updates(model, images[: max(1, round(sample * batch))])
     return {
-        "name": f"{case.name} b{batch}",
+        "name": case.named(batch),
         "batch": batch,
         "sample": sample,
         "update_every": 1,
         "plans": plans,
+        **more,
         "methods": records,
     }
+
+
+def verdict(loss: float, expected: float) -> dict:
+    """The record of a variant by its first loss: R is the identity, so it must be as expected."""
+    if abs(loss - expected) <= 1e-3 * abs(expected):
+        return {"status": "ok"}
+    reason = f"first loss {loss:.6g}, plain backpropagation's {expected:.6g}"
+    return {"status": "wrong", "reason": reason}
+
+
+def random_images(case: StepCase, settings: Settings, count: int) -> tuple[Tensor, Tensor]:
+    """(images, labels), the same in every run."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, case.size, case.size, generator=generator)
+    labels = torch.randint(case.classes, (count,), generator=generator)
+    images = images.to(settings.device)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, labels.to(settings.device)
 
 
 def planned_updates(model: nn.Module, images: Tensor) -> dict[str, str]:

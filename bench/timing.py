@@ -71,6 +71,10 @@ def time_once(call: Callable[[], object], device: torch.device, calls: int = 1) 
     return (time.perf_counter() - begin) / calls
 
 
+def _nothing() -> None:
+    pass
+
+
 def time_interleaved(
     variants: Mapping[str, Callable[[], object]],
     pairs: int,
@@ -78,26 +82,32 @@ def time_interleaved(
     device: torch.device | str = "cpu",
     warmup: int = 2,
     shortest_sample: float = SHORTEST_SAMPLE,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Spread]:
     """Times every variant ``pairs`` times; each round runs all of them, every other one backwards.
 
     So a drift of the machine's speed touches all variants alike. ``warmup`` rounds come first; the
     last of them sets how many calls a sample averages (``shortest_sample`` seconds at least).
-    ``tick`` is called after every round. Raises ValueError for ``pairs`` or ``warmup`` below 1.
+    ``prepare`` holds, by variant, what must run untimed before every call; a sample is then one
+    call. ``tick`` is called after every round. Raises ValueError for ``pairs`` or ``warmup`` below 1.
     """
     if pairs < 1 or warmup < 1:
         raise ValueError(f"pairs and warmup must be at least 1, got {pairs} and {warmup}")
     device = torch.device(device)
+    prepare = prepare or {}
     calls: dict[str, int] = {}
     for name, call in variants.items():
         for _ in range(warmup):
+            prepare.get(name, _nothing)()
             once = time_once(call, device)
-        calls[name] = max(1, math.ceil(shortest_sample / max(once, 1e-7)))
+        repeats = max(1, math.ceil(shortest_sample / max(once, 1e-7)))
+        calls[name] = 1 if name in prepare else repeats
     samples: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for _ in range(pairs):
         for name in order:
+            prepare.get(name, _nothing)()
             samples[name].append(time_once(variants[name], device, calls[name]))
         order.reverse()
         tick()

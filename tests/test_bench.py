@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import bars, check, cli, kernels, memory, registry, report, rivals, steps, timing
+from bench import (
+    bars,
+    check,
+    cli,
+    kernels,
+    memory,
+    more_rivals,
+    registry,
+    report,
+    rivals,
+    steps,
+    suites,
+    timing,
+)
 from bench.published import PublishedConv2d, publish_model, publish_update
 from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
@@ -30,7 +43,7 @@ def test_names_are_unique_and_the_named_cases_exist():
 
 
 def test_every_bar_names_a_registry_case_or_a_network():
-    names = {case.name for case in registry.all_cases()} | {"*"}
+    names = {case.name for case in registry.all_cases()} | {"*", *bars.GROUPS}
     names |= {f"{case.name} b{case.batch}" for case in steps.STEP_CASES}
     assert {bar.case for bar in bars.BARS} <= names
 
@@ -148,9 +161,37 @@ def test_rival_equals_the_definition(rival, case):
         assert check.error(result, definition(low, case)) < (3e-2 if loose else limit)
 
 
-def test_rivals_by_device():
+def test_rivals_by_device(monkeypatch):
+    monkeypatch.setattr(more_rivals, "installed", lambda package: False)
+    on_gpu = {*RIVALS, *GPU_RIVALS, "compiled"}
     assert set(rivals_on(torch.device("cpu"))) == set(RIVALS)
-    assert set(rivals_on(torch.device("cuda"))) == {*RIVALS, *GPU_RIVALS}
+    assert set(rivals_on(torch.device("cuda"))) == on_gpu
+    monkeypatch.setattr(more_rivals, "installed", lambda package: True)
+    assert set(rivals_on(torch.device("cpu"))) == {*RIVALS, "einconv"}
+    assert set(rivals_on(torch.device("cuda"))) == {*on_gpu, "einconv", "quack"}
+
+
+@pytest.mark.skipif(not more_rivals.installed("einconv"), reason="einconv is not installed")
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_einconv_equals_the_definition(case):
+    method = rivals.OPTIONAL["einconv"]
+    if method.why_not(case):
+        pytest.skip(method.why_not(case))
+    x = torch.randn(case.input_shape, dtype=torch.float64)
+    assert (
+        check.error(method.compute(x, case), definition(x, case)) < 1e-7
+    )  # its scale is a float32
+    assert method.compute(x.bfloat16(), case).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compiled_reference_equals_the_definition():
+    for case in SMALL[1:3]:
+        for dtype, limit in ((torch.float64, 1e-13), (torch.bfloat16, 1e-5)):
+            x = torch.randn(case.input_shape, dtype=dtype)
+            result = rivals.COMPILED.compute(x, case)
+            assert result.dtype == (dtype if dtype == torch.float64 else torch.float32)
+            assert check.error(result, definition(x, case)) < limit
 
 
 def test_padded_gemm_covers_the_cases_of_the_gpu_bars():
@@ -339,155 +380,6 @@ def test_publish_refuses_what_it_cannot_do():
         publish_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
 
 
-# --- bars and report ----------------------------------------------------------------------------
-
-
-def seconds(median: float, samples: int = 9) -> dict:
-    return timing.Spread(median, median, median, median, median, samples).as_dict()
-
-
-def method(median: float, extra: int = 0, samples: int = 9) -> dict:
-    return {"status": "ok", "seconds": seconds(median, samples), "extra_bytes": extra}
-
-
-def synthetic(speedup: float = 7.0, slowdown: float = 1.05, extra: int = 100) -> dict:
-    cases = []
-    for case in registry.all_cases():
-        methods = {
-            "dbp": method(0.01, extra),
-            "unfold": method(0.01 * speedup),
-            "self_wgrad": {"status": "n/a", "reason": "stride above 1"},
-        }
-        if not case.is_linear and case.stride == (1, 1):
-            methods["self_wgrad"] = method(0.02)
-        record = {"name": case.name, "n": case.n, "D": case.D, "groups": case.groups}
-        record.update(kernel=list(case.kernel), stride=list(case.stride), methods=methods)
-        record["input_elements"] = case.input_elements
-        cases.append(record)
-    step = {"bp": method(0.2, samples=25), "dbp": method(0.2 * slowdown, samples=25)}
-    step["published"] = method(0.6, samples=25)
-    return {
-        "command": "python -m bench --suite all",
-        "machine": {"commit": "0" * 40, "dirty": False, "cpu": "c", "threads": 2, "torch": "2"},
-        "settings": {"device": "cpu", "dtype": "float32", "whole_registry": True},
-        "kernels": cases,
-        "step": [{"name": "convnet 32x32 b128", "sample": 0.1, "methods": step}],
-    }
-
-
-def statuses(result: dict) -> dict[str, str]:
-    return {v.bar.text: v.status for v in bars.evaluate(result)}
-
-
-def test_bars_met():
-    verdicts = bars.evaluate(synthetic(speedup=11))
-    assert {v.status for v in verdicts} == {bars.MET}
-    assert all(v.goal_met for v in verdicts if v.bar.goal is not None)
-    assert verdicts[0].figure == pytest.approx(11)
-
-
-def test_bars_missed_by_a_slow_method():
-    got = statuses(synthetic(speedup=3.0, slowdown=1.3))
-    assert got["3x3 64@56 b32: speedup against unfold >= 4"] == bars.MISSED
-    assert got["3x3 512@7 b32: speedup against unfold >= 2.5"] == bars.MET
-    assert got["convnet 32x32 b128: slowdown against bp <= 1.25"] == bars.MISSED
-
-
-def gpu_result(ours: float, best: float, slowdown: float = 1.0) -> dict:
-    """Ours takes ``ours`` seconds, unfold 10, the other rivals ``best`` and more."""
-    cases = []
-    for case in (c for n in (256, 26) for c in registry.select("resnet", n)):
-        methods = {"dbp": method(ours), "unfold": method(10.0), "self_wgrad": method(best)}
-        methods["padded_gemm"] = method(2 * best) if case.D % 2 else {"status": "n/a"}
-        record = {"name": case.name, "n": case.n, "D": case.D, "groups": case.groups}
-        record.update(kernel=list(case.kernel), stride=list(case.stride), methods=methods)
-        record.update(tags=list(case.tags), input_elements=case.input_elements)
-        cases.append(record)
-    step = {"bp": method(0.2), "dbp": method(0.2 * slowdown)}
-    return {
-        "settings": {"device": "cuda", "dtype": "bfloat16", "whole_registry": False},
-        "kernels": cases,
-        "step": [{"name": "resnet50 224x224 b256", "methods": step}],
-    }
-
-
-def test_gpu_bars():
-    verdicts = bars.evaluate(gpu_result(ours=1.0, best=1.6))
-    assert [v.status for v in verdicts] == [bars.MET] * 4
-    assert [v.figure for v in verdicts] == pytest.approx([10, 1.6, 10, 1.0])
-    assert all(v.goal_met for v in verdicts if v.bar.goal is not None)
-    slow = bars.evaluate(gpu_result(ours=4.0, best=3.0, slowdown=1.3))
-    assert [v.status for v in slow] == [bars.MISSED, bars.MISSED, bars.MET, bars.MISSED]
-
-
-def test_gpu_bars_count_every_case_with_enough_patches():
-    counted = [r["name"] for r in gpu_result(1, 1)["kernels"] if bars.GROUPS[FIRST_GROUP](r)]
-    assert "3x3 64@56 b256" in counted
-    assert "3x3 512@7 b256" in counted
-    assert "3x3 512@7 b26" not in counted  # n < D
-    assert not any(name.startswith(("1x1", "7x7", "3x3 s2")) for name in counted)
-
-
-FIRST_GROUP = next(iter(bars.GROUPS))
-
-
-def test_a_wrong_result_of_ours_misses_a_gpu_bar():
-    result = gpu_result(1.0, 2.0)
-    wrong = next(r for r in result["kernels"] if bars.GROUPS[FIRST_GROUP](r))
-    wrong["methods"]["dbp"] = {"status": "wrong", "reason": "error 1"}
-    assert [v.status for v in bars.evaluate(result)][:2] == [bars.MISSED, bars.MISSED]
-
-
-def test_the_worst_case_decides():
-    result = synthetic()
-    result["kernels"][-1]["methods"]["dbp"] = method(0.08)
-    result["kernels"][4]["methods"]["dbp"]["extra_bytes"] = 10**12
-    verdicts = {v.bar.text: v for v in bars.evaluate(result)}
-    slowest = verdicts["every case: speedup against unfold >= 0.95"]
-    assert (slowest.status, slowest.where) == (bars.MISSED, result["kernels"][-1]["name"])
-    heaviest = verdicts["every case: memory against 3 inputs + D^2 <= 1"]
-    assert (heaviest.status, heaviest.where) == (bars.MISSED, result["kernels"][4]["name"])
-
-
-def test_a_wrong_method_misses_its_bars():
-    result = synthetic()
-    result["kernels"][1]["methods"]["dbp"] = {"status": "wrong", "reason": "error 1"}
-    got = statuses(result)
-    assert got["3x3 64@56 b32: speedup against unfold >= 4"] == bars.MISSED
-    assert got["every case: speedup against unfold >= 0.95"] == bars.MISSED
-
-
-def test_conditions_that_do_not_hold_leave_bars_unmeasured():
-    few = synthetic()
-    for record in few["kernels"]:
-        record["methods"]["dbp"] = method(0.01, samples=3)
-    assert statuses(few)["3x3 64@56 b32: speedup against unfold >= 4"] == bars.NOT_MEASURED
-    without = synthetic()
-    del without["step"][0]["methods"]["published"]
-    assert statuses(without)["convnet 32x32 b128: slowdown against bp <= 1.25"] == (
-        bars.NOT_MEASURED
-    )
-    part = synthetic()
-    part["settings"]["whole_registry"] = False
-    assert statuses(part)["every case: speedup against unfold >= 0.95"] == bars.NOT_MEASURED
-    other = synthetic()
-    other["settings"]["device"] = "cuda"
-    assert set(statuses(other).values()) == {bars.NOT_MEASURED}
-
-
-def test_memory_figure():
-    result = synthetic()
-    record = result["kernels"][1]
-    assert bars.memory_allowance(record) == 4 * (3 * 32 * 64 * 56 * 56 + 576**2)
-
-
-def test_geometric_means():
-    means = report.geometric_means(synthetic(speedup=8.0)["kernels"])
-    assert means["unfold, all cases"] == (pytest.approx(8), len(registry.all_cases()))
-    assert means["self_wgrad, K >= 3 stride 1"][0] == pytest.approx(2)
-    assert means["best rival, K >= 3 stride 1"][0] == pytest.approx(2)
-
-
 # --- command line -------------------------------------------------------------------------------
 
 
@@ -506,7 +398,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     for record in result["kernels"] + result["step"]:
         for name, measured in record["methods"].items():
             assert measured["status"] == "ok", (name, measured)
-            assert measured["seconds"]["samples"] == cli.QUICK_PAIRS
+            assert measured["seconds"]["samples"] == suites.QUICK_PAIRS
             assert measured["seconds"]["median"] > 0
     assert set(result["step"][0]["methods"]) == {"bp", "dbp", "published"}
     assert result["complete"]
@@ -572,7 +464,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
             return record
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_case", stop)
+    monkeypatch.setattr(kernels, "run_case", stop)
     target = tmp_path / "part.json"
     assert run("--filter", "^3x3 64@", "--save", target) == 1
     result = json.loads(target.read_text())

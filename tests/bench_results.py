@@ -1,0 +1,43 @@
+"""Results as a benchmark run saves them, with figures made up by a test."""
+
+from __future__ import annotations
+
+from bench import bars, registry, timing
+
+
+def seconds(median: float, samples: int = 9) -> dict:
+    return timing.Spread(median, median, median, median, median, samples).as_dict()
+
+
+def method(median: float, extra: int = 0, samples: int = 9) -> dict:
+    return {"status": "ok", "seconds": seconds(median, samples), "extra_bytes": extra}
+
+
+def synthetic(speedup: float = 7.0, slowdown: float = 1.05, extra: int = 100) -> dict:
+    cases = []
+    for case in registry.all_cases():
+        methods = {
+            "dbp": method(0.01, extra),
+            "unfold": method(0.01 * speedup),
+            "self_wgrad": {"status": "n/a", "reason": "stride above 1"},
+        }
+        if not case.is_linear and case.stride == (1, 1):
+            methods["self_wgrad"] = method(0.02)
+        record = {"name": case.name, "n": case.n, "D": case.D, "groups": case.groups}
+        record.update(kernel=list(case.kernel), stride=list(case.stride), methods=methods)
+        record["input_elements"] = case.input_elements
+        cases.append(record)
+    step = {"bp": method(0.2, samples=25), "dbp": method(0.2 * slowdown, samples=25)}
+    step["published"] = method(0.6, samples=25)
+    networks = ("convnet 32x32 b128", "resnet18 32x32 b128")
+    return {
+        "command": "python -m bench --suite all",
+        "machine": {"commit": "0" * 40, "dirty": False, "cpu": "c", "threads": 2, "torch": "2"},
+        "settings": {"device": "cpu", "dtype": "float32", "whole_registry": True},
+        "kernels": cases,
+        "step": [{"name": name, "sample": 0.1, "methods": dict(step)} for name in networks],
+    }
+
+
+def statuses(result: dict) -> dict[str, str]:
+    return {v.bar.text: v.status for v in bars.evaluate(result)}

@@ -1,0 +1,142 @@
+"""Where a decorrelated step's extra time goes; traces; samplings and compiled steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import dbp_kernels as dbp
+from bench import breakdown, cli, kernels, networks, steps, updates
+from bench.network_tables import breakdown_table, sampling_table
+
+CPU = torch.device("cpu")
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(40 * 6 * 6, 5)
+    )
+
+
+TINY = networks.StepCase("tiny 6x6", small, 8, 6, 5, 2)
+FAST = kernels.Settings(pairs=2, warmup=1)
+
+
+def our_step():
+    torch.manual_seed(0)
+    step = steps.decorrelated_step(small(), 1.0, torch.float32)
+    images, labels = steps.random_images(TINY, FAST, 64)
+    return lambda: step(images, labels)
+
+
+def test_every_part_is_found():
+    found = breakdown.parts_of(our_step(), CPU, rounds=1)
+    assert set(found) == {*breakdown.PARTS, breakdown.STEP}
+    assert all(seconds > 0 for seconds in found.values())
+    inside = (breakdown.MOMENTS, breakdown.PATCHES, breakdown.PRODUCTS, breakdown.WRITE)
+    assert sum(found[part] for part in inside) <= found[breakdown.STEP]
+
+
+def test_the_backward_of_a_is_that_of_its_product_alone(monkeypatch):
+    """A slow backward pass of A counts, one of the convolution does not."""
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            torch.randn(10_000_000)  # some 50 ms
+            return grad
+
+    from dbp_kernels import ops
+
+    plain = ops.condensed_weight
+    monkeypatch.setattr(ops, "condensed_weight", lambda w, R, g=1: Slow.apply(plain(w, R, g)))
+    slow = breakdown.parts_of(our_step(), CPU, rounds=1)[breakdown.BACKWARD]
+    monkeypatch.undo()
+    linear = ops.F.linear
+    monkeypatch.setattr(ops.F, "linear", lambda x, A, b=None: Slow.apply(linear(x, A, b)))
+    other = breakdown.parts_of(our_step(), CPU, rounds=1)[breakdown.BACKWARD]
+    assert slow > 0.04 > other
+
+
+def test_parts_add_up_and_nothing_stays_wrapped():
+    before = dbp.DecorUpdate.step, dbp.DecorUpdate._write
+    parts = breakdown.breakdown(our_step(), CPU, extra=0.5)
+    assert (dbp.DecorUpdate.step, dbp.DecorUpdate._write) == before
+    total = parts.pop("extra")
+    assert total == 0.5
+    assert sum(parts.values()) == pytest.approx(0.5, rel=1e-2)
+    record = {"name": "net", "breakdown": {**parts, "extra": total}}
+    assert "(100%)" in breakdown_table([record])
+
+
+def test_a_step_is_broken_down_and_varied():
+    record = steps.run_step_case(TINY, FAST, samplings=True)
+    names = {"bp", "dbp", "published", "dbp 100%", "dbp 10%", "dbp 1%", steps.IDLE}
+    assert set(record["methods"]) == names
+    assert {method["status"] for method in record["methods"].values()} == {"ok"}
+    assert "extra" in record["breakdown"]
+
+
+def test_an_idle_step_takes_no_samples_and_leaves_r_alone():
+    model = small()
+    step = steps.sampling_variants(torch.float32)[steps.IDLE](model)
+    images, labels = steps.random_images(TINY, FAST, 8)
+    step(images, labels)
+    R = model[0].R.clone()
+    assert not torch.equal(R, torch.eye(27))
+    step(images, labels)
+    assert torch.equal(model[0].R, R)
+
+
+def test_sampling_table_averages_one_update_over_k_steps():
+    def method(seconds: float) -> dict:
+        return {"status": "ok", "seconds": {"median": seconds}}
+
+    methods = {"bp": method(1.0), steps.IDLE: method(1.1), "dbp 100%": method(5.1)}
+    table = sampling_table([{"name": "net", "methods": methods}])
+    cells = [cell.strip() for cell in table.splitlines()[2].split("|")]
+    assert cells[2:6] == ["100%", "5.100", "2.100", "1.350"]
+    assert "-" in table.splitlines()[3]
+
+
+@pytest.mark.parametrize("suite", ["step", "update"])
+def test_trace_opens_as_json_with_its_ranges(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "STEP_CASES", (TINY,))
+    monkeypatch.setattr(updates, "CPU_CASES", (TINY,))
+    trace = tmp_path / "new" / "trace.json"
+    assert cli.main(["--suite", suite, "--filter", "tiny", "--quick", "--trace", str(trace)]) == 0
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"dbp", "published", "dbp: " + breakdown.STEP} <= names
+    assert ("dbp: " + breakdown.CONDENSE in names) or suite == "update"
+
+
+def test_several_networks_have_a_trace_each(tmp_path, monkeypatch):
+    from bench import suites
+
+    options = cli.parser().parse_args(["--suite", "step", "--trace", str(tmp_path / "t.json")])
+    seen = []
+    monkeypatch.setattr(
+        steps, "run_step_case", lambda case, *a, trace, **o: seen.append(trace.name)
+    )
+    for job in suites.jobs(options):
+        job.run(lambda: None)
+    assert seen == ["t-convnet-32x32-b128.json", "t-resnet18-32x32-b128.json"]
+
+
+def test_trace_is_refused_where_there_is_none(capsys):
+    assert cli.main(["--trace", "x.json"]) == 2
+    assert "--trace" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_steps():
+    record = steps.run_step_case(TINY, FAST, methods=("bp", "dbp"), compiled="default")
+    assert set(record["methods"]) == {"bp", "dbp", "bp default", "dbp default"}
+    assert {method["status"] for method in record["methods"].values()} == {"ok"}
