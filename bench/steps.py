@@ -183,8 +183,7 @@ def run_step_case(
         records[name]["seconds"] = times[name].as_dict()
     more = {}
     if {BP, OURS} <= set(right):
-        extra = times[OURS].median - times[BP].median
-        more["breakdown"] = breakdown(calls[OURS], settings.device, extra)
+        more["breakdown"] = breakdown(calls[OURS], calls[BP], settings.device)
     if trace is not None:
         write_trace(trace, calls, settings.device)
     plans = planned_updates(model, images[: max(1, round(sample * batch))])
