@@ -92,6 +92,16 @@ def test_a_step_is_broken_down_and_varied():
     assert "extra" in record["breakdown"]
 
 
+def test_times_stand_without_a_profiler(monkeypatch):
+    def refused(*arguments):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(steps, "breakdown", refused)
+    record = steps.run_step_case(TINY, FAST, methods=("bp", "dbp"))
+    assert record["no_breakdown"] == "RuntimeError: no profiler"
+    assert "seconds" in record["methods"]["dbp"]
+
+
 def test_an_idle_step_takes_no_samples_and_leaves_r_alone():
     model = small()
     step = steps.sampling_variants(torch.float32)[steps.IDLE](model)
