@@ -25,6 +25,7 @@ PRODUCTS = "update products"
 WRITE = "write-back of R"
 PARTS = (COPY, CONDENSE, BACKWARD, MOMENTS, PATCHES, PRODUCTS, WRITE)
 STEP = "DecorUpdate.step()"
+OURS, PLAIN = "decorrelated step", "plain step"
 _PREFIX = "dbp: "
 
 
@@ -109,18 +110,25 @@ def _profile(device: torch.device) -> profile:
     return profile(activities=activities)
 
 
-def parts_of(step: Callable[[], object], device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """{part: seconds}, medians over ``rounds`` eager decorrelated steps, and of STEP as a whole.
+def parts_of(
+    step: Callable[[], object],
+    device: torch.device,
+    rounds: int = 3,
+    plain: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """{part: seconds}, medians over ``rounds`` eager decorrelated steps; STEP, OURS, PLAIN in all.
 
-    On CUDA seconds of kernels, else wall-clock time.
+    Before each of them one ``plain`` step. On CUDA seconds of kernels, else wall-clock time.
     """
     seen: list[dict[str, float]] = []
     for _ in range(rounds):
         with marked(device.type) as nodes, _profile(device) as prof:
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        found = dict.fromkeys((*PARTS, STEP), 0.0)
+            for name, call in ((PLAIN, plain), (OURS, step)):
+                with record_function(_PREFIX + name):
+                    call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        found = dict.fromkeys((*PARTS, STEP, OURS, PLAIN), 0.0)
         for event in prof.events():
             part = event.name.removeprefix(_PREFIX)
             if event.name.startswith("autograd::engine::evaluate_function"):
@@ -132,17 +140,20 @@ def parts_of(step: Callable[[], object], device: torch.device, rounds: int = 3) 
     return {part: statistics.median(found[part] for found in seen) for part in seen[0]}
 
 
-def breakdown(step: Callable[[], object], device: torch.device, extra: float) -> dict[str, float]:
-    """{part: seconds} of the ``extra`` seconds that a decorrelated step takes over a plain one.
+def breakdown(
+    step: Callable[[], object], plain: Callable[[], object], device: torch.device
+) -> dict[str, float]:
+    """{part: seconds} of what a decorrelated ``step`` takes beyond a ``plain`` one.
 
     The parts, then what else ``DecorUpdate.step()`` does, then what is outside of all of these
     (noise included: it may be negative). They add up to "extra".
     """
-    found = parts_of(step, device)
-    whole = found.pop(STEP)
+    found = parts_of(step, device, plain=plain)
+    whole, ours, theirs = (found.pop(name) for name in (STEP, OURS, PLAIN))
     found["the rest of step()"] = whole - sum(found[p] for p in (MOMENTS, PATCHES, PRODUCTS, WRITE))
-    found["elsewhere"] = extra - sum(found.values())
-    return {part: float(f"{value:.4g}") for part, value in {**found, "extra": extra}.items()}
+    found["elsewhere"] = ours - theirs - sum(found.values())
+    found["extra"] = ours - theirs
+    return {part: float(f"{value:.4g}") for part, value in found.items()}
 
 
 def write_trace(

@@ -88,6 +88,8 @@ def run_update_case(
     images, _ = random_images(case, settings, count)
     torch.manual_seed(0)
     model = case.build().to(settings.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def forward(network: nn.Module) -> None:

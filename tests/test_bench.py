@@ -18,6 +18,7 @@ from bench import (
     kernels,
     memory,
     more_rivals,
+    plots,
     registry,
     report,
     rivals,
@@ -414,6 +415,18 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     assert report.text_report(result) in printed
     assert report.text_report(result) in again
     assert target.with_suffix(".png").stat().st_size > 1000
+
+
+RESULTS = sorted(cli.RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_can_be_reported(path, tmp_path):
+    result = json.loads(path.read_text())
+    text = report.text_report(result)
+    for record in report.all_records(result):
+        assert f"| {record.get('sweep', record['name'])}" in text
+    assert plots.plot(result, tmp_path / "plot.png")
 
 
 def test_an_existing_result_is_never_overwritten(tmp_path, capsys):
