@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import bars, machine, registry, report
+from . import bars, machine, registry, regret, report, timing
 from .kernels import DEFAULT_PAIRS, Settings, run_case
+from .regret import regret_cases, run_regret
 from .steps import STEP_CASES, run_step_case
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -29,6 +30,7 @@ _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
+python -m bench calibrate                  measures the figures that the planner reckons with
 """
 
 
@@ -59,9 +61,10 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--suite",
-        choices=("kernels", "step", "all"),
+        choices=("kernels", "step", "regret", "all"),
         default="kernels",
-        help="kernels: patch_gram on layer shapes; step: whole training steps (default: kernels)",
+        help="kernels: patch_gram on layer shapes; step: whole training steps; regret: the "
+        "planner's choices against the best of all that it could choose (default: kernels)",
     )
     out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
     out.add_argument(
@@ -73,8 +76,15 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help=f"alternating rounds (default: kernels {DEFAULT_PAIRS}, steps 25 or 9 by network)",
     )
-    out.add_argument("--sample", type=float, default=0.1, help="step suite (default: 0.1)")
+    out.add_argument(
+        "--sample", type=float, default=0.1, help="step and regret suites (default: 0.1)"
+    )
     out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    out.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU time, not wall-clock time: with --threads 1, on a machine that is not idle",
+    )
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="steps: autocast to it")
     out.add_argument("--channels-last", action="store_true", help="memory format of the images")
     out.add_argument(
@@ -112,13 +122,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import tune
 
         return tune.main(arguments[1:])
+    if arguments[:1] == ["calibrate"]:
+        from . import calibrate
+
+        return calibrate.main(arguments[1:])
     options = parser().parse_args(arguments)
     target = _target(options)
     if target is not None and target.exists():
         print(f"{target} exists and is not overwritten; name another with --save", file=sys.stderr)
         return 2
-    if options.suite != "kernels" and options.dtype == "float64":
+    if options.suite in ("step", "all") and options.dtype == "float64":
         print("--dtype float64 is for the kernels suite: steps autocast", file=sys.stderr)
+        return 2
+    if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
+        print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
         return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
@@ -138,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     try:
-        result = _measure(options, arguments, jobs)
+        with timing.cpu_time(options.cpu_time):
+            result = _measure(options, arguments, jobs)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -181,6 +199,13 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
         for case in registry.select(options.filter, batch, tag):
             run = lambda tick, case=case: run_case(case, settings, tick=tick)  # noqa: E731
             jobs.append(("kernels", case.name, run, pairs or DEFAULT_PAIRS))
+    if options.suite in ("regret", "all"):
+        tag = "core" if options.quick and not options.filter else None
+        for question, case in regret_cases(
+            registry.select(options.filter, batch, tag), options.sample
+        ):
+            run = lambda tick, q=question, c=case: run_regret(q, c, settings, tick)  # noqa: E731
+            jobs.append(("regret", case.name, run, pairs or regret.DEFAULT_PAIRS))
     if options.suite in ("step", "all"):
         pattern = registry.compile_filter(options.filter)
         networks = STEP_CASES[:1] if options.quick and not options.filter else STEP_CASES
@@ -211,10 +236,12 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: list[J
             "device": options.device.type,
             "dtype": options.dtype,
             "channels_last": options.channels_last,
-            "whole_registry": whole and options.suite in ("kernels", "all"),
+            "clock": "CPU time" if options.cpu_time else "wall clock",
+            "whole_registry": whole and options.suite in ("kernels", "regret", "all"),
         },
         "kernels": [],
         "step": [],
+        "regret": [],
     }
     with tqdm(total=sum(job[3] for job in jobs), unit="round", leave=False) as progress:
         try:

@@ -19,7 +19,9 @@ def text_report(result: dict) -> str:
         parts += ["patch_gram", kernel_table(result["kernels"]), means_text(result["kernels"])]
     if result.get("step"):
         parts += ["whole training steps", step_table(result["step"])]
-    parts += [problems(result["kernels"] + result["step"])]
+    if result.get("regret"):
+        parts += ["the planner's choices", regret_table(result["regret"])]
+    parts += [problems(result["kernels"] + result["step"] + result.get("regret", []))]
     parts += ["bars", bars_table(bars.evaluate(result))]
     return "\n\n".join(part for part in parts if part)
 
@@ -81,6 +83,30 @@ def step_table(records: Sequence[dict]) -> str:
     return format_table(rows)
 
 
+def regret_table(records: Sequence[dict], worst: int = 5) -> str:
+    """For each question the share of cases predicted well, and the ``worst`` predictions."""
+    lines = []
+    for question in dict.fromkeys(record["question"] for record in records):
+        asked = [r for r in records if r["question"] == question]
+        known = [r for r in asked if "regret" in r]
+        if not known:
+            continue
+        good = sum(r["regret"] <= bars.NEAR for r in known)
+        lines.append(
+            f"{question}: the predicted best is within {bars.NEAR:.0%} of the measured best in "
+            f"{good} of {len(known)} cases ({good / len(known):.0%}); "
+            f"{len(asked) - len(known)} further cases without a choice"
+        )
+        rows = [["case", "n", "D", "predicted best", "ms", "measured best", "ms", "regret"]]
+        for r in sorted(known, key=lambda r: -r["regret"])[:worst]:
+            row = [r["name"], str(r["n"]), str(r["D"])]
+            for choice in (r["predicted"], r["best"]):
+                row += [choice, _short(1e3 * r["methods"][choice]["seconds"]["median"])]
+            rows.append([*row, f"{r['regret']:.1%}"])
+        lines += ["", format_table(rows), ""]
+    return "\n".join(lines).rstrip()
+
+
 def geometric_means(records: Iterable[dict]) -> dict[str, tuple[float, int]]:
     """{what: (geometric mean of the speed-up, number of cases)}, over cases with both numbers.
 
@@ -126,7 +152,8 @@ def bars_table(verdicts: Iterable[bars.Verdict]) -> str:
             if verdict.goal_met is not None:
                 goal += " met" if verdict.goal_met else " not met"
         figure = "-" if verdict.figure is None else f"{verdict.figure:.3g}"
-        where = verdict.where if verdict.bar.case == "*" else ""
+        many = verdict.bar.case == "*" or verdict.bar.metric == "well predicted"
+        where = verdict.where if many else ""
         note = ": ".join(filter(None, (where, verdict.why)))
         rows.append([verdict.bar.text, figure, verdict.status.upper(), goal, note])
     return format_table(rows)
