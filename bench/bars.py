@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
+NEAR = 0.1  # a regret up to here is a good prediction
 
 
 _AT_LEAST = ("speedup", "mean")
@@ -22,12 +23,13 @@ class Bar:
     """One promise.
 
     Attributes:
-        suite: "kernels" or "step" (which is judged at a sample of 10 %).
+        suite: "kernels", "step" (which is judged at a sample of 10 %) or "regret".
         case: the case's name, or "*": all of them, the worst one counts. For metric "mean" a name
             of ``GROUPS``.
         metric: "speedup" (rival's median / ours; at least ``bar``), "slowdown" (ours / rival's; at
             most ``bar``), "mean" (geometric mean of the speed-ups of a group; at least ``bar``),
-            "overhead" (what our step takes beyond plain backpropagation's over what the rival's
+            "well predicted" (suite "regret", of a question in place of a case: the share of cases
+            with a choice whose regret is at most ``NEAR``; at least ``bar``), "overhead" (what our step takes beyond plain backpropagation's over what the rival's
             does; at most ``bar``) or "memory" (extra bytes beyond the result over the bytes of 3
             float32 inputs and D^2; at most ``bar``).
         rival: the method compared with; "best rival": in each case the fastest of its rivals but
@@ -57,6 +59,8 @@ class Bar:
     @property
     def text(self) -> str:
         what = "every case" if self.case == "*" else self.case
+        if self.metric == "well predicted":
+            return f"planner, {self.case}: cases within {NEAR:.0%} of the best >= {self.bar:.0%}"
         sign = ">=" if self.metric in _AT_LEAST else "<="
         against = "3 inputs + D^2" if self.metric == "memory" else self.rival
         return f"{what}: {self.metric} against {against} {sign} {self.bar:g}"
@@ -90,6 +94,10 @@ def _speedup(case: str, bar: float, goal: float | None = None) -> Bar:
     return Bar("kernels", case, "speedup", "unfold", bar, goal)
 
 
+def _predicted(question: str, **more) -> Bar:
+    return Bar("regret", question, "well predicted", "", 0.9, pairs=7, **more)
+
+
 BARS: tuple[Bar, ...] = (
     _speedup("3x3 64@56 b32", 4, 6),
     _speedup("3x3 128@28 b32", 4, 6),
@@ -103,6 +111,8 @@ BARS: tuple[Bar, ...] = (
     Bar("kernels", WHOLE_REGISTRY, "mean", "any rival", 1.0, 1.3),
     Bar("step", "convnet 32x32 b128", "slowdown", "bp", 1.20, 1.10, pairs=25, needs="published"),
     Bar("step", "resnet18 32x32 b128", "overhead", "published", 0.5, needs="bp"),
+    _predicted("gram"),
+    _predicted("update"),
 )
 GPU_BARS: tuple[Bar, ...] = (
     _mean("resnet 3x3 stride 1, n >= D", "unfold", 5),
@@ -152,6 +162,8 @@ def _evaluate(result: dict, bar: Bar) -> Verdict:
     for key in ("device", "dtype"):
         if settings.get(key) != getattr(bar, key):
             return Verdict(bar, NOT_MEASURED, why=f"holds for {key} {getattr(bar, key)}")
+    if bar.metric == "well predicted":
+        return _well_predicted(result, bar)
     if bar.on_registry and not settings.get("whole_registry"):
         return Verdict(bar, NOT_MEASURED, why="not the whole registry")
     if bar.metric == "mean":
@@ -181,6 +193,26 @@ def _evaluate(result: dict, bar: Bar) -> Verdict:
         where,
         None if bar.goal is None else _holds(bar, figure, bar.goal),
     )
+
+
+def _well_predicted(result: dict, bar: Bar) -> Verdict:
+    asked = [r for r in result.get("regret", ()) if r["question"] == bar.case]
+    if not asked:
+        return Verdict(bar, NOT_MEASURED, why="suite not run")
+    if not result["settings"].get("whole_registry"):
+        return Verdict(bar, NOT_MEASURED, why="not the whole registry")
+    known = [r for r in asked if len(r["methods"]) > 1]
+    for record in known:
+        predicted = record["methods"][record["predicted"]]
+        if predicted["status"] != "ok":
+            return Verdict(bar, MISSED, where=record["name"], why=predicted["reason"])
+        if predicted["seconds"]["samples"] < bar.pairs:
+            why = f"{predicted['seconds']['samples']} pairs, {bar.pairs} needed"
+            return Verdict(bar, NOT_MEASURED, where=record["name"], why=why)
+    share = sum(r["regret"] <= NEAR for r in known) / len(known)
+    worst = max(known, key=lambda r: r["regret"])
+    where = f"{worst['regret']:.0%} slower at worst, {worst['name']}"
+    return Verdict(bar, MET if share >= bar.bar else MISSED, share, where)
 
 
 def _holds(bar: Bar, figure: float, limit: float) -> bool:

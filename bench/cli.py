@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import bars, machine, peaks, plots, report, suites
+from . import bars, machine, peaks, plots, report, suites, timing
 from .kernels import DEFAULT_PAIRS
 from .steps import COMPILE_MODES
 from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES, Job
@@ -24,6 +24,7 @@ python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved
 python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
+python -m bench calibrate                  measures the figures that the planner reckons with
 """
 
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         default="kernels",
         help="kernels: patch_gram on layer shapes (default); update: DecorUpdate.step() of whole "
         "networks; step: whole training steps; memory: their peak; scaling: patch_gram against "
-        "one size of a layer",
+        "one size of a layer; regret: the planner's choices against the best it could choose",
     )
     out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
     out.add_argument(
@@ -92,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
         help="step and update suites: also a Chrome trace, to be opened in Perfetto",
     )
     out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    out.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU time, not wall-clock time: with --threads 1, on a machine that is not idle",
+    )
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="steps: autocast to it")
     out.add_argument("--channels-last", action="store_true", help="memory format of the images")
     out.add_argument(
@@ -133,16 +139,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import tune
 
         return tune.main(arguments[1:])
+    if arguments[:1] == ["calibrate"]:
+        from . import calibrate
+
+        return calibrate.main(arguments[1:])
     options = parser().parse_args(arguments)
     target = _target(options)
     if target is not None and target.exists():
         print(f"{target} exists and is not overwritten; name another with --save", file=sys.stderr)
         return 2
-    if options.suite not in ("kernels", "scaling") and options.dtype == "float64":
-        print("--dtype float64 is for kernels and scaling: steps autocast", file=sys.stderr)
+    if options.suite not in ("kernels", "scaling", "regret") and options.dtype == "float64":
+        print("--dtype float64 is for kernels, scaling and regret: steps autocast", file=sys.stderr)
         return 2
     if options.trace and options.suite not in ("step", "update"):
         print(f"--trace is for step and update, not {options.suite}", file=sys.stderr)
+        return 2
+    if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
+        print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
         return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
@@ -162,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     try:
-        result = _measure(options, arguments, jobs)
+        with timing.cpu_time(options.cpu_time):
+            result = _measure(options, arguments, jobs)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -172,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(result, target)
         print(f"\nsaved {target}")
     right = all(
-        record["methods"][bars.OURS]["status"] == "ok" for record in report.all_records(result)
+        record["methods"][record.get("predicted", bars.OURS)]["status"] == "ok"
+        for record in report.all_records(result)
     )
     return 0 if right and result["complete"] else 1
 
@@ -203,7 +218,8 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
             "device": options.device.type,
             "dtype": options.dtype,
             "channels_last": options.channels_last,
-            "whole_registry": whole and options.suite in ("kernels", "all"),
+            "clock": "CPU time" if options.cpu_time else "wall clock",
+            "whole_registry": whole and options.suite in ("kernels", "regret", "all"),
         },
         **{suite: [] for suite in SUITES},
     }

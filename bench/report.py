@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from . import bars
 from .kernel_tables import kernel_table, means_text, scaling_table
 from .network_tables import memory_table, step_text, update_table
+from .regret_tables import regret_table
 from .table import format_table
 
 # {suite: (heading, what makes its text from its records)}
@@ -16,6 +17,7 @@ _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
     "step": ("whole training steps", step_text),
     "memory": ("peak memory of training", memory_table),
     "scaling": ("patch_gram as one size grows", scaling_table),
+    "regret": ("the planner's choices", regret_table),
 }
 
 
@@ -65,7 +67,8 @@ def bars_table(verdicts: Iterable[bars.Verdict]) -> str:
             if verdict.goal_met is not None:
                 goal += " met" if verdict.goal_met else " not met"
         figure = "-" if verdict.figure is None else f"{verdict.figure:.3g}"
-        where = verdict.where if verdict.bar.case == "*" else ""
+        many = verdict.bar.case == "*" or verdict.bar.metric == "well predicted"
+        where = verdict.where if many else ""
         note = ": ".join(filter(None, (where, verdict.why)))
         rows.append([verdict.bar.text, figure, verdict.status.upper(), goal, note])
     return format_table(rows)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import footprint, kernels, networks, registry, scaling, steps, updates
+from . import footprint, kernels, networks, registry, regret, scaling, steps, updates
 from .kernels import DEFAULT_PAIRS, Settings
 
 DTYPES = {
@@ -52,6 +52,14 @@ def _kernels(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     for case in registry.select(options.filter, _batch(options), tag):
         run = lambda tick, case=case: kernels.run_case(case, settings, tick=tick)  # noqa: E731
         yield Job("kernels", case.name, run, settings.pairs or DEFAULT_PAIRS)
+
+
+def _regret(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
+    tag = "core" if options.quick and not options.filter else None
+    cases = registry.select(options.filter, _batch(options), tag)
+    for question, case in regret.regret_cases(cases, options.sample):
+        run = lambda tick, q=question, c=case: regret.run_regret(q, c, settings, tick)  # noqa: E731
+        yield Job("regret", case.name, run, settings.pairs or regret.DEFAULT_PAIRS)
 
 
 def _on_networks(
@@ -145,4 +153,5 @@ SUITES: dict[str, Callable[[argparse.Namespace, Settings], Iterator[Job]]] = {
     "step": _step,
     "memory": _memory,
     "scaling": _scaling,
+    "regret": _regret,
 }

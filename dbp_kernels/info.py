@@ -10,6 +10,7 @@ import torch
 
 from . import backends
 from .backends.cuda import library
+from .calibration import calibration
 from .version import __version__
 
 
@@ -33,10 +34,18 @@ def _devices() -> list[str]:
     return devices
 
 
+def _calibration(device_type: str) -> str:
+    try:
+        return calibration(device_type).text
+    except ValueError as error:  # of DBP_CALIBRATION's file: what the report is there to tell
+        return str(error)
+
+
 def environment() -> dict[str, Any]:
     """What a bug report should say, as plain data: versions, devices, compiled parts, backends.
 
-    ``backends`` maps a name to "usable" or the reason it is not, for every device type present.
+    ``backends`` maps a name to "usable" or the reason it is not, for every device type present;
+    "calibrations" tells for each where the planner's figures come from.
     """
     built = library.build_text()
     types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -49,6 +58,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": _devices(),
         "compiled parts": f"cuda kernels, {built}" if built else "none (pure Python)",
+        "calibrations": {device: _calibration(device) for device in types},
         "backend requested": backends.requested(),
         "backends": {
             device: {
@@ -67,6 +77,8 @@ def report() -> str:
     for key, value in environment().items():
         if key == "devices":
             lines += [f"{'device':18}{device}" for device in value]
+        elif key == "calibrations":
+            lines += [f"{f'planner on {device}':18}{text}" for device, text in value.items()]
         elif key == "backends":
             for device, usable in value.items():
                 lines += [f"{f'{name} on {device}':18}{why}" for name, why in usable.items()]

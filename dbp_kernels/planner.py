@@ -1,20 +1,22 @@
 """The cost model: which algorithm computes S, which plan computes the update, and why.
 
-Costs are seconds from a handful of machine figures (``Machine``): operations at a rate that depends
-on how thin the matrices are, bytes at the copy bandwidth, and a fixed overhead for every call. Only
-the order of the candidates matters. Everything here is integers and floats; no tensors.
+Costs are seconds from a device's figures (``calibration.Machine``): operations at a rate that depends
+on how thin the matrices are, elements packed and assembled at what each kind of copy costs, and a
+fixed overhead for every call. Only the order of the candidates matters. Everything here is integers
+and floats; no tensors.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .backends.eager import self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
+from .calibration import Machine, calibration, machine
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
@@ -27,74 +29,6 @@ ALGORITHMS = (
     *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
 )
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of a product's operands; float32 is ieee or tf32
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the cost model knows of a device.
-
-    ``gflops``: float32 matmul rate on large matrices. ``thin``: points (side, fraction of it) for
-    X^T Y with a long inner dimension, by the shorter side of the result. ``gbytes``: copy bandwidth
-    in GB/s. ``call``: seconds per library call. ``wgrad``: points (channels per group, fraction of
-    ``gflops``) for weight-gradient convolutions. ``tensor_cores``: rates in GFLOP/s that take the
-    place of ``gflops`` for operands in other precisions.
-    """
-
-    name: str
-    gflops: float
-    gbytes: float
-    call: float
-    thin: tuple[tuple[int, float], ...]
-    wgrad: tuple[tuple[int, float], ...]
-    tensor_cores: tuple[tuple[str, float], ...] = ()
-
-    def rate(self, side: int) -> float:
-        """Operations per second of a product whose result's shorter side is ``side``."""
-        return self.gflops * 1e9 * _interpolate(self.thin, side)
-
-    def wgrad_rate(self, channels: int) -> float:
-        """Operations per second of a weight-gradient convolution."""
-        return self.gflops * 1e9 * _interpolate(self.wgrad, channels)
-
-
-def _interpolate(points: tuple[tuple[int, float], ...], x: int) -> float:
-    """Piecewise linear in log2(x); constant above the last point, towards zero below the first."""
-    if x <= points[0][0]:
-        return points[0][1] * x / points[0][0]
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x <= x1:
-            return y0 + (y1 - y0) * math.log2(x / x0) / math.log2(x1 / x0)
-    return points[-1][1]
-
-
-# CPU: two cores of an AMD EPYC (AVX2), MKL and oneDNN, float32. The GPU's figures are GUESSES from
-# data sheets, for the Hopper generation, and not measured yet.
-MACHINES = {
-    "cpu": Machine(
-        "cpu",
-        gflops=130,
-        gbytes=6,
-        call=8e-6,
-        thin=((3, 0.03), (9, 0.08), (21, 0.3), (32, 0.45), (64, 0.65), (128, 0.75), (256, 1.0)),
-        wgrad=((3, 0.2), (16, 0.4), (64, 0.45)),
-    ),
-    "cuda": Machine(
-        "cuda",
-        gflops=50_000,
-        gbytes=2000,
-        call=5e-6,
-        thin=((3, 0.01), (16, 0.05), (64, 0.2), (128, 0.4), (512, 1.0)),
-        wgrad=((3, 0.02), (16, 0.1), (64, 0.3)),
-        tensor_cores=(("tf32", 350_000), ("bf16", 700_000), ("fp16", 700_000)),
-    ),
-}
-
-
-@lru_cache
-def machine(device_type: str, precision: str = "ieee") -> Machine:
-    """The figures for "cuda", or the CPU's for any other device type, at an operand precision."""
-    m = MACHINES.get(device_type, MACHINES["cpu"])
-    return replace(m, gflops=dict(m.tensor_cores).get(precision, m.gflops))
 
 
 @dataclass(frozen=True)
@@ -139,6 +73,48 @@ def _half(per_axis: list[int], self_inverse: list[int]) -> float:
     return (math.prod(per_axis) + math.prod(self_inverse)) / 2
 
 
+def _copy_kind(unfolded: tuple[bool, ...]) -> int:
+    """Index into the figures of copies: no axis unfolded, the last one, or another."""
+    return 0 if not any(unfolded) else 1 if unfolded[-1] else 2
+
+
+# A line of a CPU's first cache in bytes, its sets and their ways: of nearly all CPUs, or less.
+_LINE, _SETS, _WAYS = 64, 64, 8
+
+
+def _aliased(geometry: ConvGeometry, size: int) -> bool:
+    """Whether the channels of one pixel, an image's size apart, compete for few cache sets."""
+    apart = size * math.prod(a.size for a in geometry.axes)
+    sets = _SETS * _LINE // math.gcd(max(apart, _LINE), _SETS * _LINE)
+    return geometry.channels > _WAYS * min(sets, _SETS)
+
+
+# C libraries keep freed memory for the next buffer up to this size (glibc); larger ones are new.
+_KEPT = 32 << 20
+
+
+def _fresh(elements: float, m: Machine, size: int) -> float:
+    """ns per element of a buffer for being new memory."""
+    return m.fresh if elements * size > _KEPT else 0.0
+
+
+def _penalty(geometry: ConvGeometry, kind: int, m: Machine, size: int) -> float:
+    """What strides and the cache make of the cost of a copy."""
+    cost = m.strided[kind] if _strided(geometry) else 1
+    return cost * (m.aliased[kind] if _aliased(geometry, size) else 1)
+
+
+def _strided(geometry: ConvGeometry) -> bool:
+    return any(a.stride > 1 for a in geometry.axes)
+
+
+def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int) -> float:
+    """ns per float32 element of a packed buffer."""
+    if geometry.group_channels * size < _LINE:
+        return (m.pack_stem if _strided(geometry) else m.pack_thin)[kind]
+    return m.pack[kind] * _penalty(geometry, kind, m, size)
+
+
 def _shift_cost(
     geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int
 ) -> Choice:
@@ -148,15 +124,23 @@ def _shift_cost(
     block = geometry.groups * layout.side**2
     flop = 2.0 * _half(classes, self_inverse) * block * layout.rows
     elements = geometry.input_numel * layout.expansion
-    # slicing, multiplying and adding to blocks: about ten calls to a product
-    calls = 10 * _half(segments, self_segments) * max(1.0, layout.expansion / 2)
-    moved = size * (
-        (3 + 2 * layout.copies) * elements
-        + 4 * _half(windows, self_inverse) * block
-        + 4 * geometry.groups * geometry.dim**2
-    )
-    seconds = flop / m.rate(layout.side) + moved / (m.gbytes * 1e9) + calls * m.call
+    kind = _copy_kind(unfolded)
+    result = geometry.groups * geometry.dim**2
+    parts = max(1.0, layout.expansion / 2)  # some images at a time
+    seconds = flop / m.product_rate(layout.side, geometry.groups)
+    fresh = _fresh(elements / parts, m, size)
+    seconds += _copying(elements, _pack_cost(geometry, kind, m, size) + fresh, size)
+    seconds += _copying(result, m.assemble[kind], size)
+    # columns copied out, blocks added to
+    moved = 2 * layout.copies * elements + 4 * _half(windows, self_inverse) * block
+    seconds += size * moved / m.bytes_per_second()
+    seconds += _half(segments, self_segments) * parts * m.product_call + 30 * m.call
     return Choice("shift", flop / 1e9, seconds, unfolded)
+
+
+def _copying(elements: float, cost: float, size: int) -> float:
+    """Seconds of a copy that costs so many ns per float32 element."""
+    return elements * cost * 1e-9 * size / 4
 
 
 def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
@@ -166,11 +150,11 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     flop = 2.0 * phases * lattice * geometry.channels * geometry.group_channels * taps
     segments = self_wgrad.convolutions(geometry)
     pieces = segments + phases * geometry.samples / self_wgrad.POSITIONS
-    # a weight gradient is some ten calls' worth of set-up
-    calls = 10 * pieces + 2 * geometry.taps * segments / phases
+    # a weight gradient is some calls' worth of set-up
+    calls = 30 * pieces + 3 * geometry.taps * segments / phases
     moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     seconds = flop / m.wgrad_rate(geometry.group_channels)
-    return Choice("self_wgrad", flop / 1e9, seconds + moved / (m.gbytes * 1e9) + calls * m.call)
+    return Choice("self_wgrad", flop / 1e9, seconds + moved / m.bytes_per_second() + calls * m.call)
 
 
 def _upper(dim: int, rows: int) -> float:
@@ -179,19 +163,22 @@ def _upper(dim: int, rows: int) -> float:
     return (count + 1) / (2 * count)
 
 
+def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int) -> float:
+    # two copies of as many elements as the input has, some images at a time
+    fresh = 2 * _fresh(geometry.input_numel, m, size)
+    cost = m.im2col * _penalty(geometry, 0, m, size) + fresh
+    return _copying(geometry.samples * geometry.groups * geometry.dim, cost, size)
+
+
 def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     n, d = geometry.samples, geometry.dim
     flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
-    copied = 0 if geometry.pointwise else 6 * geometry.samples * geometry.groups * geometry.dim
-    moved = size * (copied + 2 * geometry.groups * geometry.dim**2)
-    seconds = flop / m.rate(geometry.dim) + moved / (m.gbytes * 1e9) + 4 * m.call
+    result = geometry.groups * d**2
+    seconds = flop / m.product_rate(d, geometry.groups) + 4 * m.call
+    seconds += size * 2 * result / m.bytes_per_second()
+    if not geometry.pointwise:
+        seconds += _im2col_seconds(geometry, m, size)
     return Choice("unfold", flop / 1e9, seconds)
-
-
-# GUESSES, not measured: fractions of the machine's matmul rate that our GPU kernels reach, by the
-# channels of a group (rounded up to a tile), and what gathering taps costs beside reading rows.
-_KERNEL_RATE = ((16, 0.03), (32, 0.12), (64, 0.35), (128, 0.6))
-_GATHER = 0.6
 
 
 def _tiles(side: int) -> tuple[int, int]:
@@ -219,8 +206,8 @@ def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, backend: s
     block = geometry.groups * side**2
     moved = size * (3 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     moved += 2 * 4 * boxes * block  # partial sums, written and read
-    seconds = flop / (m.gflops * 1e9 * _interpolate(_KERNEL_RATE, side))
-    seconds += moved / (m.gbytes * 1e9) + 3 * m.call
+    seconds = flop / m.kernel_rate(side)
+    seconds += moved / m.bytes_per_second() + 3 * m.call
     return Choice(f"{backend}_shift", flop / 1e9, seconds)
 
 
@@ -229,9 +216,8 @@ def _kernel_direct_cost(geometry: ConvGeometry, m: Machine, size: int, backend: 
     side, count = _tiles(geometry.dim)
     flop = geometry.groups * geometry.samples * side**2 * (1 + 1 / count)
     moved = size * (2 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
-    rate = m.gflops * 1e9 * _interpolate(_KERNEL_RATE, min(side, 128))
-    rate *= 1 if geometry.pointwise else _GATHER
-    seconds = flop / rate + moved / (m.gbytes * 1e9) + 2 * m.call
+    rate = m.kernel_rate(min(side, 128)) * (1 if geometry.pointwise else m.gather)
+    seconds = flop / rate + moved / m.bytes_per_second() + 2 * m.call
     return Choice(f"{backend}_direct", flop / 1e9, seconds)
 
 
@@ -248,7 +234,7 @@ def gram_choices(
     ``itemsize`` is that of the accumulation, ``precision`` that of the operands. Backends with
     kernels have their own algorithms beside the libraries'.
     """
-    m = machine(device_type, precision)
+    m = machine(device_type, precision, itemsize)
     choices = [_unfold_cost(geometry, m, itemsize)]
     if not geometry.pointwise:
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
@@ -260,6 +246,11 @@ def gram_choices(
         if not geometry.pointwise:
             choices.append(_kernel_shift_cost(geometry, m, itemsize, backend))
     return tuple(sorted(choices, key=lambda c: c.seconds))
+
+
+def _dense_rate(m: Machine, side: int, groups: int) -> float:
+    """Operations per second of products with R, the shorter side given."""
+    return m.narrow_rate(side) if groups == 1 else m.product_rate(side, groups)
 
 
 @lru_cache(maxsize=4096)
@@ -276,23 +267,25 @@ def update_choices(
     Plan "samples" is left out for n > D, where its loss would lose its digits. ``precision`` is
     that of S's operands, ``float32`` that of all other products; the rest as in ``gram_choices``.
     """
-    m = machine(device_type, float32)
+    m = machine(device_type, float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
     gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
-    bandwidth = m.gbytes * 1e9
+    bandwidth = m.bytes_per_second()
     square = itemsize * g * d * d
 
-    def plan(name: str, flop: float, side: int, squares: float, **more: Choice) -> Choice:
-        seconds = flop / m.rate(side) + squares * square / bandwidth + 8 * m.call
-        return Choice(name, flop / 1e9, seconds, **more)
+    def plan(name: str, products: list[tuple[float, int]], squares: float) -> Choice:
+        flop = sum(f for f, _ in products)
+        seconds = sum(f / _dense_rate(m, side, g) for f, side in products)
+        return Choice(name, flop / 1e9, seconds + squares * square / bandwidth + 8 * m.call)
 
-    upper = _upper(d, min(n, d))
-    copied = 0.0 if geometry.pointwise else 6 * itemsize * n * d * g / bandwidth
+    upper, few = _upper(d, min(n, d)), min(n, d)
+    copied = 0.0 if geometry.pointwise else _im2col_seconds(geometry, m, itemsize)
     if backend in KERNEL_BACKENDS:  # the products of a GPU do not hide writing and reading Z and X
         copied += 5 * itemsize * n * d * g / bandwidth
-    base = plan("gram", 2.0 * g * d**3 * (2 + upper), d, 8)
-    direct = plan("direct", 2.0 * g * (n * d**2 * (1 + upper) + d**3), min(n, d), 6)
-    samples = plan("samples", g * (6.0 * n * d**2 + 2.0 * n**2 * d), min(n, d), 4)
+    base = plan("gram", [(2.0 * g * d**3 * (2 + upper), d)], 8)
+    last = (2.0 * g * d**3, d)
+    direct = plan("direct", [(2.0 * g * n * d**2 * (1 + upper), few), last], 6)
+    samples = plan("samples", [(g * (6.0 * n * d**2 + 2.0 * n**2 * d), few)], 4)
     choices = [
         Choice("gram", base.gflop + gram.gflop, base.seconds + gram.seconds, gram=gram),
         Choice("direct", direct.gflop, direct.seconds + copied),
@@ -316,24 +309,30 @@ def stats_choices(
     "fused" belongs to backends with kernels of their own, and to a D that such a kernel holds:
     whether it does only the backend knows.
     """
-    m = machine(device_type, float32)
+    m = machine(device_type, float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
     gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
-    bandwidth = m.gbytes * 1e9
+    bandwidth = m.bytes_per_second()
     upper = _upper(d, min(n, d))
     # P = R S, half of P R^T, and both read and written
     flop = 2.0 * g * d**3 * (1 + upper)
-    seconds = flop / m.rate(d) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call
+    seconds = flop / _dense_rate(m, d, g) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call
     choices = [Choice("gram", flop / 1e9 + gram.gflop, seconds + gram.seconds, gram=gram)]
     # Z and X = Z R^T written and read
     flop = 2.0 * g * n * d**2 * (1 + upper)
     moved = itemsize * g * (8 * n * d + 3 * d * d)
-    seconds = flop / m.rate(min(n, d)) + moved / bandwidth + 5 * m.call
+    seconds = flop / _dense_rate(m, min(n, d), g) + moved / bandwidth + 5 * m.call
     choices.append(Choice("direct", flop / 1e9, seconds))
     if backend in KERNEL_BACKENDS:
         side, _ = _tiles(d)
         flop = 4.0 * g * n * side**2
-        rate = m.gflops * 1e9 * _interpolate(_KERNEL_RATE, min(side, 128)) * _GATHER
+        rate = m.kernel_rate(min(side, 128)) * m.gather
         moved = itemsize * (geometry.input_numel + 2 * g * d * d)
         choices.append(Choice("fused", flop / 1e9, flop / rate + moved / bandwidth + 2 * m.call))
     return tuple(sorted(choices, key=lambda c: c.seconds))
+
+
+def reset() -> None:
+    """Forgets all answers and calibrations, so that the next question reads DBP_CALIBRATION anew."""
+    for cached in (gram_choices, update_choices, stats_choices, machine, calibration):
+        cached.cache_clear()

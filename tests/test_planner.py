@@ -1,12 +1,14 @@
 """The planner's choices: sane, reproducible, and right where the answer is known."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from helpers import case, cases, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dbp_kernels import calibration, planner
 from dbp_kernels.planner import (
     ALGORITHMS,
     PLANS,
@@ -153,3 +155,89 @@ def test_more_work_costs_more():
         for name in {c.name for c in choices(small)} & {c.name for c in choices(large)}:
             cost = [min(c.seconds for c in choices(g) if c.name == name) for g in (small, large)]
             assert cost[0] < cost[1]
+
+
+# --- what the figures of a device do to the choices; test_calibration.py tests the files themselves
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """Makes the planner reckon with given figures, as changes of the CPU's."""
+    own = calibration.machine("cpu")
+
+    def use(**changes) -> None:
+        monkeypatch.undo()
+        planner.reset()
+        given = replace(own, **changes)
+        monkeypatch.setattr(planner, "machine", lambda *arguments: given)
+
+    use.own = own
+    yield use
+    monkeypatch.undo()
+    planner.reset()
+
+
+COPIES = ("pack", "pack_thin", "pack_stem", "assemble")
+SPREAD = (
+    case(32, 64, (56, 56), 3, padding=1),
+    case(32, 3, (224, 224), 7, stride=2, padding=3),
+    case(32, 256, (14, 14), 3, stride=2, padding=1),
+    case(8, 128, (56, 56), 3, padding=1, groups=32),
+    rows((100, 512)),
+)
+
+
+def test_a_device_twice_as_fast_in_all_halves_every_cost(machines):
+    """So no figure enters with a wrong dimension."""
+    before = [(gram_choices(c.geometry), update_choices(c.geometry)) for c in SPREAD]
+    own = machines.own
+    halves = {k: getattr(own, k) / 2 for k in ("call", "product_call", "im2col", "fresh")}
+    halves |= {k: tuple(v / 2 for v in getattr(own, k)) for k in COPIES}
+    machines(speed=2, gbytes=2 * own.gbytes, **halves)
+    for c, (grams, updates) in zip(SPREAD, before):
+        for old, new in ((grams, gram_choices(c.geometry)), (updates, update_choices(c.geometry))):
+            assert [str(choice) for choice in old] == [str(choice) for choice in new]
+            assert [o.seconds for o in old] == pytest.approx([2 * n.seconds for n in new])
+
+
+def test_each_copy_costs_those_that_make_it(machines):
+    g = SPREAD[0].geometry
+    before = {str(c): c.seconds for c in gram_choices(g)}
+    own = machines.own
+    last, other = "shift[unfold axis 1]", "shift[unfold axis 0]"
+    for figure, payers in (
+        ({"im2col": 9 * own.im2col}, {"unfold"}),
+        ({"pack": (9 * own.pack[0], *own.pack[1:])}, {"shift"}),
+        ({"pack": (own.pack[0], 9 * own.pack[1], own.pack[2])}, {last}),
+        ({"assemble": (*own.assemble[:2], 9 * own.assemble[2])}, {other}),
+        ({"wgrad": tuple((c, r / 9) for c, r in own.wgrad)}, {"self_wgrad"}),
+        ({"product_call": 9 * own.product_call}, {"shift", last, other}),
+    ):
+        machines(**figure)
+        after = {str(c): c.seconds for c in gram_choices(g)}
+        assert {name for name in after if after[name] > before[name]} == payers, figure
+
+
+def test_without_the_cost_of_calls_and_copies_the_fewest_operations_win(machines):
+    free = {"call": 1e-15, "product_call": 1e-15, "im2col": 1e-9, "fresh": 1e-9, "gbytes": 1e12}
+    free |= dict.fromkeys(COPIES, (1e-09,) * 3)
+    flat = dict.fromkeys(("product", "grouped", "narrow", "wgrad"), ((1, 100.0),))
+    machines(**free, **flat)
+    for c in SPREAD:
+        choices = gram_choices(c.geometry)
+        assert choices[0].gflop == min(choice.gflop for choice in choices)
+
+
+def test_strides_and_cache_conflicts_make_packing_dearer(machines):
+    plain, aliased = (case(16, 64, (s, s), 3, padding=1).geometry for s in (31, 32))
+    for geometry, figure in (
+        (case(16, 64, (31, 31), 3, stride=2, padding=1).geometry, "strided"),
+        (aliased, "aliased"),
+    ):
+        machines(**{figure: (1.0, 1.0, 1.0)})
+        usual = {str(c): c.seconds for c in gram_choices(geometry)}
+        unaffected = gram_choices(plain)
+        machines(**{figure: (3.0, 1.0, 1.0)})
+        dearer = {str(c): c.seconds for c in gram_choices(geometry)}
+        assert {n for n in usual if dearer[n] > usual[n]} == {"shift", "unfold"}
+        assert gram_choices(plain) == unaffected

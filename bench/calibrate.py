@@ -1,0 +1,405 @@
+"""``python -m bench calibrate``: measures what the planner knows of a device, as a JSON file.
+
+Every figure of ``dbp_kernels.calibration.Machine`` comes from the operation it stands for, run by
+itself on a few sizes. The file says where and how it was measured. Saved under
+dbp_kernels/calibrations/ it is used on that device and on similar ones; anywhere else, where
+DBP_CALIBRATION names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from . import machine
+from .timing import cpu_time, time_once
+
+FOLDER = machine.ROOT / "dbp_kernels" / "calibrations"
+# Result sides of products: the narrow ones matter most.
+SIDES = (1, 3, 8, 16, 21, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+GROUPS, GROUPED_SIDES = 32, (1, 4, 12, 16, 36, 64)
+NARROW_DIM, NARROW = 1536, (4, 16, 32, 64, 128, 256, 512, 1536)
+WGRAD_CHANNELS = (4, 16, 64, 256)
+# Images, channels and size of maps to pack: usual ones, few channels, a network's first layer, and
+# sizes of powers of two.
+_MAPS = ((8, 64, 56), (16, 128, 28), (32, 256, 14))
+_THIN_MAPS = ((64, 4, 56), (128, 4, 32))
+_STEM_MAP, _STEM = (16, 3, 224), {"kernel": 7, "stride": 2}
+_ALIASED_MAPS = ((32, 64, 32), (64, 128, 16), (64, 256, 8))
+_OPERATIONS, _ELEMENTS = 6e8, 1.2e7  # of one product at most
+
+
+class Meter:
+    """Times calls on a device: the best of some samples, each long enough to be measured."""
+
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self.device = device
+        self.samples, self.shortest = (2, 1e-3) if quick else (3, 1e-2)
+        self.passes = 1 if quick else 3  # apart in time: a busy moment spoils one of them at most
+        self.shrink = 50 if quick else 1  # of the sizes
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        call()
+        once = time_once(call, self.device)
+        calls = max(1, math.ceil(self.shortest / max(once, 1e-7)))
+        return min(time_once(call, self.device, calls) for _ in range(self.samples))
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device)
+
+
+def figures(meter: Meter) -> dict:
+    """All figures of a device, as in its file: the best of some passes."""
+    measured = _pass(meter)
+    for _ in range(meter.passes - 1):
+        measured = _better(measured, _pass(meter))
+    for factors in ("strided", "aliased"):
+        measured[factors] = [max(1.0, a / b) for a, b in zip(measured[factors], measured["pack"])]
+    if meter.device.type == "cuda":
+        measured.update(_gpu_figures(meter))
+    return _rounded(measured)
+
+
+def _pass(meter: Meter) -> dict:
+    return {
+        "product": _products(meter, 1, SIDES),
+        "grouped": _products(meter, GROUPS, GROUPED_SIDES),
+        "narrow": _narrow(meter),
+        "wgrad": _weight_gradients(meter),
+        "gbytes": _bandwidth(meter),
+        "fresh": _fresh(meter),
+        **_calls(meter),
+        **_copies(meter),
+    }
+
+
+def _better(a: dict, b: dict) -> dict:
+    """Of each figure the better one: rates up, costs down."""
+    best = {}
+    for key, one in a.items():
+        pick = max if key in ("product", "grouped", "narrow", "wgrad", "gbytes") else min
+        if isinstance(one, list):
+            best[key] = [pick(pair) for pair in zip(one, b[key])]
+        else:
+            best[key] = pick(one, b[key])
+    return best
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.3g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
+    """[side, GFLOP/s] of X^T Y between rows of one buffer, as the shift form multiplies."""
+    from dbp_kernels.backends.eager.matmul import product
+
+    points = []
+    for side in sides:
+        rows = min(_OPERATIONS / (groups * side**2), _ELEMENTS / (groups * side))
+        rows = max(64, int(rows / meter.shrink))
+        X = meter.random(groups, rows + 33, side)
+        out = torch.zeros(groups, side, side, device=meter.device)
+        seconds = meter.seconds(
+            lambda X=X, out=out: product(X[:, :-33], X[:, 33:], out, accumulate=True)
+        )
+        points.append([side, 2 * groups * rows * side**2 / seconds / 1e9])
+    return points
+
+
+def _narrow(meter: Meter) -> list:
+    """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R."""
+    dim = max(32, NARROW_DIM // meter.shrink)
+    R = meter.random(1, dim, dim)
+    points = []
+    for n in (n for n in NARROW if n <= dim):
+        Z = meter.random(1, n, dim)
+        seconds = meter.seconds(lambda Z=Z: torch.bmm(R, Z.mT))
+        seconds += meter.seconds(lambda Z=Z: torch.bmm(Z, R))
+        points.append([n, 4 * n * dim**2 / seconds / 1e9])
+    return points
+
+
+def _weight_gradients(meter: Meter) -> list:
+    """[channels, GFLOP/s] of 5x5 weight gradients over as many positions as are summed at once."""
+    from dbp_kernels.backends.eager.self_wgrad import POSITIONS
+
+    points = []
+    for channels in WGRAD_CHANNELS:
+        channels = max(2, channels // meter.shrink) if meter.shrink > 1 else channels
+        images, size = max(1, POSITIONS // 32**2), 32
+        left = meter.random(images, channels, size, size)
+        right = meter.random(images, channels, size + 4, size + 4)
+        weight = (channels, channels, 5, 5)
+        seconds = meter.seconds(
+            lambda a=left, b=right, w=weight: torch.nn.grad.conv2d_weight(b, w, a)
+        )
+        if not points or channels > points[-1][0]:
+            rate = 2 * 25 * channels**2 * images * size**2 / seconds / 1e9
+            points.append([channels, rate])
+    return points
+
+
+def _bandwidth(meter: Meter) -> float:
+    """GB/s read and written by a large copy."""
+    source = meter.random(int(2 * _ELEMENTS / meter.shrink))
+    target = torch.empty_like(source)
+    return 8 * source.numel() / meter.seconds(lambda: target.copy_(source)) / 1e9
+
+
+def _fresh(meter: Meter) -> float:
+    """ns per element of writing to memory that is new from the system rather than used before."""
+    elements = int(2 * _ELEMENTS / meter.shrink)
+    used = meter.random(elements)
+    again = meter.seconds(lambda: used.fill_(1.0))
+    new = meter.seconds(lambda: torch.empty_like(used).fill_(1.0))
+    return max(1e-3, 1e9 * (new - again) / elements)
+
+
+def _calls(meter: Meter) -> dict:
+    """Seconds of calls on next to nothing."""
+    from dbp_kernels.backends.eager.matmul import product
+
+    a, X, out = meter.random(8), meter.random(1, 40, 16), meter.random(1, 16, 16)
+    blocks = meter.random(4, 1, 16, 16)
+
+    def one_product() -> None:
+        product(X[:, :20], X[:, 3:23], out, accumulate=False)
+        blocks[1].add_(out)
+
+    return {"call": meter.seconds(lambda: a.add_(a)), "product_call": meter.seconds(one_product)}
+
+
+_KINDS = ((False, False), (False, True), (True, False))  # unfolded: no axis, the last, another
+
+
+def _copies(meter: Meter) -> dict:
+    """ns per element of packing, im2col and assembling; means over some maps."""
+    pack, thin, aliased = (
+        [_mean(_packing(meter, kind, *m) for m in maps) for kind in _KINDS]
+        for maps in (_MAPS, _THIN_MAPS, _ALIASED_MAPS)
+    )
+    strided = [_mean(_packing(meter, kind, *m, stride=2) for m in _MAPS) for kind in _KINDS]
+    return {
+        "pack": pack,
+        "pack_thin": thin,
+        "pack_stem": [_packing(meter, kind, *_STEM_MAP, **_STEM) for kind in _KINDS],
+        "strided": strided,
+        "aliased": aliased,
+        "im2col": _mean(_im2col(meter, *m) for m in _MAPS),
+        "assemble": [_mean(_assembling(meter, *m, kind) for m in _MAPS) for kind in _KINDS],
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _map(
+    meter: Meter, images: int, channels: int, size: int, kernel: int = 3, stride: int = 1
+) -> tuple:
+    """(x, the geometry of a convolution of it)."""
+    from dbp_kernels.geometry import make_geometry
+
+    x = meter.random(max(1, images // meter.shrink), channels, size, size)
+    window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
+    return x, make_geometry(x.shape, *window, 1)
+
+
+def _packing(meter: Meter, kind, *shape: int, **window: int) -> float:
+    """ns per element of the packed buffers, some images at a time as in use."""
+    from dbp_kernels.backends.eager import shift, unfold
+
+    x, geometry = _map(meter, *shape, **window)
+    layout = shift.shift_layout(geometry, kind)
+    part, geometry = unfold.chunks(x, geometry, layout.expansion / 2)[0]
+    buffers = shift.pack(part, geometry, kind, layout.widths)
+    elements = sum(buffer.numel() for buffer in buffers.values())
+    del buffers
+    return 1e9 * meter.seconds(lambda: shift.pack(part, geometry, kind, layout.widths)) / elements
+
+
+def _im2col(meter: Meter, images: int, channels: int, size: int) -> float:
+    """ns per element of the patches as rows."""
+    from dbp_kernels.backends.eager import unfold
+
+    x, geometry = _map(meter, max(1, images // 9), channels, size)
+    elements = geometry.samples * geometry.dim
+    return 1e9 * meter.seconds(lambda: unfold.rows(x, geometry)) / elements
+
+
+def _assembling(meter: Meter, images: int, channels: int, size: int, kind) -> float:
+    """ns per element of S."""
+    from dbp_kernels.backends.eager import shift
+
+    _, geometry = _map(meter, 1, channels, size)
+    layout = shift.shift_layout(geometry, kind)
+    program = shift.make_program(layout.shifted)
+    sources = meter.random(len(program.sources), 1, layout.side, layout.side)
+    seconds = meter.seconds(lambda: shift._assemble(sources, program, geometry, kind))
+    return 1e9 * seconds / geometry.dim**2
+
+
+# --------------------------------------------------------------------------- GPUs; not run yet
+
+
+def _gpu_figures(meter: Meter) -> dict:
+    """Peaks of other precisions, and fractions of them that our kernels reach."""
+    peaks = _tensor_cores(meter)
+    measured: dict = {"tensor_cores": peaks}
+    from dbp_kernels import backends
+
+    if backends.unusable("triton", "cuda") is None:
+        measured.update(_kernels(meter, peaks["bf16"]))
+    return measured
+
+
+def _tensor_cores(meter: Meter) -> dict:
+    """GFLOP/s of a large product in each precision but ieee float32."""
+    side, rates = 8192 // meter.shrink, {}
+    before = torch.get_float32_matmul_precision()
+    for name, dtype in (("tf32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        a = meter.random(side, side).to(dtype or torch.float32)
+        torch.set_float32_matmul_precision("high")
+        try:
+            rates[name] = 2 * side**3 / meter.seconds(lambda a=a: a @ a) / 1e9
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return rates
+
+
+def _kernels(meter: Meter, peak: float) -> dict:
+    """Fractions of the bfloat16 peak, by padded side, of the direct form; what gathering leaves."""
+    from dbp_kernels.backends.triton import ops
+    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planner import Choice
+
+    choice = Choice("triton_direct", 0.0, 0.0)
+
+    def rate(channels: int, kernel: int) -> float:
+        x = meter.random(64, channels, 56, 56).bfloat16()
+        x = x.contiguous(memory_format=torch.channels_last)
+        window = ((kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1))
+        geometry = make_geometry(x.shape, *window, 1)
+        seconds = meter.seconds(lambda: ops.patch_gram(x, geometry, choice))
+        count = -(-geometry.dim // 128)
+        return geometry.samples * geometry.dim**2 * (1 + 1 / count) / seconds / 1e9 / peak
+
+    points = [[side, rate(side, 1)] for side in (16, 32, 64, 128)]
+    return {"kernels": points, "gather": min(1.0, rate(128, 3) / rate(1152, 1))}
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def calibrate(device: torch.device, command: str, quick: bool = False) -> dict:
+    """The content of a calibration file for this device."""
+    described = machine.describe(device)
+    begin = time.perf_counter()
+    measured = figures(Meter(device, quick))
+    return {
+        "device": described.get("gpu") or described["cpu"],
+        "type": device.type,
+        "capability": described.get("capability") or described["cpu_capability"],
+        "threads": torch.get_num_threads() if device.type == "cpu" else 1,
+        "measured": True,
+        "origin": {
+            "command": command,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "torch": described["torch"],
+            "commit": described["commit"],
+            "dirty": described["dirty"],
+            "took_seconds": round(time.perf_counter() - begin),
+        },
+        "figures": measured,
+    }
+
+
+def default_path(content: dict) -> Path:
+    """E.g. dbp_kernels/calibrations/amd-epyc-2-threads.json."""
+    name = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    threads = f"-{content['threads']}-threads" if content["type"] == "cpu" else ""
+    return FOLDER / f"{name}{threads}.json"
+
+
+def to_text(content: dict) -> str:
+    """JSON, one figure a line."""
+    lines = []
+    for key, value in content.items():
+        if key == "figures":
+            figures = ",\n  ".join(f'"{k}": {json.dumps(v)}' for k, v in value.items())
+            lines.append(f'"figures": {{\n  {figures}\n }}')
+        else:
+            lines.append(f'"{key}": {json.dumps(value)}')
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    from .cli import _device, _positive
+
+    out = argparse.ArgumentParser(prog="python -m bench calibrate", description=__doc__)
+    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
+    out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    out.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU time, not wall-clock time: with --threads 1, on a machine that is not idle",
+    )
+    out.add_argument(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="write the file (default path: dbp_kernels/calibrations/<device>.json)",
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    out.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")
+    options = out.parse_args(arguments)
+    if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
+        print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
+        return 2
+    if options.save and Path(options.save).exists() and not options.overwrite:
+        return _refused(Path(options.save))
+    given = sys.argv[2:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "bench", "calibrate", *given])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(options.threads or threads)
+        with cpu_time(options.cpu_time):
+            content = calibrate(options.device, command, options.quick)
+    finally:
+        torch.set_num_threads(threads)
+    text = to_text(content)
+    print(text, end="")
+    if options.save is None:
+        return 0
+    path = Path(options.save) if options.save else default_path(content)
+    if path.exists() and not options.overwrite:
+        return _refused(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"saved {path}")
+    return 0
+
+
+def _refused(path: Path) -> int:
+    print(f"{path} exists and is not overwritten without --overwrite", file=sys.stderr)
+    return 2

@@ -1,0 +1,301 @@
+"""What the planner knows of a device: its rates, from JSON files in ``calibrations/``.
+
+A file holds figures that ``python -m bench calibrate`` measured on a device, or guesses, and says
+which. A device takes its own file, or else that of the most similar device of its type. The environment variable DBP_CALIBRATION names a file to take instead. Files are read
+when the planner is first asked, and not again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Points = tuple[tuple[int, float], ...]
+VARIABLE = "DBP_CALIBRATION"
+TYPES = ("cpu", "cuda")
+DEFAULT = "cuda-default.json"  # for GPUs of which nothing similar was measured
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The figures of a device. Rates are GFLOP/s of float32, costs ns per float32 element.
+
+    Attributes:
+        product: points (side, rate) of X^T Y with a long inner dimension, by the result's side.
+        grouped: the same for several products in one batched call.
+        narrow: points (n, rate) of a large square matrix times n columns.
+        wgrad: points (channels of a group, rate) of weight-gradient convolutions.
+        gbytes: copy bandwidth in GB/s, bytes read and written both counted.
+        fresh: cost of writing to new memory, as large buffers are, beside memory used before.
+        call: seconds of a small library call.
+        product_call: seconds of a product of next to nothing, with slicing its operands.
+        pack: cost of a copy into rows of channels, by element of the copy, where no axis, the last
+            one, or another one is unfolded.
+        pack_thin: the same for so few channels that they do not fill a cache line.
+        pack_stem: as ``pack_thin``, with a stride (and the wide kernel that usually goes with it).
+        strided: factors on packing, cases as of ``pack``, where the convolution has a stride; the
+            first also on im2col.
+        aliased: the same where the channels of a pixel compete for few cache sets because the
+            images' sizes are powers of two.
+        im2col: cost of the patches as rows, by their elements.
+        assemble: cost of S from its blocks, by element of S; cases as of ``pack``.
+        tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
+        kernels: points (padded side, fraction of the peak) of our own GPU kernels.
+        gather: what gathering taps leaves of that rate.
+    """
+
+    product: Points
+    grouped: Points
+    narrow: Points
+    wgrad: Points
+    gbytes: float
+    fresh: float
+    call: float
+    product_call: float
+    pack: tuple[float, float, float]
+    pack_thin: tuple[float, float, float]
+    pack_stem: tuple[float, float, float]
+    strided: tuple[float, float, float]
+    aliased: tuple[float, float, float]
+    im2col: float
+    assemble: tuple[float, float, float]
+    tensor_cores: tuple[tuple[str, float], ...] = ()
+    kernels: Points = ()
+    gather: float = 1.0
+    speed: float = 1.0  # of the operand precision, beside ieee float32
+
+    @property
+    def peak(self) -> float:
+        """The best product rate, operations per second."""
+        return self.speed * 1e9 * max(rate for _, rate in self.product)
+
+    def product_rate(self, side: int, groups: int = 1) -> float:
+        """Operations per second of X^T Y with a long inner dimension and a side x side result."""
+        table = self.product if groups == 1 else self.grouped
+        return self.speed * 1e9 * interpolate(table, side)
+
+    def narrow_rate(self, columns: int) -> float:
+        """Operations per second of a large matrix times so many columns."""
+        return self.speed * 1e9 * interpolate(self.narrow, columns)
+
+    def wgrad_rate(self, channels: int) -> float:
+        """Operations per second of a weight-gradient convolution."""
+        return self.speed * 1e9 * interpolate(self.wgrad, channels)
+
+    def kernel_rate(self, side: int) -> float:
+        """Operations per second of our own GPU kernels."""
+        return self.peak * interpolate(self.kernels, side) if self.kernels else self.peak
+
+    def bytes_per_second(self) -> float:
+        return self.gbytes * 1e9
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A file's content: the figures, and where they come from.
+
+    ``capability`` is the CPU's instruction set as torch names it, or a GPU's "major.minor".
+    """
+
+    source: str
+    device: str
+    type: str
+    capability: str
+    threads: int
+    measured: bool
+    machine: Machine
+
+    @property
+    def text(self) -> str:
+        """One line for the environment report."""
+        how = "measured" if self.measured else "GUESSED, not measured"
+        threads = f", {self.threads} threads" if self.type == "cpu" else ""
+        return f"{self.source}: {how} on {self.device}{threads}"
+
+
+def interpolate(points: Points, x: int) -> float:
+    """Piecewise linear in log2(x); constant above the last point, towards zero below the first."""
+    if x <= points[0][0]:
+        return points[0][1] * x / points[0][0]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * math.log2(x / x0) / math.log2(x1 / x0)
+    return points[-1][1]
+
+
+@lru_cache
+def machine(device_type: str, precision: str = "ieee", itemsize: int = 4) -> Machine:
+    """The figures for "cuda", or the CPU's for any other device type, at an operand precision."""
+    m = calibration("cuda" if device_type == "cuda" else "cpu").machine
+    if itemsize == 8:
+        return replace(m, speed=0.5)
+    special = dict(m.tensor_cores).get(precision)
+    return replace(m, speed=special * 1e9 / m.peak) if special else m
+
+
+@lru_cache
+def calibration(device_type: str) -> Calibration:
+    """The calibration in use for "cpu" or "cuda".
+
+    Raises ValueError if the file that DBP_CALIBRATION names is not readable or not a calibration.
+    """
+    path = os.environ.get(VARIABLE)
+    if path:
+        given = read(Path(path), f"{VARIABLE}={path}")
+        if given.type == device_type:
+            return given
+    return nearest(shipped(), *present(device_type))
+
+
+def nearest(
+    known: tuple[Calibration, ...], type: str, device: str, capability: str, threads: int
+) -> Calibration:
+    """The device's own calibration, else the most similar of its type, else the type's default.
+
+    Similar is: the same device with another number of threads, then the same capability; among
+    equals the nearest number of threads.
+    """
+
+    def distance(c: Calibration) -> tuple:
+        similar = c.capability == capability
+        # a GPU of another generation tells less than the default does
+        last = similar == (c.source == DEFAULT)
+        return c.device != device, not similar, last, abs(math.log2(c.threads / threads)), c.source
+
+    return min((c for c in known if c.type == type), key=distance)
+
+
+@lru_cache
+def shipped() -> tuple[Calibration, ...]:
+    """All calibrations that come with the package."""
+    folder = files(__package__).joinpath("calibrations")
+    paths = sorted((p for p in folder.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
+    return tuple(read(path, path.name) for path in paths)
+
+
+def present(device_type: str) -> tuple[str, str, str, int]:
+    """(type, device, capability, threads) of this machine's CPU or current GPU."""
+    if device_type == "cpu":
+        return "cpu", cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    if not torch.cuda.is_available():  # asked about a GPU from elsewhere
+        return "cuda", "", "", 1
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return "cuda", torch.cuda.get_device_name(), capability, 1
+
+
+@lru_cache
+def cpu_name() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def read(path: Any, name: str) -> Calibration:
+    """The calibration in a file, which errors call ``name``. Raises ValueError naming the key."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: expected a calibration file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected a JSON object")
+    kinds = {"device": str, "type": str, "capability": str, "threads": int, "measured": bool}
+    values = {key: _value(content, key, kind, name) for key, kind in kinds.items()}
+    if values["type"] not in TYPES:
+        raise ValueError(f"{name}: type={values['type']!r}: expected 'cpu' or 'cuda'")
+    if values["threads"] < 1:
+        raise ValueError(f"{name}: threads={values['threads']}: expected at least 1")
+    figures = _value(content, "figures", dict, name)
+    parsers = {f.name: _PARSERS[f.name] for f in fields(Machine) if f.name in _PARSERS}
+    unknown = figures.keys() - parsers.keys()
+    if unknown:
+        raise ValueError(f"{name}: figures.{min(unknown)}: no such figure")
+    parsed = {}
+    for key, parser in parsers.items():
+        if key not in figures and key in _OPTIONAL:
+            continue
+        if key not in figures:
+            raise ValueError(f"{name}: figures.{key} is missing")
+        try:
+            parsed[key] = parser(figures[key])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{name}: figures.{key}={figures[key]!r}: {error}") from None
+    source = getattr(path, "name", name)
+    return Calibration(source=str(source), machine=Machine(**parsed), **values)
+
+
+def _value(content: dict, key: str, kind: type, name: str) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name}: {key}={value!r}: expected {_KINDS[kind]}")
+    return value
+
+
+_KINDS = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError("expected a positive number")
+    return float(value)
+
+
+def _points(value: Any) -> Points:
+    pairs = [tuple(pair) for pair in value] if isinstance(value, list) else []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError("expected a list of pairs [size, number]")
+    points = tuple((int(_number(size)), _number(y)) for size, y in pairs)
+    if any(a >= b for (a, _), (b, _) in itertools.pairwise(points)):
+        raise ValueError("expected sizes in ascending order")
+    return points
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError("expected three numbers")
+    return tuple(_number(v) for v in value)
+
+
+def _rates(value: Any) -> tuple[tuple[str, float], ...]:
+    return tuple((str(key), _number(rate)) for key, rate in value.items())
+
+
+_PARSERS = {
+    "product": _points,
+    "grouped": _points,
+    "narrow": _points,
+    "wgrad": _points,
+    "gbytes": _number,
+    "fresh": _number,
+    "call": _number,
+    "product_call": _number,
+    "pack": _three,
+    "pack_thin": _three,
+    "pack_stem": _three,
+    "aliased": _three,
+    "strided": _three,
+    "im2col": _number,
+    "assemble": _three,
+    "tensor_cores": _rates,
+    "kernels": _points,
+    "gather": _number,
+}
+_OPTIONAL = {"tensor_cores", "kernels", "gather"}
