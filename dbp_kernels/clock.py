@@ -1,0 +1,33 @@
+"""Points in a device's time: the host's clock on a CPU, events on CUDA, which nothing waits for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+Mark = Any  # seconds, or a CUDA event
+
+
+def mark(device: torch.device) -> Mark:
+    """Now, on the device's current stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def wait(point: Mark) -> None:
+    """Return once the device has reached the mark."""
+    if not isinstance(point, float):
+        point.synchronize()
+
+
+def seconds(begin: Mark, end: Mark) -> float:
+    """From one mark of a device to a later one; waits for that."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
