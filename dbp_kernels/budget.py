@@ -9,6 +9,7 @@ use no measurement, so that equal states decide alike.
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ _LAG = 8
 _WINDOW = 256  # steps that the measured share is an average of
 # Of the matmul rate, in a whole plain step. Two CPU cores, ConvNet and ResNet-18: 0.3 to 0.4.
 _STEP_RATE = 0.35
+_STEP_CALLS = 30  # GUESS: calls of a layer's forward, backward, activation, norm and optimiser
 
 
 @dataclass
@@ -185,7 +187,9 @@ class Budget:
         patches = sum(geometry.samples for geometry in geometries) * recorded / images
         weight = getattr(job.layer, "weight", None)
         flop = 6 * patches * (0 if weight is None else weight.numel())
-        self.plain[layer] = flop / (planner.machine(device.type).gflops * 1e9 * _STEP_RATE)
+        machine = planner.machine(device.type)
+        seconds = flop / (machine.gflops * 1e9 * _STEP_RATE) + _STEP_CALLS * machine.call
+        self.plain[layer] = seconds
 
     @property
     def _fixed(self) -> bool:
@@ -261,6 +265,14 @@ class Budget:
             source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
             dist.broadcast_object_list(state, source, group=process_group)
             self.schedule.load(state[0])
+        if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
+            warnings.warn(
+                f"budget={self.share:g} pays for no update: a step without any takes "
+                f"{1e3 * self.schedule.base:.3g} ms, and choosing none already "
+                f"{1e3 * self.schedule.overhead:.3g} ms",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     # What it reports, and its checkpoints.
 
@@ -289,11 +301,11 @@ class Budget:
         return ScheduleReport(self.share, steps, base, planned, self._actual(), layers)
 
     def _actual(self) -> float | None:
-        times = [*self._recent]
-        if self.schedule.base is not None:
-            times += filter(None, (reading.read_times() for reading in self._pending))
-        times = times[-min(len(times), max(0, self.schedule.step - WARM_UP)) :] if times else []
-        if not times or self.schedule.step <= WARM_UP:
+        if self.schedule.base is None:
+            return None
+        pending = [reading.read_times() for reading in self._pending]
+        times = [*self._recent, *filter(None, pending)][-_WINDOW:]
+        if not times:
             return None
         update = statistics.fmean(update for update, _ in times)
         # a median: pauses for an evaluation or a checkpoint are no part of a step

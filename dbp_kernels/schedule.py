@@ -49,13 +49,15 @@ def fit_costs(
         steps: (layers updated, seconds that took) of every measured step.
 
     Multiplicative, by expectation maximisation: costs stay positive, their sum over the steps
-    becomes what was measured, and a layer that no step updated keeps its cost. A step of more than
-    3 times the time that the typical step's ratio predicts counts as 3 times.
+    becomes what was measured, and a layer that no step updated keeps its cost. Where all steps
+    updated the same layers, the overhead stays: they cannot tell it. A step of more than 3 times
+    the time that the typical step's ratio predicts counts as 3 times.
     """
     fitted = [*costs, overhead]
     members = [([*layers, len(costs)], seconds) for layers, seconds in steps]
     if not members:
         return list(costs), overhead
+    told = len({tuple(who) for who, _ in members}) > 1
 
     def ratios() -> list[float]:
         return [seconds / sum(fitted[i] for i in who) for who, seconds in members]
@@ -69,6 +71,7 @@ def fit_costs(
                 sums[i] += min(ratio, limit)
                 counts[i] += 1
         fitted = [x * s / n if n and s else x for x, s, n in zip(fitted, sums, counts)]
+        fitted[-1] = fitted[-1] if told else overhead
     return fitted[:-1], fitted[-1]
 
 

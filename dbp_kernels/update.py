@@ -419,9 +419,10 @@ class DecorUpdate(torch.optim.Optimizer):
         check(isinstance(groups, list), "has no list of param_groups")
         check(isinstance(entries, dict), f"has state={entries!r}")
         for group in groups:
-            missing = {"params", *self.defaults} - set(group)
+            # torch's load_state_dict adds one of its own to the defaults
+            missing = {"params", *self.defaults} - {"differentiable"} - set(group)
             check(not missing, f"has a group without {sorted(missing)}")
-            checked_options({key: group[key] for key in self.defaults})
+            checked_options({key: group[key] for key in self.defaults if key in group})
         sizes = [len(group["params"]) for group in groups]
         own = [len(group["params"]) for group in self.param_groups]
         check(sizes == own, f"has groups of {sizes} layers, this DecorUpdate has {own}")
