@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import bars, machine, registry, report
+from .budget import BUDGET_CASES, run_budget_case
 from .kernels import DEFAULT_PAIRS, Settings, run_case
 from .steps import STEP_CASES, run_step_case
 
@@ -59,9 +60,10 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--suite",
-        choices=("kernels", "step", "all"),
+        choices=("kernels", "step", "budget", "all"),
         default="kernels",
-        help="kernels: patch_gram on layer shapes; step: whole training steps (default: kernels)",
+        help="kernels: patch_gram on layer shapes; step: whole training steps; budget: shares of "
+        "the step under budgets, on a CPU (default: kernels; all: without budget)",
     )
     out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
     out.add_argument(
@@ -122,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not 0 < options.sample <= 1:
         print(f"--sample must be in (0, 1], got {options.sample:g}", file=sys.stderr)
+        return 2
+    if options.suite == "budget" and options.device.type != "cpu":
+        print("--suite budget reads the host's clock: it is for --device cpu", file=sys.stderr)
         return 2
     try:
         jobs = _jobs(options)
@@ -191,6 +196,14 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
                 case, settings, batch=batch, sample=options.sample, tick=tick
             )
             jobs.append(("step", case.name, run, pairs or case.pairs))
+    if options.suite == "budget":
+        pattern = registry.compile_filter(options.filter)
+        for case in BUDGET_CASES[:1] if options.quick and not options.filter else BUDGET_CASES:
+            if pattern.search(case.name):
+                run = lambda tick, case=case: run_budget_case(  # noqa: E731
+                    case, settings, batch=batch, rounds=pairs, tick=tick
+                )
+                jobs.append(("budget", case.name, run, pairs or case.rounds))
     return jobs
 
 
@@ -215,6 +228,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: list[J
         },
         "kernels": [],
         "step": [],
+        "budget": [],
     }
     with tqdm(total=sum(job[3] for job in jobs), unit="round", leave=False) as progress:
         try:

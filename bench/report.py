@@ -19,6 +19,10 @@ def text_report(result: dict) -> str:
         parts += ["patch_gram", kernel_table(result["kernels"]), means_text(result["kernels"])]
     if result.get("step"):
         parts += ["whole training steps", step_table(result["step"])]
+    if result.get("budget"):
+        from .budget import budget_table
+
+        parts += ["budgets", budget_table(result["budget"])]
     parts += [problems(result["kernels"] + result["step"])]
     parts += ["bars", bars_table(bars.evaluate(result))]
     return "\n\n".join(part for part in parts if part)
@@ -188,6 +192,11 @@ def plot(result: dict, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if result.get("budget"):
+        from .budget import plot_budget
+
+        plot_budget(result["budget"], path)
+        return True
     kernels = [r for r in result.get("kernels", ()) if bars.speedup(r, "unfold")]
     steps = [r for r in result.get("step", ()) if bars.speedup(r, "bp")]
     heights = [len(kernels) * 0.3 + 1.2 if kernels else 0, len(steps) * 0.7 + 1.2 if steps else 0]
