@@ -192,7 +192,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose samples or result are not
-        finite (see `skipped`). Nothing waits for the device. If an error is raised, no R has
+        finite (see `skipped`). Nothing waits for the device (but see `costs`). If an error is raised, no R has
         changed (but for the first step's broadcast, below). Small layers of equal shape and
         options are computed together.
 
@@ -467,6 +467,8 @@ class DecorUpdate(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             options = ", ".join(f"{k}={v!r}" for k, v in group.items() if "param" not in k)
             lines.append(f"  group {index}: {len(group['params'])} layers, {options}")
+        if self._budget is not None:
+            lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
         return "\n".join([*lines, ")"])
 
 

@@ -5,7 +5,6 @@ import io
 import pickle
 import time
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ class World:
 
     def __init__(self, monkeypatch, base: float) -> None:
         self.now, self.base, self.update, self.steps = 0.0, base, [], 0
-        monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(clock, "host", lambda: self.now)
         original = update.local_updates
 
         def timed(jobs):
@@ -363,6 +362,7 @@ def test_report(monkeypatch):
     world.train(net, decor, 45)
     report = decor.schedule()
     text = str(report)
+    assert "budget=0.03, costs='measured'" in repr(decor)
     assert report.steps == 45
     assert len(text.splitlines()) == 2 + 4 + 1
     assert "budget 3.00% of a step; planned" in text
@@ -373,6 +373,29 @@ def test_report(monkeypatch):
         assert layer.interval == pytest.approx(45 / layer.updates)
     parts = sum(layer.share for layer in report.layers)
     assert parts <= report.planned
+
+
+def test_step_reads_nothing_younger_than_the_lag(monkeypatch):
+    """So that it never waits for a device, but at the calibrations."""
+    net = network()
+    world = World(monkeypatch, 0.05)
+    decor = dbp.DecorUpdate(net, lr=1e-3, budget=0.05)
+    ages = []
+    for name in ("read_losses", "read_times"):
+        original = getattr(budget_module._Reading, name)
+
+        def read(self, original=original):
+            later = [r for r in decor._budget._pending if r.end > self.end]
+            ages.append(len(later))
+            return original(self)
+
+        monkeypatch.setattr(budget_module._Reading, name, read)
+    for step in range(60):
+        ages.clear()
+        world.train(net, decor, 1)
+        if step + 1 not in CALIBRATIONS:
+            assert set(ages) <= {budget_module._LAG}
+    assert ages
 
 
 # Two processes, whose clocks differ.
