@@ -65,42 +65,47 @@ def smooth_images(count: int, size: int, generator: torch.Generator) -> Tensor:
     return (images - images.mean()) / images.std()
 
 
-@contextmanager
-def _undisturbed() -> Iterator[str]:
-    """With one thread, all clocks tell the process's CPU time; yields the clock's name.
+class _Clock:
+    """Replaces the library's clock: stands still for a run while others have their turn.
 
-    Other processes then hardly touch the figures. With several threads that time counts each.
+    With one thread it tells the process's CPU time, which other processes hardly touch.
     """
-    from dbp_kernels import clock
 
-    original = clock.host
-    if torch.get_num_threads() == 1:
-        clock.host = time.process_time
-    try:
-        yield clock.host.__name__
-    finally:
-        clock.host = original
+    def __init__(self) -> None:
+        self.time = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.away = 0.0  # seconds that the run whose turn it is has missed
+
+    def __call__(self) -> float:
+        return self.time() - self.away
+
+    @contextmanager
+    def turn_of(self, run: _Run) -> Iterator[None]:
+        self.away = self.time() - run.clock
+        try:
+            yield
+        finally:
+            run.clock = self()
 
 
 @contextmanager
-def _timed_copies() -> Iterator[list[float]]:
-    """Appends the seconds of every copy of samples in a forward pass."""
+def _timing(now: _Clock) -> Iterator[list[float]]:
+    """Times the library by ``now``; appends the seconds of every copy of samples in a forward pass."""
     from dbp_kernels import clock
     from dbp_kernels.capture import Recorder
 
     spent: list[float] = []
-    original = Recorder.record
+    record, host = Recorder.record, clock.host
 
-    def record(self: Recorder, input: Tensor) -> None:
-        begin = clock.host()
-        original(self, input)
-        spent.append(clock.host() - begin)
+    def timed(self: Recorder, input: Tensor) -> None:
+        begin = now()
+        record(self, input)
+        spent.append(now() - begin)
 
-    Recorder.record = record
+    Recorder.record, clock.host = timed, now
     try:
         yield spent
     finally:
-        Recorder.record = original
+        Recorder.record, clock.host = record, host
 
 
 class _Run:
@@ -115,16 +120,15 @@ class _Run:
         self.updates: list[float] = []  # seconds of each step's update
         self.wholes: list[float] = []
         self.curve: list[tuple[float, float]] = []
+        self.clock = 0.0  # at the end of its last turn
 
-    def train(self, images: Tensor, labels: Tensor, copies: list[float]) -> None:
-        from dbp_kernels import clock
-
+    def train(self, images: Tensor, labels: Tensor, copies: list[float], now: _Clock) -> None:
         copies.clear()
-        begin = clock.host()
+        begin = now()
         self.step(images, labels)
-        stepped = clock.host()
+        stepped = now()
         self.decor.step()
-        end = clock.host()
+        end = now()
         self.updates.append(sum(copies) + end - stepped)
         self.wholes.append(end - begin)
 
@@ -218,12 +222,14 @@ def run_budget_case(
     model = dbp.decorrelate_model(network.build())
     runs = [_Run(copy.deepcopy(model), budget, settings.dtype) for budget in case.budgets]
     steps = WARM_UP + (rounds or case.rounds)
-    with _undisturbed() as name, _timed_copies() as copies:
+    now = _Clock()
+    with _timing(now) as copies:
         for index in range(steps):
             for run in runs if index % 2 else reversed(runs):
                 if index % case.every == 0:
                     run.look(held_out)
-                run.train(batches[index % _BATCHES], labels[index % _BATCHES], copies)
+                with now.turn_of(run):
+                    run.train(batches[index % _BATCHES], labels[index % _BATCHES], copies, now)
             tick()
     for run in runs:
         run.look(held_out)
@@ -232,7 +238,7 @@ def run_budget_case(
         "network": network.name,
         "batch": batch,
         "lr": DECOR_LR,
-        "clock": name,
+        "clock": now.time.__name__,
         "warm_up": WARM_UP,
         "steps": steps,
         "runs": [run.record(WARM_UP) for run in runs],

@@ -6,6 +6,8 @@ alone, so equal states decide alike, in every process.
 A budget is a share s of the training step's time. With B seconds for the step without any update,
 the updates may take A = B s / (1 - s) seconds a step (``allowance``), which go into a bank:
 
+Costs are set before the steps in ``CALIBRATIONS``, the last time for good.
+
 1. The first ``WARM_UP`` steps update every layer, as without a budget. They are not charged.
 2. Samples become smaller before updates become rarer: one update moves R about as far whatever its
    sample, so while the layers do not all fit into A, the samples that cost most are halved, as long
@@ -148,11 +150,19 @@ class Schedule:
         Args:
             base: seconds of a step without any update.
             every: as of ``fit_samples``.
-            steps: as of ``fit_costs``; none: the costs stay as they are.
+            steps: as of ``fit_costs``, those since the last calibration; none: the costs stay as
+                they are. After the warm-up the bank makes up for what they took against what it
+                paid, so that the share of all steps up to here is right.
         """
+        before, paid = self.costs(), self.allowance
+        warming_up = self.base is None
         self.base = base
-        before = self.costs()
         fitted, self.overhead = fit_costs(before, self.overhead, steps)
+        if not warming_up:
+            for layers, seconds in steps:
+                usual = self.overhead + sum(fitted[i] for i in layers)
+                taken = min(seconds, _OUTLIER * usual) - self.overhead
+                self.bank += self.allowance - paid - taken + sum(before[i] for i in layers)
         self.scale = [s * b / a if a else s for s, a, b in zip(self.scale, before, fitted)]
         seconds = [
             [t * scale for _, t in sizes] or [0.0] for sizes, scale in zip(self.sizes, self.scale)

@@ -272,3 +272,19 @@ def test_calibration_forgets_the_losses_of_another_sample_size():
     # twice as slow a machine: the shares stay, only times change
     schedule.calibrate(2.0, [1, 1], [([0, 1], 0.18)] * 4)
     assert schedule.cost(0) + schedule.cost(1) + schedule.overhead == pytest.approx(0.18)
+
+
+def test_calibration_makes_up_for_what_was_spent():
+    """Costs twice as high as thought: what is overspent until then is saved afterwards."""
+    schedule = make([0.03, 0.05], 0.05)
+    true = [0.06, 0.10]
+    choices = run(schedule, 10)
+    steps = [(chosen, sum(true[i] for i in chosen)) for chosen in choices]
+    spent = sum(seconds for _, seconds in steps)
+    allowance = schedule.allowance
+    assert spent > 1.5 * 10 * allowance
+    schedule.calibrate(1.0, [1, 1], [(chosen, seconds + 1e-4) for chosen, seconds in steps])
+    assert schedule.cost(0) + schedule.cost(1) == pytest.approx(0.16, rel=0.02)
+    assert schedule.bank == pytest.approx(10 * allowance - spent, abs=0.01)
+    later = [sum(true[i] for i in chosen) for chosen in run(schedule, 30)]
+    assert (spent + sum(later)) / 40 == pytest.approx(allowance, rel=0.1)
