@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import bars
+from .budget import plot_budget
 
 
 def plot(result: dict, path: Path) -> bool:
@@ -18,6 +19,9 @@ def plot(result: dict, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if result.get("budget"):
+        plot_budget(result["budget"], path)
+        return True
     panels = _panels(result)
     if not panels:
         return False

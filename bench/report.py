@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from . import bars
+from .budget import budget_table
 from .kernel_tables import kernel_table, means_text, scaling_table
 from .network_tables import memory_table, step_text, update_table
 from .regret_tables import regret_table
@@ -18,6 +19,7 @@ _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
     "memory": ("peak memory of training", memory_table),
     "scaling": ("patch_gram as one size grows", scaling_table),
     "regret": ("the planner's choices", regret_table),
+    "budget": ("budgets", budget_table),
 }
 
 
@@ -27,15 +29,15 @@ def text_report(result: dict) -> str:
     for suite, (heading, text) in _SUITES.items():
         if result.get(suite):
             parts += [heading, text(result[suite])]
-    parts += [problems(all_records(result))]
+    parts += [problems(judged_records(result))]
     parts += ["bars", bars_table(bars.evaluate(result))]
     return "\n\n".join(part for part in parts if part)
 
 
-def all_records(result: dict) -> Iterator[dict]:
-    """The case records of every suite."""
+def judged_records(result: dict) -> Iterator[dict]:
+    """The case records of every suite that compares methods."""
     for suite in _SUITES:
-        yield from result.get(suite, ())
+        yield from (record for record in result.get(suite, ()) if "methods" in record)
 
 
 def _header(result: dict) -> str:

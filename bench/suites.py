@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import footprint, kernels, networks, registry, regret, scaling, steps, updates
+from . import budget, footprint, kernels, networks, registry, regret, scaling, steps, updates
 from .kernels import DEFAULT_PAIRS, Settings
 
 DTYPES = {
@@ -39,7 +39,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         warmup=1 if options.quick else 2,
         channels_last=options.channels_last,
     )
-    chosen = SUITES if options.suite == "all" else {options.suite: SUITES[options.suite]}
+    every = {name: suite for name, suite in SUITES.items() if name != "budget"}
+    chosen = every if options.suite == "all" else {options.suite: SUITES[options.suite]}
     return [job for suite in chosen.values() for job in suite(options, settings)]
 
 
@@ -147,6 +148,21 @@ def _scaling(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
         yield Job("scaling", f"{what} {value}", run, settings.pairs)
 
 
+def _budget(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
+    pattern = registry.compile_filter(options.filter)
+    quick = options.quick and not options.filter
+    for case in budget.BUDGET_CASES[:1] if quick else budget.BUDGET_CASES:
+        if not pattern.search(case.name):
+            continue
+
+        def run(tick, case=case):
+            return budget.run_budget_case(
+                case, settings, batch=_batch(options), rounds=settings.pairs, tick=tick
+            )
+
+        yield Job("budget", case.name, run, settings.pairs or case.rounds)
+
+
 SUITES: dict[str, Callable[[argparse.Namespace, Settings], Iterator[Job]]] = {
     "kernels": _kernels,
     "update": _update,
@@ -154,4 +170,5 @@ SUITES: dict[str, Callable[[argparse.Namespace, Settings], Iterator[Job]]] = {
     "memory": _memory,
     "scaling": _scaling,
     "regret": _regret,
+    "budget": _budget,
 }

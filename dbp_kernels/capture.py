@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from dbp_kernels.clock import mark
+
 _next_key = count()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
 
@@ -30,9 +32,10 @@ class Owner(Protocol):
     """What a recorder needs of its optimiser."""
 
     _generator: torch.Generator
+    _budget: Any  # None, or what wants to know how long the copies take
 
-    def _sampling_options(self, group: int) -> dict[str, Any] | None:
-        """The options of a parameter group, or None where this step copies nothing."""
+    def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
+        """The options of a group's layer, or None where this step copies nothing of it."""
 
 
 class Recorder:
@@ -41,15 +44,18 @@ class Recorder:
     Args:
         layer: the decorrelated layer it serves.
         owner: the optimiser, referenced weakly like the layer.
-        group: the index of the layer's parameter group.
+        group, index: the layer's parameter group, and its place there.
+
+    ``seen`` counts the images that the samples were taken from.
     """
 
-    def __init__(self, layer: nn.Module, owner: Owner, group: int) -> None:
+    def __init__(self, layer: nn.Module, owner: Owner, group: int, index: int) -> None:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
+        self.seen = 0
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
-        self._group = group
+        self._place = group, index
         _recorders[self.key] = self
         layer._recorder = weakref.ref(self)
         # A tensor, not an int: an input of compiled code, so that one graph serves equal layers.
@@ -61,9 +67,14 @@ class Recorder:
         layer = self._layer()
         return layer is not None and recorder_of(layer) is self
 
+    def clear(self) -> None:
+        """Drop the samples."""
+        self.samples.clear()
+        self.seen = 0
+
     def release(self) -> None:
         """Drop the samples and stop recording."""
-        self.samples.clear()
+        self.clear()
         layer = self._layer()
         if layer is not None and self.owns_layer:
             layer._recorder = layer._recorder_key = None
@@ -78,7 +89,7 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:
             return
         layer, owner = self._layer(), self._owner()
-        options = None if owner is None else owner._sampling_options(self._group)
+        options = None if owner is None else owner._sampling_options(*self._place)
         if layer is None or options is None:
             return
         if _capturing(input):
@@ -88,12 +99,14 @@ class Recorder:
                 "replay would ever learn; capture without it (decor.detach() or model.eval()), or "
                 "use torch.compile, which keeps sampling out of its CUDA graphs"
             )
+        begin = None if owner._budget is None else mark(input.device)
         with torch.no_grad():
             batch = layer._as_images(_unwrapped(input).detach())
             images = int(batch.shape[0])
             size = sample_size(options["sample"], images)
             if size == 0:
                 return
+            self.seen += images
             # A copy even of the whole batch: a view would keep the activation alive until step(),
             # and would see whatever the model does to it in place.
             if options["sampling"] == "random" and size < images:
@@ -103,6 +116,8 @@ class Recorder:
                 self.samples.append(batch[chosen.to(batch.device, non_blocking=True)])
             else:
                 self.samples.append(batch[:size].clone())
+        if begin is not None:
+            owner._budget.add_span(begin, mark(input.device))
 
 
 def recorder_of(layer: nn.Module) -> Recorder | None:

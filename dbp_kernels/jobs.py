@@ -28,6 +28,7 @@ class Job:
     layer: nn.Module
     samples: list[Tensor]
     options: dict[str, Any]
+    index: int = 0  # of the layer, among all of its optimiser's
 
     @property
     def R(self) -> Tensor:
@@ -45,6 +46,12 @@ class Job:
     @property
     def rule(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("lr", "kappa", "rule")}
+
+    def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
+        """Those of the samples, batch by batch, and where and as what these are."""
+        prepared = list(_prepared(self))
+        x = prepared[0][0]
+        return [make_geometry(x.shape, *rest) for x, rest in prepared], x.device, x.dtype
 
     def batches(self) -> list[Tensor]:
         """The samples in as few batches as their shapes allow, on R's device."""

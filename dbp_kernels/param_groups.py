@@ -13,6 +13,7 @@ from dbp_kernels import distributed, plans
 from dbp_kernels.nn import is_decorrelated
 
 _SAMPLINGS = ("first", "random")
+COSTS = ("measured", "planned")  # where a budget's come from
 
 _Layers = dict[str, nn.Module]
 
@@ -104,6 +105,12 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
     "rule": (str, lambda v: v in plans.RULES, f"one of {plans.RULES}"),
     "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
     "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "budget": (
+        lambda v: None if v is None else float(v),
+        lambda v: v is None or (_is_number(v, Real) and 0 < v < 1),
+        "None, or a share of the training step above 0 and below 1",
+    ),
+    "costs": (str, lambda v: v in COSTS, f"one of {COSTS}"),
     "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
 }
 

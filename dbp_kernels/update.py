@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dbp_kernels import distributed
+from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
+from dbp_kernels.clock import Mark, mark
 from dbp_kernels.jobs import Job, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
 from dbp_kernels.surgery import switch_fast_paths
@@ -61,6 +63,15 @@ class DecorUpdate(torch.optim.Optimizer):
         demean: subtract the samples' mean from the statistics (not from the forward pass).
         process_group: the ranks to share samples with; None is the default group.
         sampling: "first" takes a contiguous slice (loaders shuffle), "random" draws images.
+        budget: the share of the training step's time, between 0 and 1, that the update may take:
+            its copies in the forward pass and ``step()``, over the whole step with them. Which
+            layers are updated at which step, and from how many images, then follows; see
+            ``schedule()``. The first 5 steps update every layer and are not charged; `sample` and
+            `update_every` become upper limits. None: no limit, every layer whenever it is due.
+        costs: "measured": the budget's costs are measured before steps 5, 15, 45 and 135 (which
+            waits for the device, those four times), and kept then. "planned": they are the
+            planner's estimates, so that equal runs update alike from the start, but the share
+            holds only as well as those do; so too under torch.use_deterministic_algorithms.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
@@ -79,7 +90,10 @@ class DecorUpdate(torch.optim.Optimizer):
         demean: bool = False,
         process_group: dist.ProcessGroup | None = None,
         sampling: str = "first",
+        budget: float | None = None,
+        costs: str = "measured",
     ) -> None:
+        limits = checked_options({"budget": budget, "costs": costs})
         defaults = checked_options(
             {
                 "lr": lr,
@@ -99,6 +113,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         self._steps = 0
         self._ranks_agree = False
+        self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
             distributed.ignore_in_ddp(model)
@@ -109,7 +124,8 @@ class DecorUpdate(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add layers, with options of their own: ``{"modules": ..., "lr": ...}``.
 
-        Raises ValueError as the constructor does, before anything is changed.
+        With a budget, its schedule begins again, with a warm-up. Raises ValueError as the
+        constructor does, before anything is changed.
         """
         options, layers = parse_group(param_group, self.defaults)
         check_groups([(None, dict(self._named_layers())), (options, layers)])
@@ -119,7 +135,9 @@ class DecorUpdate(torch.optim.Optimizer):
         params = [(name, layer.R) for name, layer in zip(names, layers.values())]
         super().add_param_group({**options, "params": params})
         self._layers.append(list(layers.values()))
-        self._recorders.append([Recorder(layer, self, index) for layer in layers.values()])
+        self._recorders.append(_make_recorders(layers.values(), self, index))
+        if self._budget is not None:
+            self._budget.restart(sum(map(len, self._layers)))
 
     def _named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         for group, layers in zip(self.param_groups, self._layers):
@@ -138,17 +156,25 @@ class DecorUpdate(torch.optim.Optimizer):
                             "skipped": state["skipped"].to(layer.R.device),
                         }
 
-    def _sampling_options(self, group: int) -> dict[str, Any] | None:
-        """Asked by the recorders: the group's options, or None where this step copies nothing."""
+    def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
+        """Asked by the recorders: a layer's options, or None where this step copies nothing."""
         options = self.param_groups[group]
-        due = self._steps % options["update_every"] == 0 and options["lr"] != 0
-        return options if due else None
+        if not self._due(options):
+            return None
+        if self._budget is None:
+            return options
+        return self._budget.options(sum(map(len, self._layers[:group])) + index, options)
+
+    def _due(self, options: dict[str, Any]) -> bool:
+        return self._steps % options["update_every"] == 0 and options["lr"] != 0
 
     def discard(self) -> None:
         """Free the samples taken since the last ``step()`` without using them."""
         for recorders in self._recorders:
             for recorder in recorders:
-                recorder.samples.clear()
+                recorder.clear()
+        if self._budget is not None:
+            self._budget.discard()
 
     def detach(self) -> None:
         """Stop copying samples, for good, and free those there are. R stays as it is."""
@@ -166,7 +192,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose samples or result are not
-        finite (see `skipped`). Nothing waits for the device. If an error is raised, no R has
+        finite (see `skipped`). Nothing waits for the device (but see `costs`). If an error is raised, no R has
         changed (but for the first step's broadcast, below). Small layers of equal shape and
         options are computed together.
 
@@ -188,11 +214,17 @@ class DecorUpdate(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        budget = self._budget
+        begin = None if budget is None else mark(self._device)
         try:
             self._check_attached()
             self._follow_R()
             jobs = self._jobs()
             many = distributed.active(self.process_group)
+            if budget is not None:
+                seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
+                for job in jobs:
+                    budget.plan(job, seen[job.index], many)
             if many and not self._ranks_agree:
                 everything = [layer.R for _, layer in self._named_layers()]
                 distributed.broadcast(everything, self.process_group)
@@ -209,10 +241,29 @@ class DecorUpdate(torch.optim.Optimizer):
                     jobs = [job for job in jobs if job.samples]
                     updates = [(*update, None) for update in local_updates(jobs)]
             self._write(jobs, updates)
+            self._steps += 1
+            if budget is not None:
+                self._budget_step(begin, jobs)
         finally:
             self.discard()
-        self._steps += 1
         return result
+
+    @property
+    def _device(self) -> torch.device:
+        return self._layers[0][0].R.device
+
+    def _budget_step(self, begin: Mark, jobs: list[Job]) -> None:
+        """Tell the budget what this step did, and have the next one's layers chosen."""
+        groups = [group for group, layers in zip(self.param_groups, self._layers) for _ in layers]
+        self._budget.finish(
+            begin,
+            self._device,
+            [job.index for job in jobs],
+            [self.state[job.R]["loss"] for job in jobs],
+            [index for index, group in enumerate(groups) if self._due(group)],
+            [group["update_every"] for group in groups],
+            self.process_group,
+        )
 
     def _check_attached(self) -> None:
         recorders = [recorder for group in self._recorders for recorder in group]
@@ -226,11 +277,16 @@ class DecorUpdate(torch.optim.Optimizer):
     def _jobs(self) -> list[Job]:
         """The layers to update in this step, samples or not: the same ones on every rank."""
         return [
-            Job(layer, recorder.samples, group)
-            for index, group in enumerate(self.param_groups)
-            if self._sampling_options(index) is not None
-            for layer, recorder in zip(self._layers[index], self._recorders[index])
+            Job(layer, recorder.samples, options, index)
+            for index, (place, layer, recorder) in enumerate(self._places())
+            if (options := self._sampling_options(*place)) is not None
         ]
+
+    def _places(self) -> Iterator[tuple[tuple[int, int], nn.Module, Recorder]]:
+        """(group, place in it), layer and recorder, of all layers in their order."""
+        for group, (layers, recorders) in enumerate(zip(self._layers, self._recorders)):
+            for index, (layer, recorder) in enumerate(zip(layers, recorders)):
+                yield (group, index), layer, recorder
 
     def _reduced(self, jobs: list[Job]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(R_new, loss, whether any rank had samples) of every job, from all ranks' samples."""
@@ -291,6 +347,15 @@ class DecorUpdate(torch.optim.Optimizer):
         """How many batches were left out as not finite, for every layer updated so far."""
         return self._report("skipped")
 
+    def schedule(self) -> ScheduleReport:
+        """What the budget has chosen so far, layer by layer; prints as a table.
+
+        Waits for the device. Raises RuntimeError without a budget.
+        """
+        if self._budget is None:
+            raise RuntimeError("this DecorUpdate has no budget: expected DecorUpdate(budget=...)")
+        return self._budget.report([name for name, _ in self._named_layers()])
+
     def _report(self, key: str) -> dict[str, Tensor]:
         self._follow_R()
         return {
@@ -300,7 +365,7 @@ class DecorUpdate(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, plus the step counter and the state of the random sampling.
+        """As torch.optim's, plus the step counter, the states of random sampling and budget.
 
         R belongs to the model's state_dict. Samples are not saved: take it after ``step()``.
         """
@@ -310,15 +375,21 @@ class DecorUpdate(torch.optim.Optimizer):
             index: {key: value.clone() for key, value in state.items()}
             for index, state in packed["state"].items()
         }
-        return {**packed, "steps": self._steps, "generator": self._generator.get_state()}
+        packed.update(steps=self._steps, generator=self._generator.get_state())
+        if self._budget is not None:
+            packed["budget"] = self._budget.state()
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict`: with the model's own, the run continues bit for bit.
 
+        A budget keeps its share and goes on with the saved schedule and costs, or begins with a
+        warm-up where none were saved.
+
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
         groups, or an option in it is out of range.
         """
-        generator = self._check_state_dict(state_dict)
+        generator, budget = self._check_state_dict(state_dict)
         self._follow_R()
         names = [group["param_names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -330,10 +401,11 @@ class DecorUpdate(torch.optim.Optimizer):
         self._steps = state_dict["steps"]
         self._generator.set_state(generator.get_state())
         self._ranks_agree = False
+        self._budget = budget
         self.discard()
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> torch.Generator:
-        """Raise ValueError unless all of it can be loaded; returns a generator in its state."""
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> tuple[torch.Generator, Any]:
+        """Raise ValueError unless all of it can be loaded; returns generator and budget of it."""
 
         def check(valid: bool, what: str) -> None:
             if not valid:
@@ -347,9 +419,10 @@ class DecorUpdate(torch.optim.Optimizer):
         check(isinstance(groups, list), "has no list of param_groups")
         check(isinstance(entries, dict), f"has state={entries!r}")
         for group in groups:
-            missing = {"params", *self.defaults} - set(group)
+            # torch's load_state_dict adds one of its own to the defaults
+            missing = {"params", *self.defaults} - {"differentiable"} - set(group)
             check(not missing, f"has a group without {sorted(missing)}")
-            checked_options({key: group[key] for key in self.defaults})
+            checked_options({key: group[key] for key in self.defaults if key in group})
         sizes = [len(group["params"]) for group in groups]
         own = [len(group["params"]) for group in self.param_groups]
         check(sizes == own, f"has groups of {sizes} layers, this DecorUpdate has {own}")
@@ -362,7 +435,9 @@ class DecorUpdate(torch.optim.Optimizer):
             generator.set_state(state_dict["generator"].cpu())
         except (AttributeError, RuntimeError, TypeError) as error:
             check(False, f"has no valid state of a CPU generator ({error})")
-        return generator
+        if self._budget is None:
+            return generator, None
+        return generator, self._budget.restored(state_dict.get("budget"))
 
     def __getstate__(self) -> dict[str, Any]:
         self._follow_R()
@@ -372,6 +447,7 @@ class DecorUpdate(torch.optim.Optimizer):
             "_layers": self._layers,
             "_steps": self._steps,
             "_generator": self._generator.get_state(),
+            "_budget": self._budget,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -383,8 +459,7 @@ class DecorUpdate(torch.optim.Optimizer):
         super().__setstate__({**state, "_generator": generator, "_ranks_agree": False})
         # A copy that came with its model's copy; samples stay with the original.
         self._recorders = [
-            [Recorder(layer, self, index) for layer in layers]
-            for index, layers in enumerate(self._layers)
+            _make_recorders(layers, self, index) for index, layers in enumerate(self._layers)
         ]
 
     def __repr__(self) -> str:
@@ -392,4 +467,10 @@ class DecorUpdate(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             options = ", ".join(f"{k}={v!r}" for k, v in group.items() if "param" not in k)
             lines.append(f"  group {index}: {len(group['params'])} layers, {options}")
+        if self._budget is not None:
+            lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
         return "\n".join([*lines, ")"])
+
+
+def _make_recorders(layers: Iterable[nn.Module], owner: DecorUpdate, group: int) -> list[Recorder]:
+    return [Recorder(layer, owner, group, index) for index, layer in enumerate(layers)]

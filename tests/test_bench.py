@@ -424,7 +424,7 @@ RESULTS = sorted(cli.RESULTS.glob("*.json"))
 def test_committed_results_can_be_reported(path, tmp_path):
     result = json.loads(path.read_text())
     text = report.text_report(result)
-    for record in report.all_records(result):
+    for record in report.judged_records(result):
         assert f"| {record.get('sweep', record['name'])}" in text
     assert plots.plot(result, tmp_path / "plot.png")
 
