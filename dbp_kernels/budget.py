@@ -35,7 +35,9 @@ _LAG = 8
 _WINDOW = 256  # steps that the measured share is an average of
 # Of the matmul rate, in a whole plain step. Two CPU cores, ConvNet and ResNet-18: 0.3 to 0.4.
 _STEP_RATE = 0.35
-_STEP_CALLS = 30  # GUESS: calls of a layer's forward, backward, activation, norm and optimiser
+# GUESS: what a layer's forward, backward, activation, norm and optimiser take beside arithmetic, in
+# calls of the calibration, which are the fastest there are.
+_STEP_CALLS = 250
 
 
 @dataclass
@@ -188,7 +190,7 @@ class Budget:
         weight = getattr(job.layer, "weight", None)
         flop = 6 * patches * (0 if weight is None else weight.numel())
         machine = planner.machine(device.type)
-        seconds = flop / (machine.gflops * 1e9 * _STEP_RATE) + _STEP_CALLS * machine.call
+        seconds = flop / (machine.peak * _STEP_RATE) + _STEP_CALLS * machine.call
         self.plain[layer] = seconds
 
     @property
@@ -381,4 +383,4 @@ def _update_seconds(
     plan = next(c for c in choices if c.name == "gram" or not gram_only)
     moved = 2 * dtype.itemsize * geometry.input_numel  # the copy of the samples
     moved += 3 * 4 * geometry.groups * geometry.dim**2  # R_new checked and written
-    return plan.seconds + moved / (planner.machine(device.type).gbytes * 1e9)
+    return plan.seconds + moved / planner.machine(device.type).bytes_per_second()

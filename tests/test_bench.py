@@ -46,6 +46,7 @@ def test_names_are_unique_and_the_named_cases_exist():
 def test_every_bar_names_a_registry_case_or_a_network():
     names = {case.name for case in registry.all_cases()} | {"*", *bars.GROUPS}
     names |= {f"{case.name} b{case.batch}" for case in steps.STEP_CASES}
+    names |= set(regret.QUESTIONS)
     assert {bar.case for bar in bars.BARS} <= names
 
 

@@ -84,7 +84,7 @@ def test_cases_can_be_run_one_by_one():
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "BUDGET_CASES", (CASE,))
+    monkeypatch.setattr(budget, "BUDGET_CASES", (CASE,))
     target = tmp_path / "result.json"
     assert cli.main(["--suite", "budget", "--pairs", "2", "--save", str(target)]) == 0
     assert "actual share" in capsys.readouterr().out

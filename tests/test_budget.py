@@ -14,7 +14,7 @@ from torch import nn
 
 import dbp_kernels as dbp
 from dbp_kernels import budget as budget_module
-from dbp_kernels import clock, update
+from dbp_kernels import clock, planner, update
 from dbp_kernels import nn as dnn
 from dbp_kernels.schedule import CALIBRATIONS, WARM_UP
 
@@ -200,9 +200,10 @@ def test_planned_costs_need_no_clock():
             torch.use_deterministic_algorithms(False)
         choices.append(chosen_by)
     assert choices[0] == choices[1] == choices[2]
+    machine = planner.machine("cpu")
     assert decor.schedule().step_seconds == pytest.approx(
-        sum(6 * 640 * m.weight.numel() for m in net) / (130e9 * budget_module._STEP_RATE)
-        + 4 * budget_module._STEP_CALLS * 8e-6
+        sum(6 * 640 * m.weight.numel() for m in net) / (machine.peak * budget_module._STEP_RATE)
+        + 4 * budget_module._STEP_CALLS * machine.call
     )
 
 
