@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nsaved {target}")
     records = result["kernels"] + result["step"]
     right = all(record["methods"][bars.OURS]["status"] == "ok" for record in records)
+    right = right and not report.problems(result["regret"])
     return 0 if right and result["complete"] else 1
 
 
