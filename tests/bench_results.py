@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import bars, registry, timing
+from bench import bars, registry, regret, timing
 
 
 def seconds(median: float, samples: int = 9) -> dict:
@@ -36,7 +36,15 @@ def synthetic(speedup: float = 7.0, slowdown: float = 1.05, extra: int = 100) ->
         "settings": {"device": "cpu", "dtype": "float32", "whole_registry": True},
         "kernels": cases,
         "step": [{"name": name, "sample": 0.1, "methods": dict(step)} for name in networks],
+        "regret": [predicted(question, 0.0) for question in regret.QUESTIONS for _ in range(10)],
     }
+
+
+def predicted(question: str, by: float, samples: int = 9) -> dict:
+    """The record of a choice whose regret is ``by``."""
+    methods = {"chosen": method(0.01 * (1 + by), samples=samples), "other": method(0.01)}
+    record = {"name": "case", "question": question, "n": 1, "D": 1, "methods": methods}
+    return {**record, "predicted": "chosen", "best": "other", "regret": by}
 
 
 def statuses(result: dict) -> dict[str, str]:

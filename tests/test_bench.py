@@ -20,6 +20,7 @@ from bench import (
     more_rivals,
     plots,
     registry,
+    regret,
     report,
     rivals,
     steps,
@@ -454,6 +455,8 @@ def test_default_result_path_names_device_and_commit():
         ["--filter", "("],
         ["--sample", "0"],
         ["--suite", "step", "--dtype", "float64"],
+        ["--cpu-time"],
+        ["calibrate", "--cpu-time", "--threads", "2"],
         ["report", "no-such-file.json"],
     ],
 )

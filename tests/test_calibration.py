@@ -1,12 +1,18 @@
 """Calibrations: the files shipped, which one a device takes, the override, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from dbp_kernels import calibration, info, planner
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -157,3 +163,20 @@ def test_interpolation():
     assert calibration.interpolate(points, 4) == 10
     assert calibration.interpolate(points, 8) == pytest.approx(20)
     assert calibration.interpolate(points, 1000) == 30
+
+
+def test_importing_reads_no_calibration():
+    code = (
+        "import dbp_kernels; from dbp_kernels import calibration as c; "
+        "print(c.shipped.cache_info().currsize, c.cpu_name.cache_info().currsize)"
+    )
+    environment = {**os.environ, calibration.VARIABLE: "/absent.json"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["0", "0"], done.stderr
