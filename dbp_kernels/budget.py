@@ -144,7 +144,8 @@ class Budget:
         self.schedule = Schedule(self.share, layers)
         self.images = [0] * layers  # of the full sample
         self.plain = [0.0] * layers  # planned seconds of the plain layer's step
-        self._spans: list[tuple[Mark, Mark]] = []
+        self._choosing: list[tuple[Mark, Mark]] = []  # of the step to come
+        self._spans: list[tuple[Mark, Mark]] = []  # of its copies
         self._end: Mark | None = None
         self._pending: deque[_Reading] = deque()
         self._measured: list[tuple[list[int], float, float]] = []  # since the last calibration
@@ -168,6 +169,7 @@ class Budget:
         self._spans.append((begin, end))
 
     def discard(self) -> None:
+        """Forget the copies' time: their samples were used, or freed."""
         self._spans.clear()
 
     # Told by step().
@@ -225,7 +227,7 @@ class Budget:
                 torch.stack([loss for _, loss in members]).to("cpu", non_blocking=True)
                 for members in by_device.values()
             ],
-            [*self._spans, (begin, end)],
+            [*self._choosing, *self._spans, (begin, end)],
             self._end,
             end,
             [mark(device) for device in by_device],
@@ -239,7 +241,7 @@ class Budget:
             self._calibrate(every, process_group)
         self.schedule.choose(possible, every)
         # choosing counts in the next step, which it is for; a calibration is rare enough not to
-        self._spans = [] if calibrate else [(end, mark(device))]
+        self._choosing = [] if calibrate else [(end, mark(device))]
 
     def _read(self, reading: _Reading) -> None:
         for layer, loss in zip(reading.layers, reading.read_losses()):

@@ -4,9 +4,8 @@ Pure Python, no tensors and no clock: the decisions follow from the costs, the l
 alone, so equal states decide alike, in every process.
 
 A budget is a share s of the training step's time. With B seconds for the step without any update,
-the updates may take A = B s / (1 - s) seconds a step (``allowance``), which go into a bank:
-
-Costs are set before the steps in ``CALIBRATIONS``, the last time for good.
+the updates may take A = B s / (1 - s) seconds a step (``allowance``), which go into a bank. Costs
+are planned, and may be measured before the steps in ``CALIBRATIONS``, the last time for good.
 
 1. The first ``WARM_UP`` steps update every layer, as without a budget. They are not charged.
 2. Samples become smaller before updates become rarer: one update moves R about as far whatever its

@@ -191,10 +191,10 @@ class DecorUpdate(torch.optim.Optimizer):
         """Update every R from the samples taken since the last ``step()``, and free those.
 
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
-        makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose samples or result are not
-        finite (see `skipped`). Nothing waits for the device (but see `costs`). If an error is raised, no R has
-        changed (but for the first step's broadcast, below). Small layers of equal shape and
-        options are computed together.
+        makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
+        samples or result are not finite (see `skipped`). Nothing waits for the device (but see
+        `costs`). If an error is raised, no R has changed (but for the first step's broadcast,
+        below). Small layers of equal shape and options are computed together.
 
         With several ranks, the first step (also after ``load_state_dict()``, and in a copy) sets
         every R to that of the group's first rank, then updates it from all ranks' samples. These

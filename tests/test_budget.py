@@ -399,6 +399,23 @@ def test_step_reads_nothing_younger_than_the_lag(monkeypatch):
     assert ages
 
 
+def test_choosing_counts_as_part_of_the_update(monkeypatch):
+    net = network()
+    world = World(monkeypatch, 0.08)
+    decor = dbp.DecorUpdate(net, lr=1e-3, budget=0.05)
+    choose = decor._budget.schedule.choose
+
+    def slow(*arguments):
+        world.now += 2e-3
+        world.update[-1] += 2e-3
+        return choose(*arguments)
+
+    monkeypatch.setattr(decor._budget.schedule, "choose", slow)
+    world.train(net, decor, 200)
+    assert world.share(45) == pytest.approx(0.05, rel=0.15)
+    assert decor.schedule().actual == pytest.approx(world.share(45), rel=0.15)
+
+
 # Two processes, whose clocks differ.
 
 
