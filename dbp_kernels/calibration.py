@@ -119,7 +119,7 @@ class Calibration:
     def text(self) -> str:
         """One line for the environment report."""
         how = "measured" if self.measured else "GUESSED, not measured"
-        threads = f", {self.threads} threads" if self.type == "cpu" else ""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.type == "cpu" else ""
         return f"{self.source}: {how} on {self.device}{threads}"
 
 
