@@ -352,12 +352,12 @@ def to_text(content: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from .cli import _device, _positive
+    from .options import device, positive
 
     out = argparse.ArgumentParser(prog="python -m bench calibrate", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--device", type=_device, default=torch.device("cpu"), help="default: cpu")
-    out.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    out.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    out.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     out.add_argument(
         "--cpu-time",
         action="store_true",
