@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .geometry import same_padding
 from .ops import condensed_weight, condensed_weight_transposed
 
@@ -169,7 +170,8 @@ def patch_gram(
     x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
-    return torch.ops.dbp.patch_gram(x, *arguments)
+    call = ops.patch_gram if ops.direct(x) else torch.ops.dbp.patch_gram
+    return call(x, *arguments)
 
 
 def patch_mean(

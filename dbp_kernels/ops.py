@@ -398,6 +398,20 @@ def decor_linear(input, weight, R, bias):
 # --------------------------------------------------------------------------- registration
 
 
+def direct(x: Tensor) -> bool:
+    """Whether calling an opaque op on ``x`` alone is calling its implementation, nothing more.
+
+    A linear layer of a few hundred features notices what the dispatcher takes (some 25 us).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _nothing_between(x)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def _nothing_between(x: Tensor) -> bool:
     """Whether dispatching ``x`` further would go straight to the kernel: small layers notice."""
     return (
