@@ -98,6 +98,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
 
     begin = time.perf_counter()
     whole = not (options.filter or options.batch or options.quick)
+    whole = whole and (options.suite == "kernels" or options.sample == bars.SAMPLE)
     result: dict = {
         "format": 1,
         "command": shlex.join(["python", "-m", "bench", *arguments]),

@@ -121,6 +121,8 @@ def inconsistency(options: argparse.Namespace) -> str | None:
         return "--dtype float64 is for kernels, scaling and regret: steps autocast"
     if options.trace and options.suite not in ("step", "update"):
         return f"--trace is for step and update, not {options.suite}"
+    if (options.samplings or options.compile) and options.suite not in ("step", "all"):
+        return f"--samplings and --compile are for step, not {options.suite}"
     if not 0 < options.sample <= 1:
         return f"--sample must be in (0, 1], got {options.sample:g}"
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):

@@ -18,6 +18,7 @@ import torch
 
 from . import bars, machine, registry
 from .kernels import Settings, run_case
+from .options import device
 from .steps import STEP_CASES, run_step_case
 from .table import format_table
 
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 1 if something has become slower."""
     out = argparse.ArgumentParser(prog="python -m bench check", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--device", default="cpu", type=torch.device, help="default: cpu")
+    out.add_argument("--device", default=torch.device("cpu"), type=device, help="default: cpu")
     out.add_argument("--results", type=Path, default=RESULTS, help="folder of committed results")
     options = out.parse_args(arguments)
     jobs = quick_jobs(options.device)
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    print(f"{machine.describe(options.device)['cpu']}, {threads} threads", flush=True)
+    described = machine.describe(options.device)
+    print(f"{described.get('gpu') or described['cpu']}, {threads} threads", flush=True)
     comparisons, failures = check(jobs, committed, lambda text: print(text, flush=True))
     rows = [["suite", "case", "rival", "committed x", "now x", "now/committed", ""]]
     rows += [

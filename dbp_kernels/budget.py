@@ -147,6 +147,8 @@ class Budget:
         self._choosing: list[tuple[Mark, Mark]] = []  # of the step to come
         self._spans: list[tuple[Mark, Mark]] = []  # of its copies
         self._end: Mark | None = None
+        self._where: torch.device | None = None  # of that mark
+        self._late = False  # whether a layer was planned when costs had been fixed
         self._pending: deque[_Reading] = deque()
         self._measured: list[tuple[list[int], float, float]] = []  # since the last calibration
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
@@ -158,11 +160,7 @@ class Budget:
         if layer not in self.schedule.chosen:
             return None
         part = self.schedule.part(layer)
-        if part == 1:
-            return options
-        sample = options["sample"]
-        smaller = sample * part if isinstance(sample, float) else max(1, round(sample * part))
-        return {**options, "sample": smaller}
+        return options if part == 1 else {**options, "part": part}
 
     def add_span(self, begin: Mark, end: Mark) -> None:
         """Time that the update took, as part of the present step."""
@@ -171,6 +169,13 @@ class Budget:
     def discard(self) -> None:
         """Forget the copies' time: their samples were used, or freed."""
         self._spans.clear()
+
+    def agree(self, process_group: dist.ProcessGroup | None) -> None:
+        """Take over the schedule of the group's first rank: one clock for all."""
+        state = [self.schedule.state()]
+        source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
+        dist.broadcast_object_list(state, source, group=process_group)
+        self.schedule.load(state[0])
 
     # Told by step().
 
@@ -182,8 +187,11 @@ class Budget:
             many: whether several processes add up their samples.
         """
         layer = job.index
-        if self.schedule.sizes[layer] or not job.samples or self._fixed:
+        if self.schedule.sizes[layer] or not job.samples:
             return
+        if many and self.schedule.step >= WARM_UP and self.schedule.step + 1 not in CALIBRATIONS:
+            return  # ranks may differ in what they saw: until one decides for all
+        self._late = self._late or self._fixed
         geometries, device, dtype = job.geometries()
         images = sum(int(sample.shape[0]) for sample in job.samples)
         self.images[layer] = images
@@ -224,17 +232,20 @@ class Budget:
         reading = _Reading(
             [layer for members in by_device.values() for layer, _ in members],
             [
-                torch.stack([loss for _, loss in members]).to("cpu", non_blocking=True)
+                torch.stack([loss for _, loss in members]).to(
+                    "cpu", non_blocking=members[0][1].is_cuda
+                )
                 for members in by_device.values()
             ],
             [*self._choosing, *self._spans, (begin, end)],
-            self._end,
+            self._end if self._where == device else None,  # or the model has moved
             end,
             [mark(device) for device in by_device],
         )
         self._pending.append(reading)
-        self._end = end
-        calibrate = self.schedule.step + 1 in CALIBRATIONS
+        self._end, self._where = end, device
+        calibrate = self.schedule.step + 1 in CALIBRATIONS or self._late
+        self._late = False
         while len(self._pending) > (0 if calibrate else _LAG):
             self._read(self._pending.popleft())
         if calibrate:
@@ -258,17 +269,16 @@ class Budget:
         steps = self._measured
         if self.schedule.base is None:
             steps = steps[1:]  # the first ones allocate memory
-        if self.costs == "planned" or torch.are_deterministic_algorithms_enabled() or not steps:
-            base, steps = self.schedule.base or sum(self.plain), []
+        if self.costs == "planned" or torch.are_deterministic_algorithms_enabled():
+            base, steps = sum(self.plain), []
+        elif not steps:
+            base = self.schedule.base or sum(self.plain)
         else:
             base = statistics.median(whole - update for _, update, whole in steps)
         self.schedule.calibrate(base, every, [(layers, update) for layers, update, _ in steps])
         self._measured = []
-        if distributed.active(process_group):  # one clock for all
-            state = [self.schedule.state()]
-            source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
-            dist.broadcast_object_list(state, source, group=process_group)
-            self.schedule.load(state[0])
+        if distributed.active(process_group):
+            self.agree(process_group)
         if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
             warnings.warn(
                 f"budget={self.share:g} pays for no update: a step without any takes "
@@ -336,6 +346,11 @@ class Budget:
         keys = {"schedule", "images", "plain", "pending"}
         if not isinstance(state, dict) or state.keys() != keys:
             raise ValueError(f"budget={state!r}: expected a dict with the keys {sorted(keys)}")
+        for key in ("images", "plain"):
+            if not isinstance(state[key], list) or len(state[key]) != len(self.images):
+                raise ValueError(
+                    f"budget has {key}={state[key]!r}: expected a list for {len(self.images)} layers"
+                )
         new.schedule.load(state["schedule"])
         new.images, new.plain = list(state["images"]), list(state["plain"])
         for layers, losses in state["pending"]:

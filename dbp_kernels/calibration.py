@@ -262,7 +262,9 @@ def _points(value: Any) -> Points:
     pairs = [tuple(pair) for pair in value] if isinstance(value, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError("expected a list of pairs [size, number]")
-    points = tuple((int(_number(size)), _number(y)) for size, y in pairs)
+    if any(type(size) is not int or size < 1 for size, _ in pairs):
+        raise ValueError("expected sizes of at least 1")
+    points = tuple((size, _number(y)) for size, y in pairs)
     if any(a >= b for (a, _), (b, _) in itertools.pairwise(points)):
         raise ValueError("expected sizes in ascending order")
     return points

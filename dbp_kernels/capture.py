@@ -106,6 +106,7 @@ class Recorder:
             size = sample_size(options["sample"], images)
             if size == 0:
                 return
+            size = max(1, round(size * options.get("part", 1)))  # with a budget
             self.seen += images
             # A copy even of the whole batch: a view would keep the activation alive until step(),
             # and would see whatever the model does to it in place.

@@ -170,7 +170,8 @@ def patch_gram(
     x, arguments, _ = op_arguments(
         input, kernel_size, stride, padding, dilation, groups, padding_mode
     )
-    call = ops.patch_gram if ops.direct(x) else torch.ops.dbp.patch_gram
+    checked = type(groups) is int  # else the dispatcher shall say what is wrong with it
+    call = ops.patch_gram if checked and ops.direct(x) else torch.ops.dbp.patch_gram
     return call(x, *arguments)
 
 

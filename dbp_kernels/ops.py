@@ -88,7 +88,7 @@ def _prepare(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
     return _cached_geometry(tuple(input.shape), *map(tuple, lists), groups)
 
 
-_cached_geometry = lru_cache(maxsize=4096)(make_geometry)
+_cached_geometry = lru_cache(maxsize=4096, typed=True)(make_geometry)  # 1.0 is not 1
 
 
 def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
@@ -408,6 +408,7 @@ def direct(x: Tensor) -> bool:
         and _nothing_between(x)
         and not (x.requires_grad and torch.is_grad_enabled())
         and forward_ad._current_level < 0
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
     )
 

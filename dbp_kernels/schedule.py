@@ -58,7 +58,8 @@ def fit_costs(
     members = [([*layers, len(costs)], seconds) for layers, seconds in steps]
     if not members:
         return list(costs), overhead
-    told = len({tuple(who) for who, _ in members}) > 1
+    # a step of no layers is the overhead and nothing else
+    told = len({tuple(who) for who, _ in members}) > 1 or any(len(who) == 1 for who, _ in members)
 
     def ratios() -> list[float]:
         return [seconds / sum(fitted[i] for i in who) for who, seconds in members]
@@ -256,6 +257,12 @@ class Schedule:
                 raise ValueError(
                     f"schedule has {key}={state[key]!r}: expected a list for {len(own[key])} layers"
                 )
+        chosen, count = state["chosen"], len(own["size"])
+        if not isinstance(chosen, list) or not all(i in range(count) for i in chosen):
+            raise ValueError(f"schedule has chosen={chosen!r}: expected some of {count} layers")
+        for size, sizes in zip(state["size"], state["sizes"]):
+            if size not in range(max(1, len(sizes))):
+                raise ValueError(f"schedule has size={size!r}: expected an index into {sizes!r}")
         vars(self).update(
             {
                 **state,

@@ -219,16 +219,18 @@ class DecorUpdate(torch.optim.Optimizer):
         try:
             self._check_attached()
             self._follow_R()
-            jobs = self._jobs()
             many = distributed.active(self.process_group)
+            if many and not self._ranks_agree:
+                everything = [layer.R for _, layer in self._named_layers()]
+                distributed.broadcast(everything, self.process_group)
+                if budget is not None:
+                    budget.agree(self.process_group)
+                self._ranks_agree = True
+            jobs = self._jobs()
             if budget is not None:
                 seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
                 for job in jobs:
                     budget.plan(job, seen[job.index], many)
-            if many and not self._ranks_agree:
-                everything = [layer.R for _, layer in self._named_layers()]
-                distributed.broadcast(everything, self.process_group)
-                self._ranks_agree = True
             with ExitStack() as stack:
                 # Statistics and updates run in their own precision wherever step() is called.
                 for device_type in {job.R.device.type for job in jobs}:
@@ -383,8 +385,8 @@ class DecorUpdate(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict`: with the model's own, the run continues bit for bit.
 
-        A budget keeps its share and goes on with the saved schedule and costs, or begins with a
-        warm-up where none were saved.
+        A budget keeps its share and goes on with the saved schedule, costs and sample sizes, or
+        begins with a warm-up where none were saved.
 
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
         groups, or an option in it is out of range.
@@ -456,7 +458,9 @@ class DecorUpdate(torch.optim.Optimizer):
             return
         generator = torch.Generator()
         generator.set_state(state["_generator"])
-        super().__setstate__({**state, "_generator": generator, "_ranks_agree": False})
+        super().__setstate__(
+            {"_budget": None, **state, "_generator": generator, "_ranks_agree": False}
+        )
         # A copy that came with its model's copy; samples stay with the original.
         self._recorders = [
             _make_recorders(layers, self, index) for index, layers in enumerate(self._layers)

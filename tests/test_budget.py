@@ -446,3 +446,63 @@ def test_all_ranks_update_the_same_layers(tmp_path):
     for name, value in first[2].items():
         if name.endswith("R"):
             assert torch.equal(value, second[2][name])
+
+
+def test_a_sample_in_images_shrinks_with_the_budget():
+    """Also where it names more images than the batch has."""
+    net = network()
+    decor = dbp.DecorUpdate(net, budget=0.3, sample=4096)
+    feed(net, 0)
+    assert [r.samples[0].shape[0] for r in recorders(decor)] == [640] * len(net)
+    decor.discard()
+    decor._budget.schedule.sizes = [((1.0, 1.0), (0.5, 0.5), (0.25, 0.25))] * len(net)
+    decor._budget.schedule.size = [2] * len(net)
+    feed(net, 0)
+    assert [r.samples[0].shape[0] for r in recorders(decor)] == [160] * len(net)
+
+
+def test_a_layer_first_used_late_is_charged():
+    net = network()
+    decor = dbp.DecorUpdate(net, lr=1e-3, budget=0.3, costs="planned")
+    late = len(net) - 1
+    schedule = decor._budget.schedule
+    spent = []
+    for step in range(CALIBRATIONS[-1] + 60):
+        for i, (layer, x) in enumerate(zip(net, inputs(step % 7, 640))):
+            if i < late or step > CALIBRATIONS[-1]:
+                layer(x)
+        decor.step()
+        spent.append(sum(map(schedule.cost, chosen(decor))))
+    assert schedule.cost(late) > 0
+    assert 0.5 * schedule.allowance < sum(spent[-50:]) / 50 < 1.1 * schedule.allowance
+
+
+def test_a_broken_budget_state_is_refused_and_an_old_pickle_loads():
+    net = network()
+    decor = dbp.DecorUpdate(net, budget=0.3)
+    feed(net, 0)
+    decor.step()
+    for key, value in (("images", None), ("plain", [])):
+        saved = decor.state_dict()
+        saved["budget"][key] = value
+        with pytest.raises(ValueError, match=key):
+            decor.load_state_dict(saved)
+    saved = decor.state_dict()
+    saved["budget"]["schedule"]["chosen"] = [99]
+    with pytest.raises(ValueError, match="chosen"):
+        decor.load_state_dict(saved)
+    state = decor.__getstate__()
+    del state["_budget"]  # as before there were budgets
+    old = dbp.DecorUpdate.__new__(dbp.DecorUpdate)
+    old.__setstate__(state)
+    old.step()
+
+
+def test_a_model_that_moves_begins_a_new_clock():
+    net = network()
+    decor = dbp.DecorUpdate(net, budget=0.3)
+    for step in range(3):
+        feed(net, step)
+        decor.step()
+        decor._budget._where = torch.device("meta")  # as if the last step had been elsewhere
+    assert all(reading.before is None for reading in decor._budget._pending)

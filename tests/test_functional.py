@@ -627,3 +627,11 @@ def test_dtypes_of_results(dtype):
     assert dbp.decorrelate(x, R, 3).dtype == dtype
     assert dbp.decor_conv2d(x, random((4, 2, 3, 3), dtype), R).dtype == dtype
     assert dbp.decor_linear(x, random((3, 5), dtype), near_identity(1, 5, F64)).dtype == dtype
+
+
+def test_a_wrong_groups_is_refused_and_spoils_no_later_call():
+    x = torch.randn(2, 4, 5, 5)
+    with pytest.raises((TypeError, RuntimeError), match="groups"):
+        dbp.patch_gram(x, 3, groups=2.0)
+    assert dbp.patch_gram(x, 3, groups=2).shape == (2, 18, 18)
+    assert dbp.patch_mean(x, 3, groups=2).shape == (2, 18)

@@ -288,3 +288,9 @@ def test_calibration_makes_up_for_what_was_spent():
     assert schedule.bank == pytest.approx(10 * allowance - spent, abs=0.01)
     later = [sum(true[i] for i in chosen) for chosen in run(schedule, 30)]
     assert (spent + sum(later)) / 40 == pytest.approx(allowance, rel=0.1)
+
+
+def test_steps_without_updates_tell_the_overhead():
+    costs, overhead = fit_costs([1.0], 1e-4, [([], 2e-5)] * 5)
+    assert costs == [1.0]
+    assert overhead == pytest.approx(2e-5)
