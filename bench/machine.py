@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dbp_kernels.calibration import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,16 +36,6 @@ def dirty() -> bool | None:
     return None if status is None else bool(status)
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def cache_bytes(device: torch.device) -> int:
     """Of the last cache: a GPU's L2, a CPU's L3 (32 MiB where the system does not say)."""
     if device.type == "cuda":
@@ -62,7 +54,7 @@ def describe(device: torch.device | str) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "mkl": torch.backends.mkl.is_available(),

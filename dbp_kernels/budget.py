@@ -200,8 +200,7 @@ class Budget:
         weight = getattr(job.layer, "weight", None)
         flop = 6 * patches * (0 if weight is None else weight.numel())
         machine = planner.machine(device.type)
-        seconds = flop / (machine.peak * _STEP_RATE) + _STEP_CALLS * machine.call
-        self.plain[layer] = seconds
+        self.plain[layer] = flop / (machine.peak * _STEP_RATE) + _STEP_CALLS * machine.call
 
     @property
     def _fixed(self) -> bool:

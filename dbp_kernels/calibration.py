@@ -1,8 +1,9 @@
 """What the planner knows of a device: its rates, from JSON files in ``calibrations/``.
 
 A file holds figures that ``python -m bench calibrate`` measured on a device, or guesses, and says
-which. A device takes its own file, or else that of the most similar device of its type. The environment variable DBP_CALIBRATION names a file to take instead. Files are read
-when the planner is first asked, and not again.
+which. A device takes its own file, or else that of the most similar device of its type. The
+environment variable DBP_CALIBRATION names a file to take instead. Files are read when the planner is
+first asked, and not again.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Machine:
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
         gather: what gathering taps leaves of that rate.
+        speed: rate of the operand precision over that of ieee float32.
     """
 
     product: Points
@@ -72,7 +74,7 @@ class Machine:
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
     gather: float = 1.0
-    speed: float = 1.0  # of the operand precision, beside ieee float32
+    speed: float = 1.0
 
     @property
     def peak(self) -> float:
@@ -97,6 +99,7 @@ class Machine:
         return self.peak * interpolate(self.kernels, side) if self.kernels else self.peak
 
     def bytes_per_second(self) -> float:
+        """Copy bandwidth, bytes read and written both counted."""
         return self.gbytes * 1e9
 
 

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 import torch
 
+from dbp_kernels.calibration import cpu_name
+
 from .configs import GRID_FIELDS, Config, Setting
 from .loop import Row
 
@@ -185,22 +187,12 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_name(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),
         "command": ["python", "-m", "experiments", *sys.argv[1:]],
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _commit() -> str | None:

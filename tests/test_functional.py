@@ -635,3 +635,20 @@ def test_a_wrong_groups_is_refused_and_spoils_no_later_call():
         dbp.patch_gram(x, 3, groups=2.0)
     assert dbp.patch_gram(x, 3, groups=2).shape == (2, 18, 18)
     assert dbp.patch_mean(x, 3, groups=2).shape == (2, 18)
+
+
+def test_a_dispatch_mode_and_a_trace_see_the_op_itself():
+    """patch_gram calls its implementation only where nobody is watching the dispatcher."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3, 5, 5)
+    with Watch():
+        dbp.patch_gram(x, 3)
+    assert seen == [torch.ops.dbp.patch_gram.default]
+    traced = torch.jit.trace(lambda x: dbp.patch_gram(x, 3), x)
+    assert "dbp::patch_gram" in str(traced.graph)

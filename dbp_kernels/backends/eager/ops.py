@@ -8,6 +8,7 @@ from ... import plans
 from ...geometry import ConvGeometry
 from ...planner import Choice, gram_choices, update_choices
 from ...precision import statistics_dtype
+from .matmul import matmul
 from .self_wgrad import patch_gram_self_wgrad
 from .shift import patch_gram_shift
 from .unfold import patch_gram_unfold, rows, windows
@@ -52,10 +53,10 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
     """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
     choice = update_choices(geometry, x.device.type, _itemsize(x))[0]
     if choice.name == "gram":
-        M = R @ patch_gram(x, geometry, choice.gram) @ R.mT
+        M = matmul(matmul(R, patch_gram(x, geometry, choice.gram)), R.mT)
     else:
-        X = rows(x, geometry, R.dtype) @ R.mT
-        M = (X.mT @ X).div_(geometry.samples)
+        X = matmul(rows(x, geometry, R.dtype), R.mT)
+        M = matmul(X.mT, X).div_(geometry.samples)
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     V = diagonal - 1
     diagonal.zero_()
