@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,13 +31,15 @@ SIDES = (1, 3, 8, 16, 21, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 GROUPS, GROUPED_SIDES = 32, (1, 4, 12, 16, 36, 64)
 NARROW_DIM, NARROW = 1536, (4, 16, 32, 64, 128, 256, 512, 1536)
 WGRAD_CHANNELS = (4, 16, 64, 256)
-# Images, channels and size of maps to pack: usual ones, few channels, a network's first layer, and
-# sizes of powers of two.
-_MAPS = ((8, 64, 56), (16, 128, 28), (32, 256, 14))
-_THIN_MAPS = ((64, 4, 56), (128, 4, 32))
-_STEM_MAP, _STEM = (16, 3, 224), {"kernel": 7, "stride": 2}
-_ALIASED_MAPS = ((32, 64, 32), (64, 128, 16), (64, 256, 8))
-_OPERATIONS, _ELEMENTS = 6e8, 1.2e7  # of one product at most
+# Channels and size of maps to pack: usual ones, few channels, a network's first layer, and sizes of
+# powers of two; and about how many elements the copy has.
+_MAPS = ((64, 56), (128, 28), (256, 14))
+_THIN_MAPS = ((4, 56), (4, 32))
+_STEM_MAPS, _STEM = ((3, 224),), {"kernel": 7, "stride": 2}
+_ALIASED_MAPS = ((64, 32), (128, 16), (256, 8))
+_COPIED, _ALIASED_COPY = (500_000, 2_000_000, 8_000_000, 20_000_000), 3_000_000
+_OPERATIONS, _PACKED = 6e8, 4e6  # of one product at most; buffers in use are no larger
+_ELEMENTS = 2.4e7  # of a copy from and to memory
 
 
 class Meter:
@@ -61,11 +64,15 @@ class Meter:
 
 def figures(meter: Meter) -> dict:
     """All figures of a device, as in its file: the best of some passes."""
+    from dbp_kernels.calibration import cost_at
+
     measured = _pass(meter)
     for _ in range(meter.passes - 1):
         measured = _better(measured, _pass(meter))
-    for factors in ("strided", "aliased"):
-        measured[factors] = [max(1.0, a / b) for a, b in zip(measured[factors], measured["pack"])]
+    measured["aliased"] = [
+        max(1.0, cost / cost_at(plain, elements))
+        for [[elements, cost]], plain in zip(measured["aliased"], measured["pack"])
+    ]
     if meter.device.type == "cuda":
         measured.update(_gpu_figures(meter))
     return _rounded(measured)
@@ -86,14 +93,13 @@ def _pass(meter: Meter) -> dict:
 
 def _better(a: dict, b: dict) -> dict:
     """Of each figure the better one: rates up, costs down."""
-    best = {}
-    for key, one in a.items():
-        pick = max if key in ("product", "grouped", "narrow", "wgrad", "gbytes") else min
-        if isinstance(one, list):
-            best[key] = [pick(pair) for pair in zip(one, b[key])]
-        else:
-            best[key] = pick(one, b[key])
-    return best
+    rates = ("product", "grouped", "narrow", "wgrad", "gbytes")
+    return {key: _best_of(max if key in rates else min, a[key], b[key]) for key in a}
+
+
+def _best_of(pick: Callable, a, b):
+    """Of each number in nested lists; the sizes of points are equal in both."""
+    return [_best_of(pick, *pair) for pair in zip(a, b)] if isinstance(a, list) else pick(a, b)
 
 
 def _rounded(value):
@@ -110,7 +116,7 @@ def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
 
     points = []
     for side in sides:
-        rows = min(_OPERATIONS / (groups * side**2), _ELEMENTS / (groups * side))
+        rows = min(_OPERATIONS / (groups * side**2), _PACKED / (groups * side))
         rows = max(64, int(rows / meter.shrink))
         X = meter.random(groups, rows + 33, side)
         out = torch.zeros(groups, side, side, device=meter.device)
@@ -156,14 +162,14 @@ def _weight_gradients(meter: Meter) -> list:
 
 def _bandwidth(meter: Meter) -> float:
     """GB/s read and written by a large copy."""
-    source = meter.random(int(2 * _ELEMENTS / meter.shrink))
+    source = meter.random(int(_ELEMENTS / meter.shrink))
     target = torch.empty_like(source)
     return 8 * source.numel() / meter.seconds(lambda: target.copy_(source)) / 1e9
 
 
 def _fresh(meter: Meter) -> float:
     """ns per element of writing to memory that is new from the system rather than used before."""
-    elements = int(2 * _ELEMENTS / meter.shrink)
+    elements = int(_ELEMENTS / meter.shrink)
     used = meter.random(elements)
     again = meter.seconds(lambda: used.fill_(1.0))
     new = meter.seconds(lambda: torch.empty_like(used).fill_(1.0))
@@ -189,20 +195,31 @@ _KINDS = ((False, False), (False, True), (True, False))  # unfolded: no axis, th
 
 def _copies(meter: Meter) -> dict:
     """ns per element of packing, im2col and assembling; means over some maps."""
-    pack, thin, aliased = (
-        [_mean(_packing(meter, kind, *m) for m in maps) for kind in _KINDS]
-        for maps in (_MAPS, _THIN_MAPS, _ALIASED_MAPS)
-    )
-    strided = [_mean(_packing(meter, kind, *m, stride=2) for m in _MAPS) for kind in _KINDS]
+
+    def three(maps: Sequence, copied: Sequence[int] = _COPIED, **window: int) -> list:
+        return [
+            [_point(partial(_packing, meter, kind, **window), maps, n) for n in copied]
+            for kind in _KINDS
+        ]
+
+    def patches(**window: int) -> list:
+        return [_point(partial(_im2col, meter, **window), _MAPS, n) for n in _COPIED]
+
     return {
-        "pack": pack,
-        "pack_thin": thin,
-        "pack_stem": [_packing(meter, kind, *_STEM_MAP, **_STEM) for kind in _KINDS],
-        "strided": strided,
-        "aliased": aliased,
-        "im2col": _mean(_im2col(meter, *m) for m in _MAPS),
+        "pack": three(_MAPS),
+        "pack_strided": three(_MAPS, stride=2),
+        "pack_thin": three(_THIN_MAPS),
+        "pack_stem": three(_STEM_MAPS, **_STEM),
+        "aliased": three(_ALIASED_MAPS, [_ALIASED_COPY]),
+        "im2col": patches(),
+        "im2col_strided": patches(stride=2),
         "assemble": [_mean(_assembling(meter, *m, kind) for m in _MAPS) for kind in _KINDS],
     }
+
+
+def _point(measure: Callable, maps: Sequence, copied: int) -> list:
+    """[copied, the mean over some maps of what ``measure`` says of so large a copy]."""
+    return [copied, _mean(measure(*shape, copied) for shape in maps)]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -222,29 +239,30 @@ def _map(
     return x, make_geometry(x.shape, *window, 1)
 
 
-def _packing(meter: Meter, kind, *shape: int, **window: int) -> float:
-    """ns per element of the packed buffers, some images at a time as in use."""
-    from dbp_kernels.backends.eager import shift, unfold
+def _packing(meter: Meter, kind, channels: int, size: int, copied: int, **window: int) -> float:
+    """ns per element of packed buffers of about ``copied`` elements."""
+    from dbp_kernels.backends.eager import shift
 
-    x, geometry = _map(meter, *shape, **window)
+    _, one = _map(meter, 1, channels, size, **window)
+    image = one.input_numel * shift.shift_layout(one, kind).expansion
+    x, geometry = _map(meter, max(1, round(copied / image)), channels, size, **window)
     layout = shift.shift_layout(geometry, kind)
-    part, geometry = unfold.chunks(x, geometry, layout.expansion / 2)[0]
-    buffers = shift.pack(part, geometry, kind, layout.widths)
-    elements = sum(buffer.numel() for buffer in buffers.values())
-    del buffers
-    return 1e9 * meter.seconds(lambda: shift.pack(part, geometry, kind, layout.widths)) / elements
+    elements = geometry.input_numel * layout.expansion
+    return 1e9 * meter.seconds(lambda: shift.pack(x, geometry, kind, layout.widths)) / elements
 
 
-def _im2col(meter: Meter, images: int, channels: int, size: int) -> float:
-    """ns per element of the patches as rows."""
+def _im2col(meter: Meter, channels: int, size: int, copied: int, **window: int) -> float:
+    """ns per element of the patches as rows, about ``copied`` elements of them."""
     from dbp_kernels.backends.eager import unfold
 
-    x, geometry = _map(meter, max(1, images // 9), channels, size)
+    _, one = _map(meter, 1, channels, size, **window)
+    images = max(1, round(copied / (one.samples * one.dim)))
+    x, geometry = _map(meter, images, channels, size, **window)
     elements = geometry.samples * geometry.dim
     return 1e9 * meter.seconds(lambda: unfold.rows(x, geometry)) / elements
 
 
-def _assembling(meter: Meter, images: int, channels: int, size: int, kind) -> float:
+def _assembling(meter: Meter, channels: int, size: int, kind) -> float:
     """ns per element of S."""
     from dbp_kernels.backends.eager import shift
 

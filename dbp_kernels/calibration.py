@@ -37,18 +37,19 @@ class Machine:
         narrow: points (n, rate) of a large square matrix times n columns.
         wgrad: points (channels of a group, rate) of weight-gradient convolutions.
         gbytes: copy bandwidth in GB/s, bytes read and written both counted.
-        fresh: cost of writing to new memory, as large buffers are, beside memory used before.
+        fresh: cost of writing a large result to new memory, beside memory used before.
         call: seconds of a small library call.
         product_call: seconds of a product of next to nothing, with slicing its operands.
-        pack: cost of a copy into rows of channels, by element of the copy, where no axis, the last
-            one, or another one is unfolded.
-        pack_thin: the same for so few channels that they do not fill a cache line.
+        pack: of a copy into rows of channels, where no axis, the last one, or another one is
+            unfolded: points (elements of the copy, cost). Large copies go to new memory and reach
+            over more pages than a CPU keeps track of: an element of them costs several times more.
+        pack_strided: the same where the convolution has a stride.
+        pack_thin: as ``pack`` for so few channels that they do not fill a cache line.
         pack_stem: as ``pack_thin``, with a stride (and the wide kernel that usually goes with it).
-        strided: factors on packing, cases as of ``pack``, where the convolution has a stride; the
-            first also on im2col.
-        aliased: the same where the channels of a pixel compete for few cache sets because the
-            images' sizes are powers of two.
-        im2col: cost of the patches as rows, by their elements.
+        aliased: factors on packing, cases as of ``pack``, where the channels of a pixel compete for
+            few cache sets because the images' sizes are powers of two.
+        im2col: of the patches as rows: points (their elements, cost).
+        im2col_strided: the same where the convolution has a stride.
         assemble: cost of S from its blocks, by element of S; cases as of ``pack``.
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
@@ -64,12 +65,13 @@ class Machine:
     fresh: float
     call: float
     product_call: float
-    pack: tuple[float, float, float]
-    pack_thin: tuple[float, float, float]
-    pack_stem: tuple[float, float, float]
-    strided: tuple[float, float, float]
+    pack: tuple[Points, Points, Points]
+    pack_strided: tuple[Points, Points, Points]
+    pack_thin: tuple[Points, Points, Points]
+    pack_stem: tuple[Points, Points, Points]
     aliased: tuple[float, float, float]
-    im2col: float
+    im2col: Points
+    im2col_strided: Points
     assemble: tuple[float, float, float]
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
@@ -126,7 +128,7 @@ class Calibration:
         return f"{self.source}: {how} on {self.device}{threads}"
 
 
-def interpolate(points: Points, x: int) -> float:
+def interpolate(points: Points, x: float) -> float:
     """Piecewise linear in log2(x); constant above the last point, towards zero below the first."""
     if x <= points[0][0]:
         return points[0][1] * x / points[0][0]
@@ -134,6 +136,12 @@ def interpolate(points: Points, x: int) -> float:
         if x <= x1:
             return y0 + (y1 - y0) * math.log2(x / x0) / math.log2(x1 / x0)
     return points[-1][1]
+
+
+def cost_at(points: Points, elements: float) -> float:
+    """A cost per element: piecewise linear in log2(elements), constant beyond either end."""
+    within = min(max(elements, points[0][0]), points[-1][0])
+    return interpolate(points, within)
 
 
 @lru_cache
@@ -279,6 +287,12 @@ def _three(value: Any) -> tuple[float, ...]:
     return tuple(_number(v) for v in value)
 
 
+def _three_tables(value: Any) -> tuple[Points, ...]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError("expected three lists of pairs [size, number]")
+    return tuple(_points(points) for points in value)
+
+
 def _rates(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((str(key), _number(rate)) for key, rate in value.items())
 
@@ -292,12 +306,13 @@ _PARSERS = {
     "fresh": _number,
     "call": _number,
     "product_call": _number,
-    "pack": _three,
-    "pack_thin": _three,
-    "pack_stem": _three,
+    "pack": _three_tables,
+    "pack_strided": _three_tables,
+    "pack_thin": _three_tables,
+    "pack_stem": _three_tables,
     "aliased": _three,
-    "strided": _three,
-    "im2col": _number,
+    "im2col": _points,
+    "im2col_strided": _points,
     "assemble": _three,
     "tensor_cores": _rates,
     "kernels": _points,

@@ -16,7 +16,8 @@ from functools import lru_cache
 from .backends.eager import self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
-from .calibration import Machine, calibration, machine
+from .backends.eager.unfold import images_per_chunk
+from .calibration import Machine, calibration, cost_at, machine
 from .geometry import Axis, ConvGeometry
 
 PLANS = ("gram", "direct", "samples")
@@ -98,25 +99,21 @@ def _fresh(elements: float, m: Machine, size: int) -> float:
     return m.fresh if elements * size > _KEPT else 0.0
 
 
-def _penalty(geometry: ConvGeometry, kind: int, m: Machine, size: int) -> float:
-    """What strides and the cache make of the cost of a copy."""
-    cost = m.strided[kind] if _strided(geometry) else 1
-    return cost * (m.aliased[kind] if _aliased(geometry, size) else 1)
-
-
 def _strided(geometry: ConvGeometry) -> bool:
     return any(a.stride > 1 for a in geometry.axes)
 
 
-def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int) -> float:
-    """ns per float32 element of a packed buffer."""
+def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int, elements: float) -> float:
+    """ns per float32 element of a packed buffer of so many."""
+    strided = _strided(geometry)
     if geometry.group_channels * size < _LINE:
-        return (m.pack_stem if _strided(geometry) else m.pack_thin)[kind]
-    return m.pack[kind] * _penalty(geometry, kind, m, size)
+        return cost_at((m.pack_stem if strided else m.pack_thin)[kind], elements)
+    cost = cost_at((m.pack_strided if strided else m.pack)[kind], elements)
+    return cost * (m.aliased[kind] if _aliased(geometry, size) else 1)
 
 
 def _shift_cost(
-    geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int
+    geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int, device_type: str
 ) -> Choice:
     layout = shift_layout(geometry, unfolded)
     counts = [_axis_counts(a) for a in layout.shifted]
@@ -126,11 +123,11 @@ def _shift_cost(
     elements = geometry.input_numel * layout.expansion
     kind = _copy_kind(unfolded)
     result = geometry.groups * geometry.dim**2
-    parts = max(1.0, layout.expansion / 2)  # some images at a time
+    images = images_per_chunk(geometry, layout.expansion, 2, device_type)
+    parts = geometry.batch / max(1, images)
     seconds = flop / m.product_rate(layout.side, geometry.groups)
-    fresh = _fresh(elements / parts, m, size)
-    seconds += _copying(elements, _pack_cost(geometry, kind, m, size) + fresh, size)
-    seconds += _copying(result, m.assemble[kind], size)
+    seconds += _copying(elements, _pack_cost(geometry, kind, m, size, elements / parts), size)
+    seconds += _copying(result, m.assemble[kind] + _fresh(result, m, size), size)
     # columns copied out, blocks added to
     moved = 2 * layout.copies * elements + 4 * _half(windows, self_inverse) * block
     seconds += size * moved / m.bytes_per_second()
@@ -163,21 +160,28 @@ def _upper(dim: int, rows: int) -> float:
     return (count + 1) / (2 * count)
 
 
-def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int) -> float:
-    # two copies of as many elements as the input has, some images at a time
-    fresh = 2 * _fresh(geometry.input_numel, m, size)
-    cost = m.im2col * _penalty(geometry, 0, m, size) + fresh
-    return _copying(geometry.samples * geometry.groups * geometry.dim, cost, size)
+def _patch_elements(geometry: ConvGeometry) -> int:
+    return geometry.samples * geometry.groups * geometry.dim
 
 
-def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
+def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float = 1) -> float:
+    """Seconds of all patches as rows, in so many parts."""
+    elements = _patch_elements(geometry)
+    table = m.im2col_strided if _strided(geometry) else m.im2col
+    return _copying(elements, cost_at(table, elements / parts), size)
+
+
+def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str) -> Choice:
     n, d = geometry.samples, geometry.dim
     flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
     result = geometry.groups * d**2
     seconds = flop / m.product_rate(d, geometry.groups) + 4 * m.call
     seconds += size * 2 * result / m.bytes_per_second()
+    seconds += _copying(result, _fresh(result, m, size), size)
     if not geometry.pointwise:
-        seconds += _im2col_seconds(geometry, m, size)
+        expansion = _patch_elements(geometry) / max(1, geometry.input_numel)
+        images = images_per_chunk(geometry, expansion, 1, device_type)
+        seconds += _im2col_seconds(geometry, m, size, geometry.batch / max(1, images))
     return Choice("unfold", flop / 1e9, seconds)
 
 
@@ -235,11 +239,11 @@ def gram_choices(
     kernels have their own algorithms beside the libraries'.
     """
     m = machine(device_type, precision, itemsize)
-    choices = [_unfold_cost(geometry, m, itemsize)]
+    choices = [_unfold_cost(geometry, m, itemsize, device_type)]
     if not geometry.pointwise:
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
             if not all(unfolded):
-                choices.append(_shift_cost(geometry, unfolded, m, itemsize))
+                choices.append(_shift_cost(geometry, unfolded, m, itemsize, device_type))
         choices.append(_self_wgrad_cost(geometry, m, itemsize))
     if backend in KERNEL_BACKENDS:
         choices.append(_kernel_direct_cost(geometry, m, itemsize, backend))

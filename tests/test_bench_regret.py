@@ -145,9 +145,24 @@ def test_a_quick_calibration_is_a_calibration(tmp_path, capsys):
 
 
 def test_of_several_passes_the_best_figures_count():
-    one = {"product": [[1, 2.0], [3, 4.0]], "gbytes": 5.0, "call": 2.0, "pack": [1.0, 2.0, 3.0]}
-    two = {"product": [[1, 3.0], [3, 1.0]], "gbytes": 6.0, "call": 1.0, "pack": [2.0, 1.0, 3.0]}
-    best = {"product": [[1, 3.0], [3, 4.0]], "gbytes": 6.0, "call": 1.0, "pack": [1.0, 1.0, 3.0]}
+    one = {
+        "product": [[1, 2.0], [3, 4.0]],
+        "gbytes": 5.0,
+        "call": 2.0,
+        "pack": [[[1, 2.0]], [[1, 3.0]]],
+    }
+    two = {
+        "product": [[1, 3.0], [3, 1.0]],
+        "gbytes": 6.0,
+        "call": 1.0,
+        "pack": [[[1, 1.0]], [[1, 4.0]]],
+    }
+    best = {
+        "product": [[1, 3.0], [3, 4.0]],
+        "gbytes": 6.0,
+        "call": 1.0,
+        "pack": [[[1, 1.0]], [[1, 3.0]]],
+    }
     assert calibrate._better(one, two) == best
 
 

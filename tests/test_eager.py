@@ -240,7 +240,7 @@ def test_chunks_of_images(c, images):
     with pytest.MonkeyPatch.context() as patch:
         seen = []
 
-        def few(geometry, expansion):
+        def few(geometry, *rest):
             seen.append(geometry.batch)
             return images
 
@@ -252,12 +252,15 @@ def test_chunks_of_images(c, images):
 def test_chunks_split_without_being_made_to():
     c = case(8, 4, (9, 9), 5, padding=2)
     expansion = c.geometry.dim * c.geometry.samples / c.geometry.input_numel
-    assert 1 <= unfold.images_per_chunk(c.geometry, expansion) < 8
-    parts = unfold.chunks(c.input(), c.geometry, expansion)
+    assert 1 <= unfold.images_per_chunk(c.geometry, expansion, 1, "cpu") < 8
+    parts = unfold.chunks(c.input(), c.geometry, expansion, 1)
     assert sum(g.batch for _, g in parts) == 8
     assert [p.shape[0] for p, _ in parts] == [g.batch for _, g in parts]
-    assert unfold.images_per_chunk(c.geometry, 1e9) == 1
-    assert unfold.images_per_chunk(c.geometry, 0.1) == 8
+    assert unfold.images_per_chunk(c.geometry, 1e9, 1, "cpu") == 1
+    assert unfold.images_per_chunk(c.geometry, 0.1, 1, "cpu") == 8
+    large = case(10, 64, (224, 224), 3, padding=1).geometry
+    assert unfold.images_per_chunk(large, 2, 2, "cuda") == 10
+    assert unfold.images_per_chunk(large, 0.5, 2, "cpu") == 3  # 16 M of 4 M: 4 parts, of equal size
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)

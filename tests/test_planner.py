@@ -177,7 +177,17 @@ def machines(monkeypatch):
     planner.reset()
 
 
-COPIES = ("pack", "pack_thin", "pack_stem", "assemble")
+TABLES = ("pack", "pack_strided", "pack_thin", "pack_stem")  # three each, by elements
+PATCHES = ("im2col", "im2col_strided")
+
+
+def times(factor: float, points):
+    """Points, or several lists of them, with other costs."""
+    if isinstance(points[0][0], tuple):
+        return tuple(times(factor, table) for table in points)
+    return tuple((elements, factor * cost) for elements, cost in points)
+
+
 SPREAD = (
     case(32, 64, (56, 56), 3, padding=1),
     case(32, 3, (224, 224), 7, stride=2, padding=3),
@@ -191,8 +201,9 @@ def test_a_device_twice_as_fast_in_all_halves_every_cost(machines):
     """So no figure enters with a wrong dimension."""
     before = [(gram_choices(c.geometry), update_choices(c.geometry)) for c in SPREAD]
     own = machines.own
-    halves = {k: getattr(own, k) / 2 for k in ("call", "product_call", "im2col", "fresh")}
-    halves |= {k: tuple(v / 2 for v in getattr(own, k)) for k in COPIES}
+    halves = {k: getattr(own, k) / 2 for k in ("call", "product_call", "fresh")}
+    halves |= {k: times(0.5, getattr(own, k)) for k in (*TABLES, *PATCHES)}
+    halves["assemble"] = tuple(v / 2 for v in own.assemble)
     machines(speed=2, gbytes=2 * own.gbytes, **halves)
     for c, (grams, updates) in zip(SPREAD, before):
         for old, new in ((grams, gram_choices(c.geometry)), (updates, update_choices(c.geometry))):
@@ -206,9 +217,9 @@ def test_each_copy_costs_those_that_make_it(machines):
     own = machines.own
     last, other = "shift[unfold axis 1]", "shift[unfold axis 0]"
     for figure, payers in (
-        ({"im2col": 9 * own.im2col}, {"unfold"}),
-        ({"pack": (9 * own.pack[0], *own.pack[1:])}, {"shift"}),
-        ({"pack": (own.pack[0], 9 * own.pack[1], own.pack[2])}, {last}),
+        ({"im2col": times(9, own.im2col)}, {"unfold"}),
+        ({"pack": (times(9, own.pack[0]), *own.pack[1:])}, {"shift"}),
+        ({"pack": (own.pack[0], times(9, own.pack[1]), own.pack[2])}, {last}),
         ({"assemble": (*own.assemble[:2], 9 * own.assemble[2])}, {other}),
         ({"wgrad": tuple((c, r / 9) for c, r in own.wgrad)}, {"self_wgrad"}),
         ({"product_call": 9 * own.product_call}, {"shift", last, other}),
@@ -219,8 +230,9 @@ def test_each_copy_costs_those_that_make_it(machines):
 
 
 def test_without_the_cost_of_calls_and_copies_the_fewest_operations_win(machines):
-    free = {"call": 1e-15, "product_call": 1e-15, "im2col": 1e-9, "fresh": 1e-9, "gbytes": 1e12}
-    free |= dict.fromkeys(COPIES, (1e-09,) * 3)
+    free = {"call": 1e-15, "product_call": 1e-15, "fresh": 1e-9, "gbytes": 1e12}
+    free |= dict.fromkeys(PATCHES, ((1, 1e-9),)) | dict.fromkeys(TABLES, (((1, 1e-9),),) * 3)
+    free["assemble"] = (1e-9,) * 3
     flat = dict.fromkeys(("product", "grouped", "narrow", "wgrad"), ((1, 100.0),))
     machines(**free, **flat)
     for c in SPREAD:
@@ -230,14 +242,26 @@ def test_without_the_cost_of_calls_and_copies_the_fewest_operations_win(machines
 
 def test_strides_and_cache_conflicts_make_packing_dearer(machines):
     plain, aliased = (case(16, 64, (s, s), 3, padding=1).geometry for s in (31, 32))
-    for geometry, figure in (
-        (case(16, 64, (31, 31), 3, stride=2, padding=1).geometry, "strided"),
-        (aliased, "aliased"),
+    strided = case(16, 64, (31, 31), 3, stride=2, padding=1).geometry
+    tables, dear = machines.own.pack_strided, times(3, machines.own.pack_strided[0])
+    for geometry, usual, dearer, payers in (
+        (strided, {}, {"pack_strided": (dear, *tables[1:])}, {"shift"}),
+        (strided, {}, {"im2col_strided": times(3, machines.own.im2col_strided)}, {"unfold"}),
+        (aliased, {"aliased": (1.0, 1.0, 1.0)}, {"aliased": (3.0, 1.0, 1.0)}, {"shift"}),
     ):
-        machines(**{figure: (1.0, 1.0, 1.0)})
-        usual = {str(c): c.seconds for c in gram_choices(geometry)}
+        machines(**usual)
+        before = {str(c): c.seconds for c in gram_choices(geometry)}
         unaffected = gram_choices(plain)
-        machines(**{figure: (3.0, 1.0, 1.0)})
-        dearer = {str(c): c.seconds for c in gram_choices(geometry)}
-        assert {n for n in usual if dearer[n] > usual[n]} == {"shift", "unfold"}
+        machines(**dearer)
+        after = {str(c): c.seconds for c in gram_choices(geometry)}
+        assert {n for n in before if after[n] > before[n]} == payers
         assert gram_choices(plain) == unaffected
+
+
+def test_an_element_of_a_large_copy_costs_more(machines):
+    g = SPREAD[0].geometry
+    machines(im2col=((1000, 1.0), (2000, 1.0)))
+    cheap = {str(c): c.seconds for c in gram_choices(g)}["unfold"]
+    machines(im2col=((1000, 1.0), (2000, 3.0)))  # constant beyond either end
+    dear = {str(c): c.seconds for c in gram_choices(g)}["unfold"]
+    assert dear - cheap == pytest.approx(2e-9 * g.samples * g.dim)

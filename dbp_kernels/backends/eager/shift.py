@@ -392,7 +392,7 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     shape = (len(program.sources), g, layout.side, layout.side)
     sources = torch.empty(shape, dtype=dtype, device=x.device)
     blocks = _Blocks(sources[: program.blocks])
-    for part, part_geometry in chunks(x, geometry, layout.expansion / 2):
+    for part, part_geometry in chunks(x, geometry, layout.expansion, 2):
         buffers = pack(part, part_geometry, unfolded, layout.widths)
         copies: _Copies = {}
         for box in program.boxes:

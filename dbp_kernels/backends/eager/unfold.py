@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,9 @@ from ...geometry import ConvGeometry
 from ...precision import product_dtype, statistics_dtype
 from .matmul import mirror, panels, upper_product
 
+# Elements of a buffer. Larger ones are new memory at every call (of C libraries, glibc's from 32 MiB
+# on), and an element of them costs up to three times as much.
+_AT_ONCE = 1 << 22
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
 
@@ -60,16 +65,26 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     return out.copy_(z).view(g, -1, geometry.dim)
 
 
-def images_per_chunk(geometry: ConvGeometry, expansion: float) -> int:
-    """Images to handle at a time so that a buffer ``expansion`` times the input stays near it."""
-    return max(1, min(geometry.batch, int(geometry.batch / max(1.0, expansion))))
+def images_per_chunk(
+    geometry: ConvGeometry, expansion: float, inputs: float, device_type: str
+) -> int:
+    """Images to handle at a time where a buffer has ``expansion`` times their elements.
+
+    It gets at most ``inputs`` times the elements of the whole input, and on a CPU at most
+    ``_AT_ONCE``; the parts are of about equal size.
+    """
+    most = inputs * geometry.input_numel
+    if device_type != "cuda":
+        most = min(most, _AT_ONCE)
+    parts = math.ceil(expansion * geometry.input_numel / most) if most else 1
+    return math.ceil(geometry.batch / max(1, min(geometry.batch, parts)))
 
 
 def chunks(
-    x: Tensor, geometry: ConvGeometry, expansion: float
+    x: Tensor, geometry: ConvGeometry, expansion: float, inputs: float
 ) -> list[tuple[Tensor, ConvGeometry]]:
-    """x split over images for a buffer ``expansion`` times its size."""
-    size = images_per_chunk(geometry, expansion)
+    """x split over images, as many at a time as ``images_per_chunk`` says."""
+    size = images_per_chunk(geometry, expansion, inputs, x.device.type)
     return [(part, geometry.with_batch(part.shape[0])) for part in x.split(size)]
 
 
@@ -90,7 +105,7 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         upper_product(Z, Z, out, False, count, mean)
     else:
         expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
-        for i, (part, g) in enumerate(chunks(x, geometry, expansion)):
+        for i, (part, g) in enumerate(chunks(x, geometry, expansion, 1)):
             Z = rows(part, g, product_dtype(x))
             upper_product(Z, Z, out, i > 0, count, mean)
     mirror(out, count)
