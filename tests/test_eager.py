@@ -454,6 +454,14 @@ def test_forced_choices_reach_the_algorithm_they_name(monkeypatch):
 # --------------------------------------------------------------------------- the shift program
 
 
+def _place(indices, sizes) -> int:
+    """Row-major."""
+    place = 0
+    for index, size in zip(indices, sizes, strict=True):
+        place = place * size + index
+    return place
+
+
 @settings(max_examples=100)
 @given(cases())
 def test_each_product_is_computed_once(c):
@@ -472,7 +480,17 @@ def test_each_product_is_computed_once(c):
             (row[1], row[0], -row[2]),
         )
         assert transposed == (inner, row) or transposed not in classes
-    used = {b for box in program.boxes for p in box.products for b in p.blocks}
+    used = set()
+    for box in program.boxes:
+        for p in box.products:
+            places = itertools.product(*(range(*covered) for covered in p.covering))
+            used |= {p.block + _place(place, p.windows) for place in places}
+            for k, segment, covered in zip(
+                (*box.inner, p.row), (*box.segments, p.segment), p.covering, strict=True
+            ):
+                assert [k.covers(i, segment) for i in range(len(k.windows))] == [
+                    i in range(*covered) for i in range(len(k.windows))
+                ]
     assert used == set(range(program.blocks))
     assert len(program.source_of) == c.geometry.taps**2
     assert set(range(program.blocks, len(program.sources))) <= set(program.source_of)

@@ -52,11 +52,17 @@ _LINE, _MANY_PIXELS = 16, 512
 
 @dataclass(frozen=True)
 class Product:
-    """One GEMM: row segment x inner box of a class combination, added to ``blocks``."""
+    """One GEMM: row segment x inner box of a class combination, added to some of its blocks.
+
+    The combination has a block for each combination of its classes' windows, ``windows`` many by
+    axis, the first of them ``block``; those that get the product have windows in ``covering``.
+    """
 
     row: PairClass
     segment: Window
-    blocks: tuple[int, ...]
+    block: int
+    windows: tuple[int, ...]
+    covering: tuple[Window, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,17 @@ class Program:
     source_of: tuple[int, ...]
 
 
+def _covering(c: PairClass, segment: Window) -> Window:
+    """The range of the class's windows that contain a segment."""
+    # windows move one way from tap to tap: those around a segment follow each other
+    indices = [i for i in range(len(c.windows)) if c.covers(i, segment)]
+    return indices[0], indices[-1] + 1
+
+
+def _main_first(c: PairClass) -> list[Window]:
+    return sorted(c.segments, key=lambda segment: segment != c.main)
+
+
 def _canonical(classes: tuple[PairClass, ...]) -> bool:
     """Of a combination of classes and its transpose exactly one is canonical."""
     for c in classes:
@@ -96,11 +113,16 @@ def _canonical(classes: tuple[PairClass, ...]) -> bool:
 def make_program(axes: tuple[Axis, ...]) -> Program:
     """The program for the shifted axes, the row axis first. Integers only, cached."""
     row_axis, *inner_axes = axes
-    block_ids: dict[tuple, int] = {}
+    first_blocks: dict[tuple, int] = {}
+    blocks = 0
 
-    def block_id(classes: tuple[PairClass, ...], window_ids: tuple[int, ...]) -> int:
-        key = (tuple(c.key for c in classes), window_ids)
-        return block_ids.setdefault(key, len(block_ids))
+    def first_block(classes: tuple[PairClass, ...]) -> int:
+        nonlocal blocks
+        key = tuple(c.key for c in classes)
+        if key not in first_blocks:
+            first_blocks[key] = blocks
+            blocks += math.prod(len(c.windows) for c in classes)
+        return first_blocks[key]
 
     boxes = []
     # shifts d and -d in turn: they share the columns that are copied out
@@ -110,25 +132,20 @@ def make_program(axes: tuple[Axis, ...]) -> Program:
         if not row_classes:
             continue
         mains = tuple(c.main for c in inner)
-        for segments in itertools.product(*(c.segments for c in inner)):
-            covering = [
-                [i for i in range(len(c.windows)) if c.covers(i, s)]
-                for c, s in zip(inner, segments)
-            ]
+        for segments in itertools.product(*map(_main_first, inner)):
+            covering = [_covering(c, s) for c, s in zip(inner, segments)]
             products = []
             for row in row_classes:
-                for segment in row.segments:
-                    rows = [i for i in range(len(row.windows)) if row.covers(i, segment)]
-                    ids = tuple(
-                        block_id((*inner, row), ids) for ids in itertools.product(*covering, rows)
-                    )
-                    products.append(Product(row, segment, ids))
+                classes = (*inner, row)
+                block, counts = first_block(classes), tuple(len(c.windows) for c in classes)
+                for segment in _main_first(row):
+                    covered = (*covering, _covering(row, segment))
+                    products.append(Product(row, segment, block, counts, covered))
             boxes.append(Box(inner, segments, segments == mains, tuple(products)))
 
     taps = list(itertools.product(*(range(a.kernel) for a in axes)))
     class_of = [{pair: c for c in a.pair_classes for pair in c.window_of} for a in axes]
     inner_first = (*range(1, len(axes)), 0)
-    blocks = len(block_ids)
     sources: dict[int | tuple[int, str] | None, int] = {b: b for b in range(blocks)}
 
     def source(left: tuple[int, ...], right: tuple[int, ...]) -> int | tuple[int, str] | None:
@@ -138,8 +155,10 @@ def make_program(axes: tuple[Axis, ...]) -> Program:
         classes = tuple(class_of[a][pairs[a]] for a in inner_first)
         if not _canonical(classes):
             return source(right, left), "transposed"
-        window_ids = tuple(c.window_of[pairs[a]] for a, c in zip(inner_first, classes))
-        return block_id(classes, window_ids)
+        place = 0
+        for a, c in zip(inner_first, classes):
+            place = place * len(c.windows) + c.window_of[pairs[a]]
+        return first_block(classes) + place
 
     source_of = tuple(sources.setdefault(source(i, j), len(sources)) for i in taps for j in taps)
     listed = tuple(key[0] if isinstance(key, tuple) else key for key in sources)
@@ -315,26 +334,29 @@ def _operand(box: Box, right: bool) -> tuple[Phases, tuple[Window, ...]]:
 
 
 class _Blocks:
-    """The distinct blocks, (blocks, G, side, side): the first product to reach one writes it."""
+    """The distinct blocks, (blocks, G, side, side), whatever is in them at first."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._scratch = torch.empty_like(tensor[0])
-        self._written: set[int] = set()
+        self._written: set[int] = set()  # first blocks of class combinations
 
-    def add(self, X: Tensor, Y: Tensor, targets: tuple[int, ...]) -> None:
-        """Adds X^T Y to the blocks ``targets``, for X, Y (G, n, side)."""
-        if len(targets) == 1:
-            _multiply(X, Y, self.tensor[targets[0]], accumulate=targets[0] in self._written)
-        else:
-            _multiply(X, Y, self._scratch, accumulate=False)
-            for target in targets:
-                block = self.tensor[target]
-                if target in self._written:
-                    block.add_(self._scratch)
-                else:
-                    block.copy_(self._scratch)
-        self._written.update(targets)
+    def add(self, X: Tensor, Y: Tensor, p: Product) -> None:
+        """Adds X^T Y, for X, Y (G, n, side), to the blocks of a product."""
+        every = self.tensor[p.block : p.block + math.prod(p.windows)]
+        some = every.unflatten(0, p.windows)
+        for axis, (start, stop) in enumerate(p.covering):
+            some = some.narrow(axis, start, stop - start)
+        written = p.block in self._written
+        self._written.add(p.block)
+        if not written and some.numel() < every.numel():
+            every.zero_()
+            written = True
+        if some.numel() == self._scratch.numel():
+            _multiply(X, Y, some.view_as(self._scratch), accumulate=written)
+            return
+        _multiply(X, Y, self._scratch, accumulate=False)
+        some.add_(self._scratch) if written else some.copy_(self._scratch)
 
 
 def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -361,7 +383,7 @@ def _multiply_main(box: Box, buffers: dict[Phases, Tensor], blocks: _Blocks) -> 
         # only zero columns are lost at either end of the buffer
         start = max(p.segment[0] * row_length, -offset)
         stop = min(p.segment[1] * row_length, Y.shape[1] - offset)
-        blocks.add(X[:, start:stop], Y[:, start + offset : stop + offset], p.blocks)
+        blocks.add(X[:, start:stop], Y[:, start + offset : stop + offset], p)
 
 
 def _multiply_columns(box: Box, copies: _Copies, blocks: _Blocks) -> None:
@@ -376,7 +398,7 @@ def _multiply_columns(box: Box, copies: _Copies, blocks: _Blocks) -> None:
         start, stop = p.segment
         X = left[:, start:stop].flatten(1, -2)
         Y = right[:, start + p.row.shift : stop + p.row.shift].flatten(1, -2)
-        blocks.add(X, Y, p.blocks)
+        blocks.add(X, Y, p)
 
 
 def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> Tensor:
