@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 NEAR = 0.1  # a regret up to here is a good prediction
+BUDGETS = (0.01, 0.02, 0.05, 0.1)  # shares of the step that the bar on budgets asks for
 
 
 _AT_LEAST = ("speedup", "mean")
@@ -23,19 +24,21 @@ class Bar:
     """One promise.
 
     Attributes:
-        suite: "kernels", "step" (which is judged at a sample of 10 %) or "regret".
+        suite: "kernels", "step" (which is judged at a sample of 10 %), "regret" or "budget".
         case: the case's name, or "*": all of them, the worst one counts. For metric "mean" a name
             of ``GROUPS``.
         metric: "speedup" (rival's median / ours; at least ``bar``), "slowdown" (ours / rival's; at
             most ``bar``), "mean" (geometric mean of the speed-ups of a group; at least ``bar``),
             "well predicted" (suite "regret", of a question in place of a case: the share of cases
-            with a choice whose regret is at most ``NEAR``; at least ``bar``), "overhead" (what our step takes beyond plain backpropagation's over what the rival's
-            does; at most ``bar``) or "memory" (extra bytes beyond the result over the bytes of 3
-            float32 inputs and D^2; at most ``bar``).
+            with a choice whose regret is at most ``NEAR``; at least ``bar``), "overhead" (what our
+            step takes beyond plain backpropagation's over what the rival's does; at most ``bar``),
+            "memory" (extra bytes beyond the result over the bytes of 3 float32 inputs and D^2; at
+            most ``bar``) or "share" (of a step's time, the actual over the requested one, the worst
+            of ``BUDGETS``; at most ``bar``).
         rival: the method compared with; "best rival": in each case the fastest of its rivals but
             unfold; "any rival": the fastest of all.
         bar, goal: what must hold, and what we would like.
-        pairs: fewest alternating pairs.
+        pairs: fewest alternating pairs; of a budget, steps after the warm-up.
         needs: a further method that must have been measured in the same run, or "".
         device, dtype: where it holds.
     """
@@ -61,6 +64,8 @@ class Bar:
         what = "every case" if self.case == "*" else self.case
         if self.metric == "well predicted":
             return f"planner, {self.case}: cases within {NEAR:.0%} of the best >= {self.bar:.0%}"
+        if self.metric == "share":
+            return f"{what}: actual over requested share of the step <= {self.bar:g}"
         sign = ">=" if self.metric in _AT_LEAST else "<="
         against = "3 inputs + D^2" if self.metric == "memory" else self.rival
         return f"{what}: {self.metric} against {against} {sign} {self.bar:g}"
@@ -113,6 +118,8 @@ BARS: tuple[Bar, ...] = (
     Bar("step", "resnet18 32x32 b128", "overhead", "published", 0.5, needs="bp"),
     _predicted("gram"),
     _predicted("update"),
+    Bar("budget", "convnet 32x32 b128", "share", "", 1.25),
+    Bar("budget", "resnet18 32x32 b128", "share", "", 1.25),
 )
 GPU_BARS: tuple[Bar, ...] = (
     _mean("resnet 3x3 stride 1, n >= D", "unfold", 5),
@@ -164,6 +171,8 @@ def _evaluate(result: dict, bar: Bar) -> Verdict:
             return Verdict(bar, NOT_MEASURED, why=f"holds for {key} {getattr(bar, key)}")
     if bar.metric == "well predicted":
         return _well_predicted(result, bar)
+    if bar.metric == "share":
+        return _within_budget(result, bar)
     if bar.on_registry and not settings.get("whole_registry"):
         return Verdict(bar, NOT_MEASURED, why="not the whole registry")
     if bar.metric == "mean":
@@ -213,6 +222,27 @@ def _well_predicted(result: dict, bar: Bar) -> Verdict:
     worst = max(known, key=lambda r: r["regret"])
     where = f"{worst['regret']:.0%} slower at worst, {worst['name']}"
     return Verdict(bar, MET if share >= bar.bar else MISSED, share, where)
+
+
+def budget_case(record: dict) -> str:
+    """What a bar calls the network of a budget's record, of which there may be several."""
+    return f"{record['network']} b{record['batch']}"
+
+
+def _within_budget(result: dict, bar: Bar) -> Verdict:
+    records = [r for r in result.get("budget", ()) if budget_case(r) == bar.case]
+    runs = [run for record in records for run in record["runs"] if run["budget"] in BUDGETS]
+    missing = sorted(set(BUDGETS) - {run["budget"] for run in runs})
+    if missing:
+        why = f"no run at {missing[0]:.0%}" if runs else "case not run"
+        return Verdict(bar, NOT_MEASURED, why=why)
+    fewest = min(record["steps"] - record["warm_up"] for record in records)
+    if fewest < bar.pairs:
+        return Verdict(bar, NOT_MEASURED, why=f"{fewest} steps, {bar.pairs} needed")
+    worst = max(runs, key=lambda run: run["share"] / run["budget"])
+    figure = worst["share"] / worst["budget"]
+    status = MET if _holds(bar, figure, bar.bar) else MISSED
+    return Verdict(bar, status, figure, f"worst {worst['budget']:.0%}")
 
 
 def _holds(bar: Bar, figure: float, limit: float) -> bool:

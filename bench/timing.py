@@ -33,6 +33,11 @@ def cpu_time(wanted: bool = True) -> Iterator[None]:
         _clock = before
 
 
+def host_clock() -> Callable[[], float]:
+    """What samples on a CPU are timed with: of elapsed time, or of the process's CPU time."""
+    return _clock
+
+
 @dataclass(frozen=True)
 class Spread:
     """Seconds per call over the samples of one variant.

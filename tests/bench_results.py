@@ -36,6 +36,7 @@ def synthetic(speedup: float = 7.0, slowdown: float = 1.05, extra: int = 100) ->
         "settings": {"device": "cpu", "dtype": "float32", "whole_registry": True},
         "kernels": cases,
         "step": [{"name": name, "sample": 0.1, "methods": dict(step)} for name in networks],
+        "budget": [shared(name, 1.1) for name in networks],
         "regret": [predicted(question, 0.0) for question in regret.QUESTIONS for _ in range(10)],
     }
 
@@ -45,6 +46,17 @@ def predicted(question: str, by: float, samples: int = 9) -> dict:
     methods = {"chosen": method(0.01 * (1 + by), samples=samples), "other": method(0.01)}
     record = {"name": "case", "question": question, "n": 1, "D": 1, "methods": methods}
     return {**record, "predicted": "chosen", "best": "other", "regret": by}
+
+
+def shared(name: str, by: float, steps: int = 30) -> dict:
+    """A budget's record of a network ("... b128") with shares ``by`` times the requested ones."""
+    runs = [{"budget": b, "share": by * b} for b in bars.BUDGETS]
+    runs.append({"budget": None, "share": 0.5})
+    for run in runs:
+        run.update(step_seconds=0.1, longest_update=0.1, seconds=[0.0, 1.0], loss=[1.0, 0.5])
+    network, batch = name.rsplit(" b", 1)
+    record = {"name": name, "network": network, "batch": int(batch), "lr": 1e-3, "runs": runs}
+    return {**record, "warm_up": 5, "steps": steps}
 
 
 def statuses(result: dict) -> dict[str, str]:

@@ -4,12 +4,13 @@ import copy
 import json
 import math
 
+import bench_results
 import pytest
 import torch
 from torch import nn
 
 import dbp_kernels as dbp
-from bench import budget, cli, report
+from bench import bars, budget, cli, report
 from bench.budget import BudgetCase
 from bench.kernels import Settings
 from bench.steps import StepCase
@@ -69,12 +70,35 @@ def test_a_case_and_its_tables(tmp_path):
     json.dumps(record)
     text = budget.budget_table([record])
     assert "unlimited" in text
-    assert f"{limited['share'] / 0.5:.2f} ok" in text
-    late = copy.deepcopy(record)
-    late["runs"][0]["share"] = 0.7
-    assert "1.40 MISSED" in budget.budget_table([late])
+    assert f"{limited['share'] / 0.5:.2f}" in text
     budget.plot_budget([record], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+BAR = "convnet 32x32 b128: actual over requested share of the step <= 1.25"
+
+
+def _judged(records: list[dict]) -> bars.Verdict:
+    result = {**bench_results.synthetic(), "budget": records}
+    return next(v for v in bars.evaluate(result) if v.bar.text == BAR)
+
+
+def test_the_bar_on_shares():
+    name = "convnet 32x32 b128"
+    good = bench_results.shared(name, 1.2)
+    assert _judged([good]).status == bars.MET
+    late = copy.deepcopy(good)
+    late["runs"][2]["share"] = 0.07
+    verdict = _judged([late])
+    assert (verdict.status, verdict.where) == (bars.MISSED, "worst 5%")
+    assert verdict.figure == pytest.approx(1.4)
+    assert _judged([]).status == bars.NOT_MEASURED
+    assert _judged([bench_results.shared("resnet18 32x32 b128", 1)]).status == bars.NOT_MEASURED
+    assert _judged([bench_results.shared(name, 1, steps=10)]).why == "5 steps, 9 needed"
+    partial = {**good, "runs": good["runs"][1:]}
+    assert _judged([partial]).why == "no run at 1%"
+    single = [{**good, "runs": [run]} for run in good["runs"]]  # one budget a record
+    assert _judged(single).status == bars.MET
 
 
 def test_cases_can_be_run_one_by_one():
