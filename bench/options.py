@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         choices=(*SUITES, "all"),
         default="kernels",
         help="kernels: patch_gram on layer shapes (default); update: DecorUpdate.step() of whole "
-        "networks; step: whole training steps; memory: their peak; scaling: patch_gram against "
+        "networks; step: whole training steps; accumulation: steps of several micro-steps; memory: "
+        "the peak of a step; scaling: patch_gram against "
         "one size of a layer; regret: the planner's choices against the best it could choose; "
         "budget: shares of the step under budgets, on a CPU (all: without it)",
     )

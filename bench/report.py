@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from . import bars
 from .budget import budget_table
 from .kernel_tables import kernel_table, means_text, scaling_table
-from .network_tables import memory_table, step_text, update_table
+from .network_tables import memory_table, step_table, step_text, update_table
 from .regret_tables import regret_table
 from .table import format_table
 
@@ -16,6 +16,7 @@ _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
     "kernels": ("patch_gram", lambda r: f"{kernel_table(r)}\n\n{means_text(r)}"),
     "update": ("one update of every layer", update_table),
     "step": ("whole training steps", step_text),
+    "accumulation": ("training steps of several micro-steps", step_table),
     "memory": ("peak memory of training", memory_table),
     "scaling": ("patch_gram as one size grows", scaling_table),
     "regret": ("the planner's choices", regret_table),

@@ -9,7 +9,18 @@ from typing import NamedTuple
 
 import torch
 
-from . import budget, footprint, kernels, networks, registry, regret, scaling, steps, updates
+from . import (
+    accumulation,
+    budget,
+    footprint,
+    kernels,
+    networks,
+    registry,
+    regret,
+    scaling,
+    steps,
+    updates,
+)
 from .kernels import DEFAULT_PAIRS, Settings
 
 DTYPES = {
@@ -124,6 +135,11 @@ def _step(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     )
 
 
+def _accumulation(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
+    run, cases = accumulation.run_accumulation_case, accumulation.CASES
+    return _on_networks("accumulation", run, cases, options, settings)
+
+
 def _memory(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     cases = footprint.GPU_CASES
     if options.device.type == "cpu":
@@ -167,6 +183,7 @@ SUITES: dict[str, Callable[[argparse.Namespace, Settings], Iterator[Job]]] = {
     "kernels": _kernels,
     "update": _update,
     "step": _step,
+    "accumulation": _accumulation,
     "memory": _memory,
     "scaling": _scaling,
     "regret": _regret,

@@ -20,6 +20,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
     )
 
 from . import nn, ops, reference  # noqa: E402
+from .accumulate import accumulate_gradients  # noqa: E402
 from .backends import backend  # noqa: E402
 from .explain import explain  # noqa: E402
 from .functional import *  # noqa: E402, F403
@@ -30,6 +31,7 @@ from .update import DecorUpdate  # noqa: E402
 __all__ = [
     "DecorUpdate",
     "__version__",
+    "accumulate_gradients",
     "backend",
     "decorrelate_model",
     "explain",

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbp_kernels import functional
+from dbp_kernels.accumulate import held_weight
 from dbp_kernels.capture import record
 from dbp_kernels.precision import statistics_dtype
 
@@ -54,6 +56,7 @@ class _Decorrelated(nn.Module):
     # Class attributes, so that surgery can turn a plain layer into this class.
     _recorder = None
     _recorder_key = None
+    _holder = None  # see accumulate_gradients
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,6 +81,10 @@ class _Decorrelated(nn.Module):
     def _as_images(self, input: Tensor) -> Tensor:
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
+
+    def _condense(self) -> Tensor:
+        """A = W R, the weight of the equal plain layer."""
+        return functional.condensed_weight(self.weight, self.R, getattr(self, "groups", 1))
 
     # R.
 
@@ -145,6 +152,7 @@ class _Decorrelated(nn.Module):
         state = self.__dict__.copy()
         state.pop("_recorder", None)
         state.pop("_recorder_key", None)
+        state.pop("_holder", None)
         return state
 
     def extra_repr(self) -> str:
@@ -174,7 +182,11 @@ class DecorLinear(_Decorrelated, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        output = functional.decor_linear(input, self.weight, self.R, self.bias)
+        A = held_weight(self, self._condense)
+        if A is None:
+            output = functional.decor_linear(input, self.weight, self.R, self.bias)
+        else:
+            output = F.linear(input, A, self.bias)
         record(self, input)
         return output
 
@@ -209,6 +221,15 @@ class _DecorConvNd(_Decorrelated):
     def _as_images(self, input: Tensor) -> Tensor:
         return input if input.dim() > len(self.kernel_size) + 1 else input.unsqueeze(0)
 
+    def _convolve(self, decor_conv: Callable[..., Tensor], input: Tensor) -> Tensor:
+        A = held_weight(self, self._condense)
+        if A is None:
+            output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
+        else:
+            output = self._conv_forward(input, A, self.bias)
+        record(self, input)
+        return output
+
 
 class DecorConv1d(_DecorConvNd, nn.Conv1d):
     """`torch.nn.Conv1d` over decorrelated patches; takes its arguments.
@@ -218,11 +239,7 @@ class DecorConv1d(_DecorConvNd, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, L) or (C, L), as torch.nn.Conv1d."""
-        output = functional.decor_conv1d(
-            input, self.weight, self.R, self.bias, **self._conv_arguments()
-        )
-        record(self, input)
-        return output
+        return self._convolve(functional.decor_conv1d, input)
 
 
 class DecorConv2d(_DecorConvNd, nn.Conv2d):
@@ -233,11 +250,7 @@ class DecorConv2d(_DecorConvNd, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W), as torch.nn.Conv2d."""
-        output = functional.decor_conv2d(
-            input, self.weight, self.R, self.bias, **self._conv_arguments()
-        )
-        record(self, input)
-        return output
+        return self._convolve(functional.decor_conv2d, input)
 
 
 class DecorConv3d(_DecorConvNd, nn.Conv3d):
@@ -248,11 +261,7 @@ class DecorConv3d(_DecorConvNd, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, D, H, W) or (C, D, H, W), as torch.nn.Conv3d."""
-        output = functional.decor_conv3d(
-            input, self.weight, self.R, self.bias, **self._conv_arguments()
-        )
-        record(self, input)
-        return output
+        return self._convolve(functional.decor_conv3d, input)
 
 
 class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
@@ -271,19 +280,19 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
-        output = functional.decor_conv_transpose2d(
-            input,
-            self.weight,
-            self.R,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=output_padding,
-            groups=self.groups,
-            dilation=self.dilation,
-        )
+        window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        A = held_weight(self, self._condense)
+        if A is None:
+            output = functional.decor_conv_transpose2d(
+                input, self.weight, self.R, self.bias, *window
+            )
+        else:
+            output = F.conv_transpose2d(input, A, self.bias, *window)
         record(self, input)
         return output
+
+    def _condense(self) -> Tensor:
+        return functional.condensed_weight_transposed(self.weight, self.R, self.groups)
 
     def _patch_geometry(self) -> dict[str, Any]:
         return {"kernel_size": (1, 1), "groups": self.groups}

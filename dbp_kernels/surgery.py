@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels import functional
 from dbp_kernels import nn as dbp_nn
 from dbp_kernels.capture import recorder_of
 from dbp_kernels.distributed import ignore_in_ddp, unwrap
@@ -180,11 +179,7 @@ def _fused_weight(module: nn.Module) -> nn.Parameter:
     identity = dbp_nn.identity_R(*module._patch_size(), R.device, R.dtype)
     if not R.is_meta and torch.equal(R, identity):
         return weight
-    transposed = isinstance(module, nn.ConvTranspose2d)
-    condense = functional.condensed_weight_transposed if transposed else functional.condensed_weight
-    fused = nn.Parameter(
-        condense(weight, R, getattr(module, "groups", 1)).to(weight.dtype), weight.requires_grad
-    )
+    fused = nn.Parameter(module._condense().to(weight.dtype), weight.requires_grad)
     fused.__dict__.update(weight.__dict__)  # marks that frameworks put on parameters
     return fused
 

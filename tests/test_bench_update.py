@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cli, kernels, networks, suites, timing, updates
+from bench import accumulation, cli, kernels, networks, report, suites, timing, updates
 from bench.network_tables import update_table
 
 FAST = kernels.Settings(pairs=2, warmup=1)
@@ -128,3 +128,12 @@ def test_a_cpu_measures_what_it_can_unless_asked():
     assert "resnet18 32x32 b128" in default
     assert "alexnet 224x224 b32" not in default
     assert names("--suite", "update", "--filter", "alexnet") == ["alexnet 224x224 b32"]
+
+
+def test_steps_of_several_micro_steps():
+    record = accumulation.run_accumulation_case(TINY, FAST, sample=0.5)
+    names = ["bp", "dbp", accumulation.AT_EACH]
+    assert [(n, m["status"]) for n, m in record["methods"].items()] == [(n, "ok") for n in names]
+    assert all(m["seconds"]["samples"] == 2 for m in record["methods"].values())
+    text = report._SUITES["accumulation"][1]([record])
+    assert all(f"| {name} " in text for name in names)

@@ -250,7 +250,7 @@ def test_chunks_of_images(c, images):
 
 
 def test_chunks_split_without_being_made_to():
-    c = case(8, 4, (9, 9), 5, padding=2)
+    c = case(8, 16, (24, 24), 5, padding=2)
     expansion = c.geometry.dim * c.geometry.samples / c.geometry.input_numel
     assert 1 <= unfold.images_per_chunk(c.geometry, expansion, 1, "cpu") < 8
     parts = unfold.chunks(c.input(), c.geometry, expansion, 1)
@@ -258,6 +258,8 @@ def test_chunks_split_without_being_made_to():
     assert [p.shape[0] for p, _ in parts] == [g.batch for _, g in parts]
     assert unfold.images_per_chunk(c.geometry, 1e9, 1, "cpu") == 1
     assert unfold.images_per_chunk(c.geometry, 0.1, 1, "cpu") == 8
+    small = case(8, 16, (7, 7), 3, padding=1).geometry
+    assert unfold.images_per_chunk(small, 9, 1, "cpu") == 8  # not worth a second part
     large = case(10, 64, (224, 224), 3, padding=1).geometry
     assert unfold.images_per_chunk(large, 2, 2, "cuda") == 10
     assert unfold.images_per_chunk(large, 0.5, 2, "cpu") == 3  # 16 M of 4 M: 4 parts, of equal size

@@ -343,20 +343,20 @@ class _Blocks:
 
     def add(self, X: Tensor, Y: Tensor, p: Product) -> None:
         """Adds X^T Y, for X, Y (G, n, side), to the blocks of a product."""
-        every = self.tensor[p.block : p.block + math.prod(p.windows)]
-        some = every.unflatten(0, p.windows)
-        for axis, (start, stop) in enumerate(p.covering):
-            some = some.narrow(axis, start, stop - start)
         written = p.block in self._written
         self._written.add(p.block)
-        if not written and some.numel() < every.numel():
-            every.zero_()
-            written = True
-        if some.numel() == self._scratch.numel():
-            _multiply(X, Y, some.view_as(self._scratch), accumulate=written)
+        count, covered = math.prod(p.windows), math.prod(b - a for a, b in p.covering)
+        if count == 1:
+            _multiply(X, Y, self.tensor[p.block], accumulate=written)
             return
+        blocks = self.tensor[p.block : p.block + count]
+        if covered < count:
+            if not written:
+                blocks.zero_()
+                written = True
+            blocks = blocks.unflatten(0, p.windows)[tuple(slice(*c) for c in p.covering)]
         _multiply(X, Y, self._scratch, accumulate=False)
-        some.add_(self._scratch) if written else some.copy_(self._scratch)
+        blocks.add_(self._scratch) if written else blocks.copy_(self._scratch)
 
 
 def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -368,18 +368,19 @@ def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
         product(X, Y, out, accumulate)
 
 
-def _multiply_main(box: Box, buffers: dict[Phases, Tensor], blocks: _Blocks) -> None:
-    """A main box on the whole buffers: a shift is an offset in rows."""
+def _multiply_main(
+    box: Box, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int, blocks: _Blocks
+) -> None:
+    """A main box on the whole buffers, as rows of channels: a shift is an offset in rows."""
     (left_phases, _), (right_phases, _) = _operand(box, False), _operand(box, True)
+    row_length = math.prod(widths) * images
     for p in box.products:
-        left = buffers[(p.row.phase_left, *left_phases)]
-        right = buffers[(p.row.phase_right, *right_phases)]
+        X = rows[(p.row.phase_left, *left_phases)]
+        Y = rows[(p.row.phase_right, *right_phases)]
         offset = p.row.shift
-        for c, width in zip(box.inner, left.shape[2:]):
+        for c, width in zip(box.inner, widths):
             offset = offset * width + c.shift
-        offset *= left.shape[-2]
-        row_length = math.prod(left.shape[2:-1])
-        X, Y = left.flatten(1, -2), right.flatten(1, -2)
+        offset *= images
         # only zero columns are lost at either end of the buffer
         start = max(p.segment[0] * row_length, -offset)
         stop = min(p.segment[1] * row_length, Y.shape[1] - offset)
@@ -416,15 +417,17 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     blocks = _Blocks(sources[: program.blocks])
     for part, part_geometry in chunks(x, geometry, layout.expansion, 2):
         buffers = pack(part, part_geometry, unfolded, layout.widths)
+        rows = {phases: buffer.flatten(1, -2) for phases, buffer in buffers.items()}
+        images = next(iter(buffers.values())).shape[-2]
         copies: _Copies = {}
         for box in program.boxes:
             if box.main and layout.zero_columns:
                 with _only_main(buffers, box.inner):
-                    _multiply_main(box, buffers, blocks)
+                    _multiply_main(box, rows, layout.widths, images, blocks)
             else:
                 copies = _copy_columns(box, buffers, copies)
                 _multiply_columns(box, copies, blocks)
-        del buffers, copies
+        del buffers, rows, copies
     blocks.tensor.mul_(1 / geometry.samples)
     for index, source in enumerate(program.sources[program.blocks :], start=program.blocks):
         if source is None:

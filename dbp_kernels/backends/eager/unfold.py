@@ -15,6 +15,7 @@ from .matmul import mirror, panels, upper_product
 # Elements of a buffer. Larger ones are new memory at every call (of C libraries, glibc's from 32 MiB
 # on), and an element of them costs up to three times as much.
 _AT_ONCE = 1 << 22
+_SMALL = 1 << 18  # elements that are not worth a second part
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
 
@@ -70,13 +71,13 @@ def images_per_chunk(
 ) -> int:
     """Images to handle at a time where a buffer has ``expansion`` times their elements.
 
-    It gets at most ``inputs`` times the elements of the whole input, and on a CPU at most
-    ``_AT_ONCE``; the parts are of about equal size.
+    It gets at most ``inputs`` times the elements of the whole input, or ``_SMALL`` if that is more,
+    and on a CPU at most ``_AT_ONCE``; the parts are of about equal size.
     """
-    most = inputs * geometry.input_numel
+    most = max(inputs * geometry.input_numel, _SMALL)
     if device_type != "cuda":
         most = min(most, _AT_ONCE)
-    parts = math.ceil(expansion * geometry.input_numel / most) if most else 1
+    parts = math.ceil(expansion * geometry.input_numel / most)
     return math.ceil(geometry.batch / max(1, min(geometry.batch, parts)))
 
 
