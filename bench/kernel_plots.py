@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from . import bars
+from .accumulation import AT_EACH
 from .kernel_tables import rivals_of
 
 LEGEND_ABOVE = {
@@ -25,6 +26,7 @@ COLOURS = {
     "self_wgrad": "#ccbb44",
     "padded_gemm": "#228833",
     "published": "#ee6677",
+    AT_EACH: "#aa3377",
 }
 OTHER = "#999999"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import bars
+from .accumulation import AT_EACH
 from .budget import plot_budget
 
 
@@ -86,6 +87,11 @@ _RATIOS: dict[str, tuple[str, Callable[[dict, str], float | None], tuple[str, ..
         "time of a step over plain backpropagation's",
         lambda record, variant: bars.speedup(record, variant, "bp"),
         ("dbp", "published"),
+    ),
+    "accumulation": (
+        "time of a step of several micro-steps over plain backpropagation's",
+        lambda record, variant: bars.speedup(record, variant, "bp"),
+        ("dbp", AT_EACH),
     ),
     "memory": ("peak memory over plain backpropagation's", _peak_ratio, ("dbp", "published")),
 }
