@@ -124,7 +124,7 @@ def _shift_cost(
     kind = _copy_kind(unfolded)
     result = geometry.groups * geometry.dim**2
     images = images_per_chunk(geometry, layout.expansion, 2, device_type)
-    parts = geometry.batch / max(1, images)
+    parts = max(1.0, geometry.batch / max(1, images))
     seconds = flop / m.product_rate(layout.side, geometry.groups)
     seconds += _copying(elements, _pack_cost(geometry, kind, m, size, elements / parts), size)
     seconds += _copying(result, m.assemble[kind] + _fresh(result, m, size), size)
@@ -181,7 +181,7 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str
     if not geometry.pointwise:
         expansion = _patch_elements(geometry) / max(1, geometry.input_numel)
         images = images_per_chunk(geometry, expansion, 1, device_type)
-        seconds += _im2col_seconds(geometry, m, size, geometry.batch / max(1, images))
+        seconds += _im2col_seconds(geometry, m, size, max(1.0, geometry.batch / max(1, images)))
     return Choice("unfold", flop / 1e9, seconds)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
 from dbp_kernels import functional
@@ -210,4 +211,82 @@ def test_under_compile_all_is_as_without(net):
     expected = train(copy.deepcopy(net), batches())
     with dbp.accumulate_gradients(net):
         train(compiled, batches())
+    torch.testing.assert_close(net.conv.weight.grad, expected["conv.weight"])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_activation_checkpointing(net, use_reentrant):
+    expected = train(copy.deepcopy(net), batches())
+    with dbp.accumulate_gradients(net):
+        for x in batches():
+            y = checkpoint(net, x.requires_grad_(), use_reentrant=use_reentrant)
+            y.square().sum().backward()
+    torch.testing.assert_close(net.conv.weight.grad, expected["conv.weight"])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, dbp.DecorUpdate])
+def test_a_step_within_the_block_is_refused_before_it_does_anything(net, optimizer):
+    expected = train(copy.deepcopy(net), batches(1))
+    before = copy.deepcopy(net.state_dict())
+    step = optimizer(net if optimizer is dbp.DecorUpdate else net.parameters(), lr=0.1).step
+    stranger = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+    def misuse():
+        with dbp.accumulate_gradients(net):
+            train(net, batches(1))
+            stranger.step()
+            step()
+
+    with pytest.raises(RuntimeError, match=f"{optimizer.__name__}.step.. within"):
+        misuse()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    torch.testing.assert_close(net.conv.weight.grad, expected["conv.weight"])
+    step()
+
+
+def test_backward_after_the_block_is_refused(net):
+    with dbp.accumulate_gradients(net):
+        loss = net(batches(1)[0]).sum()
+    with pytest.raises(RuntimeError, match="expected it within the block"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_freezing_within_the_block_is_heeded(net, first):
+    other = copy.deepcopy(net)
+
+    def steps(model):
+        for learns, x in zip((first, not first), batches(2)):
+            model.conv.weight.requires_grad_(learns)
+            model(x).square().sum().backward()
+        return model.conv.weight
+
+    expected = steps(net).grad
+    with dbp.accumulate_gradients(other):
+        weight = steps(other)
+    torch.testing.assert_close(weight.grad, expected)
+    assert weight.requires_grad == (not first)
+
+
+def test_a_parametrisation_is_asked_as_often_as_ever():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(dbp.nn.DecorLinear(6, 6))
+    other, x = copy.deepcopy(layer), torch.randn(3, 6)
+    with dbp.accumulate_gradients(other):
+        assert torch.equal(other(x), layer(x))
+        assert torch.equal(other(x), layer(x))
+
+
+def test_an_exception_goes_on_and_spoils_no_other_layers_gradients(net):
+    expected = train(copy.deepcopy(net), batches(1))
+
+    def broken():
+        with dbp.accumulate_gradients(net):
+            train(net, batches(1))
+            with torch.no_grad():
+                net.head.weight.mul_(2)
+            raise KeyError("loader")
+
+    with pytest.raises(KeyError, match="loader"):
+        broken()
     torch.testing.assert_close(net.conv.weight.grad, expected["conv.weight"])

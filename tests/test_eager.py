@@ -27,7 +27,8 @@ from dbp_kernels import reference
 from dbp_kernels.backends.eager import matmul, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager import shift as shift_form
-from dbp_kernels.planner import Choice, update_choices
+from dbp_kernels.geometry import make_geometry
+from dbp_kernels.planner import Choice, gram_choices, update_choices
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -260,9 +261,14 @@ def test_chunks_split_without_being_made_to():
     assert unfold.images_per_chunk(c.geometry, 0.1, 1, "cpu") == 8
     small = case(8, 16, (7, 7), 3, padding=1).geometry
     assert unfold.images_per_chunk(small, 9, 1, "cpu") == 8  # not worth a second part
+    ten = case(10, 64, (56, 56), 3, padding=1).geometry  # one image's patches are 0.9 of the input
+    assert unfold.images_per_chunk(ten, 9, 1, "cpu") == 1
+    for shape in ((0, 3, 8, 8), (0, 3, 3, 9)):
+        empty = make_geometry(shape, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+        assert all(choice.seconds >= 0 for choice in gram_choices(empty))
     large = case(10, 64, (224, 224), 3, padding=1).geometry
     assert unfold.images_per_chunk(large, 2, 2, "cuda") == 10
-    assert unfold.images_per_chunk(large, 0.5, 2, "cpu") == 3  # 16 M of 4 M: 4 parts, of equal size
+    assert unfold.images_per_chunk(large, 0.4, 2, "cpu") == 3  # 1.3 M elements each, four parts
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)

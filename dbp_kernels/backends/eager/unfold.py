@@ -77,8 +77,11 @@ def images_per_chunk(
     most = max(inputs * geometry.input_numel, _SMALL)
     if device_type != "cuda":
         most = min(most, _AT_ONCE)
-    parts = math.ceil(expansion * geometry.input_numel / most)
-    return math.ceil(geometry.batch / max(1, min(geometry.batch, parts)))
+    if geometry.batch == 0:
+        return 0
+    image = expansion * geometry.input_numel / geometry.batch
+    size = geometry.batch if image == 0 else max(1, min(geometry.batch, int(most / image)))
+    return math.ceil(geometry.batch / math.ceil(geometry.batch / size))
 
 
 def chunks(
