@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import time
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,6 +21,34 @@ from dbp_kernels.schedule import CALIBRATIONS, WARM_UP
 
 D64 = torch.float64
 SIZES = (24, 48, 96, 192)
+
+
+# The rates of one device: what a schedule does with planned costs must not depend on the machine.
+RATES = {
+    "product": (
+        (1, 1.33),
+        (8, 19.7),
+        (32, 70.1),
+        (64, 73.1),
+        (96, 123.0),
+        (128, 96.9),
+        (512, 110.0),
+    ),
+    "narrow": ((4, 15.7), (16, 53.0), (64, 70.3), (128, 77.1), (256, 102.0), (512, 125.0)),
+    "gbytes": 11.1,
+    "call": 8.98e-07,
+    "fresh": 1.2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    planner.reset()
+    own = planner.machine
+    monkeypatch.setattr(planner, "machine", cache(lambda *which: replace(own(*which), **RATES)))
+    yield
+    monkeypatch.undo()
+    planner.reset()
 
 
 def network() -> nn.ModuleList:
