@@ -140,6 +140,9 @@ def _copying(elements: float, cost: float, size: int) -> float:
     return elements * cost * 1e-9 * size / 4
 
 
+_WGRAD_TAPS = 25  # of the weights whose gradients calibrations time
+
+
 def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     taps = math.prod(2 * a.kernel - 1 for a in geometry.axes)
     phases = math.prod(len(a.phases) for a in geometry.axes)
@@ -150,7 +153,8 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     # a weight gradient is some calls' worth of set-up
     calls = 30 * pieces + 3 * geometry.taps * segments / phases
     moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
-    seconds = flop / m.wgrad_rate(geometry.group_channels)
+    # rates are of 5x5 weights; libraries' larger ones are several times slower by the operation
+    seconds = flop / m.wgrad_rate(geometry.group_channels) * max(1.0, taps / _WGRAD_TAPS)
     return Choice("self_wgrad", flop / 1e9, seconds + moved / m.bytes_per_second() + calls * m.call)
 
 

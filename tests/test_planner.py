@@ -265,3 +265,10 @@ def test_an_element_of_a_large_copy_costs_more(machines):
     machines(im2col=((1000, 1.0), (2000, 3.0)))  # constant beyond either end
     dear = {str(c): c.seconds for c in gram_choices(g)}["unfold"]
     assert dear - cheap == pytest.approx(2e-9 * g.samples * g.dim)
+
+
+def test_no_weight_gradient_of_a_huge_window():
+    """21x21 weights took 15 times what their operations do in 5x5 ones."""
+    choices = gram_choices(case(8, 32, (28, 28), 11, padding=5).geometry)
+    cost = {choice.name: choice.seconds for choice in choices}
+    assert cost["self_wgrad"] > 5 * choices[0].seconds
