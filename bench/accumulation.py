@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Settings, failed
+from .kernels import Settings
 from .networks import SMALL, StepCase
-from .steps import BP, DECOR_LR, KAPPA, LR, OURS, random_images, verdict
-from .timing import time_interleaved
+from .steps import BP, DECOR_LR, KAPPA, LR, OURS, Step, start, time_steps
 
 CASES = SMALL
 MICRO_STEPS = 4
 AT_EACH = "dbp, A at each"
 
 
-def _step(
-    model: nn.Module, settings: Settings, sample: float | None, held: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _step(model: nn.Module, settings: Settings, sample: float | None, held: bool) -> Step:
     """One step of Adam from the gradients of ``MICRO_STEPS`` parts of the batch; returns the loss.
 
     ``sample`` is None for plain backpropagation.
@@ -66,32 +62,13 @@ def run_accumulation_case(
     As in suite "step", the first loss of each must be plain backpropagation's.
     """
     batch = batch or case.batch
-    images, labels = random_images(case, settings, batch)
-    torch.manual_seed(0)
-    model = case.build().to(settings.device)
-    records: dict[str, dict] = {}
-    calls: dict[str, Callable[[], Tensor]] = {}
-    expected = None
-    for name, part, held in ((BP, None, False), (OURS, sample, True), (AT_EACH, sample, False)):
-        try:
-            step = _step(copy.deepcopy(model), settings, part, held)
-            loss = float(step(images, labels))
-        except Exception as failure:  # whatever it is, the other variants get their numbers
-            records[name] = failed(failure)
-            continue
-        expected = loss if expected is None else expected
-        records[name] = verdict(loss, expected)
-        if records[name]["status"] == "ok":
-            calls[name] = lambda step=step: step(images, labels)
-    times = time_interleaved(
-        calls,
-        settings.pairs or case.pairs,
-        device=settings.device,
-        warmup=settings.warmup,
-        tick=tick,
-    )
-    for name, spread in times.items():
-        records[name]["seconds"] = spread.as_dict()
+    makers = {
+        BP: lambda model: _step(model, settings, None, held=False),
+        OURS: lambda model: _step(model, settings, sample, held=True),
+        AT_EACH: lambda model: _step(model, settings, sample, held=False),
+    }
+    model, images, labels = start(case, settings, batch)
+    records, _ = time_steps(makers, model, images, labels, settings, case.pairs, tick)
     return {
         "name": case.named(batch),
         "batch": batch,

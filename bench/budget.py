@@ -39,10 +39,10 @@ class BudgetCase:
 def _cases() -> Iterator[BudgetCase]:
     convnet, resnet = STEP_CASES
     # beyond step 135, after which costs are not measured again
-    yield BudgetCase(f"{convnet.name} b{convnet.batch}", convnet, (*bars.BUDGETS, None), 140, 5)
+    yield BudgetCase(convnet.named(), convnet, (*bars.BUDGETS, None), 140, 5)
     for budget in (*bars.BUDGETS, None):  # a step takes seconds: so that one can be run alone
         share = "unlimited" if budget is None else f"{budget:.0%}"
-        yield BudgetCase(f"{resnet.name} b{resnet.batch} {share}", resnet, (budget,), 11, 4)
+        yield BudgetCase(f"{resnet.named()} {share}", resnet, (budget,), 11, 4)
 
 
 BUDGET_CASES = tuple(_cases())

@@ -146,43 +146,16 @@ def run_step_case(
     no number.
     """
     batch = batch or case.batch
-    images, labels = random_images(case, settings, batch)
-    torch.manual_seed(0)
-    model = case.build().to(settings.device)
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-
-    records: dict[str, dict] = {}
-    steps: dict[str, Step] = {}
-    expected = None
     makers = {k: v for k, v in variants(sample, settings.dtype).items() if k in methods}
     if samplings:
         makers.update(sampling_variants(settings.dtype))
     if compiled:
         torch._dynamo.reset()  # no limit of recompilations is met because of other networks
         makers.update(compiled_variants(sample, settings.dtype, compiled))
-    for name, make in makers.items():
-        try:
-            steps[name] = make(copy.deepcopy(model))
-            loss = float(steps[name](images, labels).detach())
-        except Exception as failure:  # whatever it is, the other variants get their numbers
-            records[name] = failed(failure)
-            continue
-        expected = loss if expected is None else expected
-        records[name] = verdict(loss, expected)
-    right = [name for name, record in records.items() if record["status"] == "ok"]
-    calls = {name: (lambda step=steps[name]: step(images, labels)) for name in right}
-    times = time_interleaved(
-        calls,
-        settings.pairs or case.pairs,
-        device=settings.device,
-        warmup=settings.warmup,
-        tick=tick,
-    )
-    for name in right:
-        records[name]["seconds"] = times[name].as_dict()
+    model, images, labels = start(case, settings, batch)
+    records, calls = time_steps(makers, model, images, labels, settings, case.pairs, tick)
     more = {}
-    if {BP, OURS} <= set(right):
+    if {BP, OURS} <= set(calls):
         try:
             more["breakdown"] = breakdown(calls[OURS], calls[BP], settings.device)
         except Exception as failure:  # where the profiler may not be used, say: times stand
@@ -199,6 +172,51 @@ def run_step_case(
         **more,
         "methods": records,
     }
+
+
+def start(case: StepCase, settings: Settings, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """(network, images, labels), the same in every run."""
+    images, labels = random_images(case, settings, batch)
+    torch.manual_seed(0)
+    model = case.build().to(settings.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model, images, labels
+
+
+def time_steps(
+    makers: dict[str, Callable[[nn.Module], Step]],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    pairs: int,
+    tick: Callable[[], object],
+) -> tuple[dict[str, dict], dict[str, Callable[[], Tensor]]]:
+    """(every variant's record, {those that are right: one step}), timed interleaved.
+
+    Each starts from a copy of the network; its first loss must be that of the first variant.
+    """
+    records: dict[str, dict] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    expected = None
+    for name, make in makers.items():
+        try:
+            step = make(copy.deepcopy(model))
+            loss = float(step(images, labels).detach())
+        except Exception as failure:  # whatever it is, the other variants get their numbers
+            records[name] = failed(failure)
+            continue
+        expected = loss if expected is None else expected
+        records[name] = verdict(loss, expected)
+        if records[name]["status"] == "ok":
+            calls[name] = lambda step=step: step(images, labels)
+    times = time_interleaved(
+        calls, settings.pairs or pairs, device=settings.device, warmup=settings.warmup, tick=tick
+    )
+    for name, spread in times.items():
+        records[name]["seconds"] = spread.as_dict()
+    return records, calls
 
 
 def verdict(loss: float, expected: float) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,7 +44,7 @@ class _Holder:
     def _learns(self) -> bool:
         return self.weight.requires_grad or self.R.requires_grad
 
-    def form(self, condense: Callable[[], Tensor]) -> Tensor:
+    def form(self, layer: nn.Module) -> Tensor:
         """The leaf. Raises RuntimeError if W or R has changed."""
         if self.changed:
             raise RuntimeError(_CHANGED)
@@ -53,7 +53,7 @@ class _Holder:
             # is saved expect the same again in the recomputation.
             keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
             with torch.enable_grad(), keep:
-                self.formed = condense()
+                self.formed = layer._condense()
             self.leaf = self.formed.detach().requires_grad_(self.formed.requires_grad)
             if self.leaf.requires_grad:
                 self.leaf.register_hook(self._collect)
@@ -162,10 +162,9 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if is_decorrelated(module)]
     if any(layer._holder is not None for layer in layers):
         raise RuntimeError("accumulate_gradients(): the model is under it already")
-    holders = []
-    for layer in layers:
-        layer._holder = _Holder(layer)
-        holders.append(layer._holder)
+    holders = [_Holder(layer) for layer in layers]
+    for layer, holder in zip(layers, holders):
+        layer._holder = holder
 
     def end() -> None:
         for layer, holder in zip(layers, holders):
@@ -184,11 +183,11 @@ def accumulate_gradients(model: nn.Module) -> Iterator[None]:
         raise RuntimeError(_CHANGED)
 
 
-def held_weight(layer: nn.Module, condense: Callable[[], Tensor]) -> Tensor | None:
-    """The layer's A under ``accumulate_gradients``, by ``condense`` at first; None: form it anew."""
+def held_weight(layer: nn.Module) -> Tensor | None:
+    """The layer's A under ``accumulate_gradients``; None: it is to be formed anew."""
     holder = layer._holder
     if holder is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or not holder.serves(layer):
         return None
-    return holder.form(condense)
+    return holder.form(layer)

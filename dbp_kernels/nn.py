@@ -182,7 +182,7 @@ class DecorLinear(_Decorrelated, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        A = held_weight(self, self._condense)
+        A = held_weight(self)
         if A is None:
             output = functional.decor_linear(input, self.weight, self.R, self.bias)
         else:
@@ -222,7 +222,7 @@ class _DecorConvNd(_Decorrelated):
         return input if input.dim() > len(self.kernel_size) + 1 else input.unsqueeze(0)
 
     def _convolve(self, decor_conv: Callable[..., Tensor], input: Tensor) -> Tensor:
-        A = held_weight(self, self._condense)
+        A = held_weight(self)
         if A is None:
             output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
         else:
@@ -281,7 +281,7 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
         window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        A = held_weight(self, self._condense)
+        A = held_weight(self)
         if A is None:
             output = functional.decor_conv_transpose2d(
                 input, self.weight, self.R, self.bias, *window

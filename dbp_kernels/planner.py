@@ -16,7 +16,7 @@ from functools import lru_cache
 from .backends.eager import self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
-from .backends.eager.unfold import images_per_chunk
+from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion
 from .calibration import Machine, calibration, cost_at, machine
 from .geometry import Axis, ConvGeometry
 
@@ -112,6 +112,12 @@ def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int, element
     return cost * (m.aliased[kind] if _aliased(geometry, size) else 1)
 
 
+def _parts(geometry: ConvGeometry, expansion: float, inputs: float, device_type: str) -> float:
+    """How many parts ``images_per_chunk`` makes; the last one counts by its images."""
+    images = images_per_chunk(geometry, expansion, inputs, device_type)
+    return max(1.0, geometry.batch / max(1, images))
+
+
 def _shift_cost(
     geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int, device_type: str
 ) -> Choice:
@@ -123,8 +129,7 @@ def _shift_cost(
     elements = geometry.input_numel * layout.expansion
     kind = _copy_kind(unfolded)
     result = geometry.groups * geometry.dim**2
-    images = images_per_chunk(geometry, layout.expansion, 2, device_type)
-    parts = max(1.0, geometry.batch / max(1, images))
+    parts = _parts(geometry, layout.expansion, 2, device_type)
     seconds = flop / m.product_rate(layout.side, geometry.groups)
     seconds += _copying(elements, _pack_cost(geometry, kind, m, size, elements / parts), size)
     seconds += _copying(result, m.assemble[kind] + _fresh(result, m, size), size)
@@ -164,13 +169,9 @@ def _upper(dim: int, rows: int) -> float:
     return (count + 1) / (2 * count)
 
 
-def _patch_elements(geometry: ConvGeometry) -> int:
-    return geometry.samples * geometry.groups * geometry.dim
-
-
 def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float = 1) -> float:
     """Seconds of all patches as rows, in so many parts."""
-    elements = _patch_elements(geometry)
+    elements = patch_elements(geometry)
     table = m.im2col_strided if _strided(geometry) else m.im2col
     return _copying(elements, cost_at(table, elements / parts), size)
 
@@ -183,9 +184,8 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str
     seconds += size * 2 * result / m.bytes_per_second()
     seconds += _copying(result, _fresh(result, m, size), size)
     if not geometry.pointwise:
-        expansion = _patch_elements(geometry) / max(1, geometry.input_numel)
-        images = images_per_chunk(geometry, expansion, 1, device_type)
-        seconds += _im2col_seconds(geometry, m, size, max(1.0, geometry.batch / max(1, images)))
+        parts = _parts(geometry, patch_expansion(geometry), 1, device_type)
+        seconds += _im2col_seconds(geometry, m, size, parts)
     return Choice("unfold", flop / 1e9, seconds)
 
 

@@ -66,6 +66,16 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     return out.copy_(z).view(g, -1, geometry.dim)
 
 
+def patch_elements(geometry: ConvGeometry) -> int:
+    """Elements of all patches."""
+    return geometry.samples * geometry.groups * geometry.dim
+
+
+def patch_expansion(geometry: ConvGeometry) -> float:
+    """Elements of all patches over those of the input."""
+    return patch_elements(geometry) / max(1, geometry.input_numel)
+
+
 def images_per_chunk(
     geometry: ConvGeometry, expansion: float, inputs: float, device_type: str
 ) -> int:
@@ -108,8 +118,7 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         Z = rows(x, geometry, product_dtype(x))
         upper_product(Z, Z, out, False, count, mean)
     else:
-        expansion = geometry.dim * geometry.samples * geometry.groups / geometry.input_numel
-        for i, (part, g) in enumerate(chunks(x, geometry, expansion, 1)):
+        for i, (part, g) in enumerate(chunks(x, geometry, patch_expansion(geometry), 1)):
             Z = rows(part, g, product_dtype(x))
             upper_product(Z, Z, out, i > 0, count, mean)
     mirror(out, count)
