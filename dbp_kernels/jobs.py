@@ -64,9 +64,13 @@ class Job:
         return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
 
 
-def local_updates(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
-    """(R_new, loss) of every job from this process's samples, small equal layers together."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}
+# R_new, or what is to be done to R: either way, R itself has not changed yet.
+Update = Tensor | plans.LowRankUpdate
+
+
+def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
+    """(update, loss) of every job from this process's samples, small equal layers together."""
+    results: dict[int, tuple[Update, Tensor]] = {}
     buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
     for index, job in enumerate(jobs):
         prepared = _one_input(job)
@@ -75,15 +79,16 @@ def local_updates(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
             continue
         x, arguments = prepared
         geometry = make_geometry(x.shape, *arguments)
-        key = _bucket(job, x, geometry)
+        plan = _plan(job, x, geometry)
+        key = _bucket(job, plan, geometry)
         if key is None:
-            results[index] = _update_alone(job, x, arguments)
+            results[index] = _update_alone(job, plan, x, geometry, arguments)
         else:
             buckets.setdefault(key, []).append((index, x, geometry, arguments))
     for (plan, *_), members in buckets.items():
         indices, xs, geometries, arguments = zip(*members)
         if len(members) == 1:
-            results[indices[0]] = _update_alone(jobs[indices[0]], xs[0], arguments[0])
+            results[indices[0]] = _update_alone(jobs[indices[0]], plan, *members[0][1:])
         else:
             together = [jobs[i] for i in indices]
             results.update(
@@ -117,8 +122,8 @@ def _prepared(job: Job) -> Iterator[tuple[Tensor, tuple]]:
 _NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
 
-def _bucket(job: Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
-    """The plan, and all that layers must share to be updated together; None: each by itself."""
+def _plan(job: Job, x: Tensor, geometry: ConvGeometry) -> str | None:
+    """The planner's plan; None: what is unusual is the op's to check and to compute."""
     R = job.grouped_R
     if (
         geometry.dim == 0
@@ -127,16 +132,33 @@ def _bucket(job: Job, x: Tensor, geometry: ConvGeometry) -> tuple | None:
         or (x.dtype == torch.float64) != (R.dtype == torch.float64)
     ):
         return None
-    plan = update_choices(geometry, R.device.type, x.dtype)[0].name
+    return update_choices(geometry, R.device.type, x.dtype)[0].name
+
+
+def _bucket(job: Job, plan: str | None, geometry: ConvGeometry) -> tuple | None:
+    """The plan, and all that layers must share to be updated together; None: each by itself."""
+    R = job.grouped_R
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
-    if geometry.dim > small[plan]:
+    if plan is None or geometry.dim > small[plan]:
         return None
     n = None if plan == "gram" else geometry.samples
     return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
 
 
-def _update_alone(job: Job, x: Tensor, arguments: tuple) -> tuple[Tensor, Tensor]:
-    return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
+def _update_alone(
+    job: Job, plan: str | None, x: Tensor, geometry: ConvGeometry, arguments: tuple
+) -> tuple[Update, Tensor]:
+    if plan != "samples":
+        return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
+    Z = _patches(job, x, geometry)
+    update, loss = plans.low_rank_update(Z, job.grouped_R, **job.rule)
+    return update, loss.mean()
+
+
+def _patches(job: Job, x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Z (groups, n, D) in R's dtype, without its mean if the job says so."""
+    Z = rows(x, geometry, job.R.dtype)
+    return Z - Z.mean(1, keepdim=True) if job.demean else Z
 
 
 def _update_together(
@@ -147,18 +169,16 @@ def _update_together(
     arguments: Sequence[tuple],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
-    R, demean = torch.cat([job.grouped_R for job in jobs]), jobs[0].demean
+    R = torch.cat([job.grouped_R for job in jobs])
     backend = backends.select(R.device.type)
     if plan == "gram":
         S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
-        if demean:
+        if jobs[0].demean:
             m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         R_new, loss = backend.update_from_gram(S, R, **jobs[0].rule, overwrite=True)
     else:
-        Z = torch.cat([rows(x, geometry, R.dtype) for x, geometry in zip(xs, geometries)])
-        if demean:
-            Z = Z - Z.mean(1, keepdim=True)
+        Z = torch.cat([_patches(*one) for one in zip(jobs, xs, geometries)])
         update = backend.update_direct if plan == "direct" else plans.update_from_samples
         R_new, loss = update(Z, R, **jobs[0].rule)
     return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())

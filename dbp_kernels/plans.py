@@ -92,10 +92,49 @@ def update_direct(
     return _apply(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
-def update_from_samples(
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """R <- scale R - weight X^T U, which plan "samples" has worked out and not yet carried out.
+
+    Attributes:
+        scale: (G, D, 1), one factor for each row of R.
+        X, U: (G, n, D), the decorrelated samples and the same times R.
+        weight: a number.
+    """
+
+    scale: Tensor
+    X: Tensor
+    U: Tensor
+    weight: float
+
+    def new(self, R: Tensor) -> Tensor:
+        """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
+        R_new = R * self.scale
+        return add_product(R_new, self.X.mT, self.U, -self.weight, R_new)
+
+    def apply_(self, R: Tensor) -> None:
+        """Change R (G, D, D) in place: two passes over it and no other D x D memory."""
+        R.mul_(self.scale)
+        add_product(R, self.X.mT, self.U, -self.weight, R)
+
+    def finite(self) -> Tensor:
+        """0-dimensional bool: whether R_new is sure to be finite.
+
+        X = R Z^T has shown every NaN and Inf in R; X^T U is at most n max|X| max|U|.
+        """
+        n = self.X.shape[1]
+        return torch.isfinite(self.scale.sum() + n * self.X.abs().amax() * self.U.abs().amax())
+
+    def only_if(self, ok: Tensor) -> LowRankUpdate:
+        """This update where ``ok`` (0-dimensional bool), else one that leaves R as it is."""
+        X, U = (torch.where(ok, factor, 0) for factor in (self.X, self.U))
+        return LowRankUpdate(torch.where(ok, self.scale, 1), X, U, self.weight)
+
+
+def low_rank_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[Tensor, Tensor]:
-    """Plan "samples": C is never formed. Z (G, n, D) with n >= 1, R (G, D, D) as above.
+) -> tuple[LowRankUpdate, Tensor]:
+    """Plan "samples" up to its change of R. Arguments as `update_from_samples`; loss (G,).
 
     The loss comes from ||X^T X||_F = ||X X^T||_F minus the diagonal's part. For n > D and nearly
     white x that difference loses its digits in float32, so the planner uses this plan for n <= D.
@@ -110,6 +149,13 @@ def update_from_samples(
     off = (total - second.square().sum(-1)).clamp_min(0)
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
-    # few passes over D x D: with few samples it is they that cost
-    R_new = R * (1 - lr * d).unsqueeze(-1)
-    return add_product(R_new, X.mT, matmul(X, R), -lr * weights.c_weight / n, R_new), loss
+    scale = (1 - lr * d).unsqueeze(-1)
+    return LowRankUpdate(scale, X, matmul(X, R), lr * weights.c_weight / n), loss
+
+
+def update_from_samples(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[Tensor, Tensor]:
+    """Plan "samples": C is never formed. Z (G, n, D) with n >= 1, R (G, D, D) as above."""
+    update, loss = low_rank_update(Z, R, lr, kappa, rule)
+    return update.new(R), loss

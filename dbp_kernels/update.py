@@ -15,8 +15,9 @@ from dbp_kernels import distributed
 from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
 from dbp_kernels.clock import Mark, mark
-from dbp_kernels.jobs import Job, local_updates, moments_of, update_from
+from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.plans import LowRankUpdate
 from dbp_kernels.surgery import switch_fast_paths
 
 
@@ -236,7 +237,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 for device_type in {job.R.device.type for job in jobs}:
                     if torch.amp.is_autocast_available(device_type):
                         stack.enter_context(torch.autocast(device_type, enabled=False))
-                # All computed before any is written, so that an error leaves every R as it was.
+                # All computed before any R changes, so that an error leaves every R as it was.
                 if many:
                     updates = list(self._reduced(jobs))
                 else:
@@ -299,27 +300,22 @@ class DecorUpdate(torch.optim.Optimizer):
         ):
             yield *update_from(job, total), total.count > 0
 
-    def _write(self, jobs: list[Job], updates: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        """Write (R_new, loss, whether there were samples; None: yes) where the result is finite."""
+    def _write(self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]) -> None:
+        """Carry out (update, loss, whether there were samples; None: yes) where all is finite."""
         by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
         for job, update in zip(jobs, updates):
-            by_device.setdefault(job.R.device, []).append((job.R, *update))
+            by_device.setdefault(job.R.device, []).append((job, *update))
         for results in by_device.values():
-            Rs, Rs_new, losses, sampled = zip(*results)
-            # A sum is not finite if an entry is not: one pass over R_new, no D x D temporary.
-            finite = torch.isfinite(torch.stack([R.sum() for R in Rs_new]) + torch.stack(losses))
+            jobs, changes, losses, sampled = zip(*results)
+            finite = torch.stack(list(map(_finite, changes))) & torch.stack(losses).isfinite()
             accept, skip = finite, ~finite
             if sampled[0] is not None:
                 some = torch.stack(sampled)
                 accept, skip = finite & some, skip & some
-            # a CPU has nothing to wait for, and a copy is a third of the traffic of a selection
-            verdicts = accept.tolist() if accept.is_cpu else accept.unbind()
-            for R, R_new, ok in zip(Rs, Rs_new, verdicts):
-                if ok is True:
-                    R.copy_(R_new.reshape(R.shape))
-                elif ok is not False:
-                    torch.where(ok, R_new.reshape(R.shape), R, out=R)
-            states = [self._state_of(R) for R in Rs]
+            # a CPU has nothing to wait for, and selections cost passes over R
+            for job, change, ok in zip(jobs, changes, accept.tolist() if accept.is_cpu else accept):
+                _change(job.grouped_R, change, ok)
+            states = [self._state_of(job.R) for job in jobs]
             reported = [state["loss"] for state in states]
             if sampled[0] is not None:
                 losses = map(torch.where, sampled, losses, reported)
@@ -474,6 +470,24 @@ class DecorUpdate(torch.optim.Optimizer):
         if self._budget is not None:
             lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
         return "\n".join([*lines, ")"])
+
+
+def _finite(update: Update) -> Tensor:
+    if isinstance(update, LowRankUpdate):
+        return update.finite()
+    return update.sum().isfinite()  # not finite if an entry is not: one pass, no D x D temporary
+
+
+def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
+    """Make the update of R (groups, D, D) if ``ok``; a tensor decides without the host's waiting."""
+    if ok is False:
+        return
+    if isinstance(update, LowRankUpdate):
+        (update if ok is True else update.only_if(ok)).apply_(R)
+    elif ok is True:
+        R.copy_(update.view_as(R))
+    else:
+        torch.where(ok, update.view_as(R), R, out=R)
 
 
 def _make_recorders(layers: Iterable[nn.Module], owner: DecorUpdate, group: int) -> list[Recorder]:

@@ -66,6 +66,31 @@ def test_all_plans_agree(groups, n, dim, kappa, rule, demean, seed):
         assert torch.equal(r, before[1]), name
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_low_rank_update_in_place(groups):
+    z, r = random((groups, 3, 7)), random((groups, 7, 7), seed=1)
+    update, _ = plans.low_rank_update(z, r, 0.1, 0.3)
+    expected, _ = plans.update_from_samples(z, r, 0.1, 0.3)
+    assert update.finite()
+    before = r.clone()
+    update.only_if(torch.tensor(False)).apply_(r)
+    assert torch.equal(r, before)
+    update.only_if(torch.tensor(True)).apply_(r)
+    assert torch.equal(r, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e160])
+@pytest.mark.parametrize("where", ["z", "r"])
+def test_a_low_rank_update_that_is_not_finite(where, bad):
+    z, r = random((1, 3, 7)), random((1, 7, 7), seed=1)
+    (z if where == "z" else r)[0, 2, 4] = bad
+    before = r.clone()
+    update, _ = plans.low_rank_update(z, r, 0.1, 0.3)
+    assert not update.finite()
+    update.only_if(update.finite()).apply_(r)
+    assert torch.equal(r.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
 @every_plan
 def test_white_samples_are_a_fixed_point(plan):
     z = 2 * torch.eye(4, dtype=F64)[None]  # n = 4: <z z^T> = I

@@ -324,24 +324,25 @@ def test_step_and_losses_do_not_wait_for_the_device():
             update.losses(), update.skipped()
 
 
+@pytest.mark.parametrize("size", [3, 300])  # a large R is changed in place
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_a_non_finite_batch_is_skipped_and_counted(bad):
-    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2))
-    update = dbp.DecorUpdate(net, lr=0.1, sample=1.0)
-    net(torch.randn(4, 3))
+def test_a_non_finite_batch_is_skipped_and_counted(bad, size):
+    net = nn.Sequential(dnn.DecorLinear(size, size), dnn.DecorLinear(size, 2))
+    update = dbp.DecorUpdate(net, lr=1e-3, sample=1.0)
+    net(torch.randn(4, size))
     update.step()
     before = [m.R.clone() for m in net]
-    x = torch.randn(4, 3)
+    x = torch.randn(4, size)
     x[1, 2] = bad
     net[0](x)
-    net[1](torch.randn(4, 3))
+    net[1](torch.randn(4, size))
     update.step()
     assert torch.equal(net[0].R, before[0])
     assert not torch.equal(net[1].R, before[1])
     assert {k: int(v) for k, v in update.skipped().items()} == {"0": 1, "1": 0}
     assert not update.losses()["0"].isfinite()
     assert update.losses()["1"].isfinite()
-    net(torch.randn(4, 3))
+    net(torch.randn(4, size))
     update.step()
     assert not torch.equal(net[0].R, before[0])
     assert update.losses()["0"].isfinite()
@@ -349,16 +350,39 @@ def test_a_non_finite_batch_is_skipped_and_counted(bad):
     assert int(update.skipped()["0"]) == 1
 
 
-def test_an_error_leaves_every_R_as_it_was(monkeypatch):
-    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2))
+@pytest.mark.parametrize("size", [3, 300])
+def test_an_error_leaves_every_R_as_it_was(size):
+    net = nn.Sequential(dnn.DecorLinear(size, size), dnn.DecorLinear(size, 2))
     update = dbp.DecorUpdate(net, lr=0.1)
-    net(torch.randn(4, 3))
+    net(torch.randn(4, size))
     samples_of(update)[1][0] = torch.randn(4, 7)  # what a broken backend would meet
     with pytest.raises((RuntimeError, ValueError)):
         update.step()
-    assert all(torch.equal(m.R, torch.eye(3)) for m in net)
+    assert all(torch.equal(m.R, torch.eye(size)) for m in net)
     assert samples_of(update) == [[], []]
     assert update._steps == 0
+
+
+def test_few_samples_change_a_large_R_in_place():
+    """No other D x D tensor is made, which would cost memory and passes over it."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.data_ptr() != layer.R.data_ptr():
+                largest.append(result.numel())
+            return result
+
+    layer = dnn.DecorLinear(300, 2)
+    update = dbp.DecorUpdate(layer, lr=1e-3, sample=1.0)
+    x = torch.randn(4, 300)
+    layer(x)
+    with Sizes():
+        update.step()
+    assert 0 < max(largest) < 300 * 300
+    R, _ = expected(x[None], torch.eye(300), 1e-3, 0.5)
+    torch.testing.assert_close(layer.R, R.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_step_before_backward_is_an_error_not_a_wrong_gradient():
