@@ -16,7 +16,8 @@ buffer, there are none, and every segment is copied out.
 
 Axes may also be *unfolded*: their taps become channels, as in im2col. With 3 input channels a
 product per tap difference is too thin to be fast, and unfolding the last axis only (K times the
-data, some images at a time) beats both extremes.
+data, some images at a time) beats both extremes. Where no columns are left, channels may come first
+in memory: to an input that has them so the copy is then one of runs of pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch import Tensor
 from ...geometry import Axis, ConvGeometry, PairClass, Window
 from ...precision import product_dtype, statistics_dtype
 from .matmul import mirror, panels, product, upper_product
-from .unfold import chunks, windows
+from .unfold import chunks, empty_pixels, windows
 
 Phases = tuple[int, ...]
 
@@ -236,16 +237,16 @@ def pack(
 ) -> dict[Phases, Tensor]:
     """One buffer per phase combination of the shifted axes: (G, rows, *columns, N', C').
 
-    N' is the batch times the output positions of unfolded axes, C' the group's channels times
-    their taps, ordered (channel, taps).
+    N' is the batch times the output positions of unfolded axes, C' their taps times the group's
+    channels, ordered (taps, channel). Without columns the memory may be that of ``empty_pixels``.
     """
-    dims = len(geometry.axes)
+    dims, like = len(geometry.axes), x
     shifted = [d for d in range(dims) if not unfolded[d]]
     flat = [d for d in range(dims) if unfolded[d]]
     x = windows(x, geometry, tuple(flat)).unflatten(1, (geometry.groups, geometry.group_channels))
     # now (N, G, C, *spatial, *taps of unfolded axes)
     taps = range(3 + dims, x.dim())
-    x = x.permute(1, *(3 + d for d in shifted), 0, *(3 + d for d in flat), 2, *taps)
+    x = x.permute(1, *(3 + d for d in shifted), 0, *(3 + d for d in flat), *taps, 2)
     channels = 2 + dims
     buffers = {}
     for phases in itertools.product(*(geometry.axes[d].phases for d in shifted)):
@@ -255,16 +256,19 @@ def pack(
             part = part[index]
         sizes = list(part.shape)
         sizes[2 : 2 + len(widths)] = widths
-        buffer = torch.empty(sizes, dtype=product_dtype(x), device=x.device)
+        if widths:
+            buffer = torch.empty(sizes, dtype=product_dtype(x), device=x.device)
+        else:
+            buffer = empty_pixels(sizes, channels, like, product_dtype(x))
         interior = buffer
         for axis, width in enumerate(widths, start=2):
             size = part.shape[axis]
             interior.narrow(axis, size, width - size).zero_()
             interior = interior.narrow(axis, 0, size)
-        transposing = not x.is_cuda and part.stride(channels) != 1
+        transposing = widths and not x.is_cuda and part.stride(-1) != 1
         if transposing and math.prod(part.shape[1 : 1 + len(shifted)]) >= _MANY_PIXELS:
-            for start in range(0, part.shape[channels], _LINE):
-                line = (channels, start, min(_LINE, part.shape[channels] - start))
+            for start in range(0, part.shape[-1], _LINE):
+                line = (-1, start, min(_LINE, part.shape[-1] - start))
                 interior.narrow(*line).copy_(part.narrow(*line))
         else:
             interior.copy_(part)
@@ -447,34 +451,43 @@ def _source_index(source_of: tuple[int, ...], device: torch.device) -> Tensor:
 def _assemble(
     sources: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
-    """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
+    """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time.
+
+    One copy per unfolded tap on the right: with few and long axes left in it, it runs several times
+    as fast.
+    """
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
     out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
     index = _source_index(program.source_of, sources.device)
     shifted_kernel = [k for k, u in zip(kernel, unfolded) if not u]
     flat_kernel = [k for k, u in zip(kernel, unfolded) if u]
-    s, f = len(shifted_kernel), len(flat_kernel)
-    # gathered: (shifted taps, shifted taps', channels, flat taps, channels', flat taps')
-    left_taps, right_taps = [], []
-    shifted_axis, flat_axis = 0, 2 * s + 1
-    for u in unfolded:
-        if u:
-            left_taps.append(flat_axis)
-            right_taps.append(flat_axis + 1 + f)
-            flat_axis += 1
-        else:
-            left_taps.append(shifted_axis)
-            right_taps.append(shifted_axis + s)
-            shifted_axis += 1
-    order = [2 * s, *left_taps, 2 * s + 1 + f, *right_taps]
+    s, f, dims = len(shifted_kernel), len(flat_kernel), len(kernel)
+    # gathered: (shifted taps, shifted taps', flat taps, channels, flat taps', channels')
+    left_taps, right_taps = [0] * dims, [0] * dims
+    shifted_axes = [d for d in range(dims) if not unfolded[d]]
+    flat_axes = [d for d in range(dims) if unfolded[d]]
+    for i, d in enumerate(shifted_axes):
+        left_taps[d], right_taps[d] = i, s + i
+    for i, d in enumerate(flat_axes):
+        left_taps[d], right_taps[d] = 2 * s + i, 2 * s + f + 1 + i
+    order = [2 * s + f, *left_taps, 2 * s + 2 * f + 1, *right_taps]
     step = max(1, _ASSEMBLED_ELEMENTS // max(1, geometry.taps * geometry.dim))
     flat_taps = math.prod(flat_kernel)
+    sources = sources.view(-1, g, flat_taps, cg, flat_taps * cg)
     for group in range(g):
         for start in range(0, cg, step):
             stop = min(start + step, cg)
-            rows = sources[:, group, start * flat_taps : stop * flat_taps]
-            gathered = rows.index_select(0, index).view(
-                *shifted_kernel, *shifted_kernel, stop - start, *flat_kernel, cg, *flat_kernel
+            gathered = (
+                sources[:, group, :, start:stop]
+                .index_select(0, index)
+                .view(
+                    *shifted_kernel, *shifted_kernel, *flat_kernel, stop - start, *flat_kernel, cg
+                )
             )
-            out[group, start:stop].copy_(gathered.permute(order))
+            gathered = gathered.permute(order)
+            for taps in itertools.product(*map(range, flat_kernel)):
+                one = [slice(None)] * (2 * dims + 2)
+                for d, k in zip(flat_axes, taps):
+                    one[2 + dims + d] = k
+                out[group, start:stop][tuple(one)] = gathered[tuple(one)]
     return out.view(g, geometry.dim, geometry.dim)

@@ -15,7 +15,7 @@ from .matmul import mirror, panels, upper_product
 # Elements of a buffer. Larger ones are new memory at every call (of C libraries, glibc's from 32 MiB
 # on), and an element of them costs up to three times as much.
 _AT_ONCE = 1 << 22
-_SMALL = 1 << 18  # elements that are not worth a second part
+_SMALL = 1 << 20  # elements that are not worth a second part
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
 
@@ -36,34 +36,36 @@ def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
     return x
 
 
+def empty_pixels(sizes: list[int], channels: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (groups, *pixels, *channels), the channels being the axes from ``channels`` on.
+
+    On a CPU the channels lie before the pixels in memory, unless in ``like`` (N, C, *spatial) they
+    are innermost too: copies then move runs of pixels or of channels, and transpose nothing.
+    """
+    if like.is_cuda or like.stride(1) == 1:
+        return like.new_empty(sizes, dtype=dtype)
+    group, pixels, rest = sizes[0], sizes[1:channels], sizes[channels:]
+    buffer = like.new_empty([group, *rest, *pixels], dtype=dtype)
+    first = 1 + len(rest)
+    return buffer.permute(0, *range(first, buffer.dim()), *range(1, first))
+
+
 def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) -> Tensor:
-    """The patches Z (groups, n, D) of x, contiguous where a copy is needed at all."""
+    """The patches Z (groups, n, D) of x; in memory n may come last, see ``empty_pixels``."""
     dtype = dtype or statistics_dtype(x.dtype)
     g, dims = geometry.groups, len(geometry.axes)
     if dims == 0:
         x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
         return x if x.dtype == dtype else x.to(dtype)
-    if geometry.pointwise:  # every patch is one pixel: channels-last inputs need no copy
+    if geometry.pointwise and x.stride(1) == 1:  # every patch is one pixel: no need to copy
         x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
         return x.transpose(0, 1)
-    if dims == 2 and x.dtype == dtype:
-        a, b = geometry.axes
-        z = F.unfold(
-            x,
-            (a.kernel, b.kernel),
-            (a.dilation, b.dilation),
-            (a.padding, b.padding),
-            (a.stride, b.stride),
-        )
-        z = z.view(x.shape[0], g, geometry.dim, -1).permute(1, 0, 3, 2)
-        return z.reshape(g, -1, geometry.dim)
     z = windows(x, geometry, tuple(range(dims)))
     z = z.unflatten(1, (g, geometry.group_channels))
-    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    z = z.permute(order)
-    out = torch.empty(z.shape, dtype=dtype, device=x.device)
-    return out.copy_(z).view(g, -1, geometry.dim)
+    z = z.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    out = empty_pixels(list(z.shape), 2 + dims, x, dtype).copy_(z)
+    return out.flatten(2 + dims).flatten(1, -2)
 
 
 def patch_elements(geometry: ConvGeometry) -> int:
