@@ -266,7 +266,7 @@ def pack(
             interior.narrow(axis, size, width - size).zero_()
             interior = interior.narrow(axis, 0, size)
         transposing = widths and not x.is_cuda and part.stride(-1) != 1
-        if transposing and math.prod(part.shape[1 : 1 + len(shifted)]) >= _MANY_PIXELS:
+        if transposing and math.prod(a.size for a in geometry.axes) >= _MANY_PIXELS:
             for start in range(0, part.shape[-1], _LINE):
                 line = (-1, start, min(_LINE, part.shape[-1] - start))
                 interior.narrow(*line).copy_(part.narrow(*line))
