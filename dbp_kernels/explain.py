@@ -111,8 +111,8 @@ def explain(
     small layers of equal shape together.
 
     Returns an object that prints as a table; estimated times come from the planner's cost model.
-    Raises ValueError if ``sample`` or ``update_every`` is out of range, or if the model runs no
-    layer that can be decorrelated.
+    Raises ValueError if ``sample`` or ``update_every`` is out of range, if the model runs no layer
+    that can be decorrelated, or if one gets an empty batch.
     """
     options = checked_options({"sample": sample, "update_every": update_every})
     reports: list[LayerReport] = []
@@ -172,6 +172,11 @@ def _report(
     arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
     x, op_args, _ = op_arguments(images, **{**arguments, **layer._patch_geometry()})
     geometry = make_geometry(x.shape, *op_args)
+    if geometry.samples == 0:
+        raise ValueError(
+            f"input reaches layer {name!r} with shape {tuple(input.shape)}: expected a batch with at "
+            "least one image"
+        )
     if isinstance(module, nn.ConvTranspose2d):
         multiplied = input.numel() * math.prod(module.weight.shape[1:])
     else:

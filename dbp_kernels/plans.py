@@ -58,10 +58,12 @@ def _apply(
     diagonal.zero_()
     off = torch.linalg.vector_norm(M, dim=(-2, -1)).square()  # one pass, no D x D temporary
     loss = (rule.c_weight * off + rule.kappa * v.square().sum(-1)) / rule.loss_scale
-    if rule.c_weight != 1:
-        M.mul_(rule.c_weight)
-    diagonal.copy_(rule.v_weight * v)
-    return add_product(R, M, R, -lr, out), loss
+    if rule.c_weight == 0:
+        M.zero_()
+    # c_weight goes into the product's factor: multiplying M by it would be a pass over M
+    weight = rule.c_weight or 1.0
+    diagonal.copy_(v * (rule.v_weight / weight))
+    return add_product(R, M, R, -lr * weight, out), loss
 
 
 def update_from_gram(

@@ -111,3 +111,8 @@ def test_no_activation_is_kept():
     layers = [module for _ in range(3) for module in (Watch(), nn.Linear(3, 3))]
     assert len(dbp.explain(nn.Sequential(*layers), torch.randn(2, 3)).layers) == 3
     assert len(alive) == 3
+
+
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match=r"'1' with shape \(0, 3\): expected a batch"):
+        dbp.explain(nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), torch.randn(0, 3))
