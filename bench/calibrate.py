@@ -178,16 +178,36 @@ def _fresh(meter: Meter) -> float:
 
 def _calls(meter: Meter) -> dict:
     """Seconds of calls on next to nothing."""
-    from dbp_kernels.backends.eager.matmul import product
+    from dbp_kernels.backends.eager import ops, shift, unfold
+    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planner import PLANS, update_choices
 
-    a, X, out = meter.random(8), meter.random(1, 40, 16), meter.random(1, 16, 16)
-    blocks = meter.random(4, 1, 16, 16)
+    x, geometry = _map(meter, 1, 2, 6)
+    layouts = [shift.shift_layout(geometry, kind) for kind in _KINDS[:2]]
+    programs = [shift.make_program(layout.shifted) for layout in layouts]
+    many, few = (sum(len(box.products) for box in program.boxes) for program in programs)
+    slow, fast = (
+        meter.seconds(lambda kind=kind: shift.patch_gram_shift(x, geometry, kind))
+        for kind in _KINDS[:2]
+    )
+    product = max(1e-7, (slow - fast) / (many - few))
 
-    def one_product() -> None:
-        product(X[:, :20], X[:, 3:23], out, accumulate=False)
-        blocks[1].add_(out)
-
-    return {"call": meter.seconds(lambda: a.add_(a)), "product_call": meter.seconds(one_product)}
+    z, R = meter.random(3, 4), torch.eye(4, device=meter.device)[None]
+    linear = make_geometry(z.shape, (), (), (), (), 1)
+    plans = {
+        choice.name: meter.seconds(
+            lambda c=choice: ops.decor_update(z, R, linear, 1e-5, 0.5, "standard", False, c)
+        )
+        for choice in update_choices(linear)
+    }
+    a = meter.random(8)
+    return {
+        "call": meter.seconds(lambda: a.add_(a)),
+        "product_call": product,
+        "shift_call": max(1e-7, fast - few * product),
+        "unfold_call": meter.seconds(lambda: unfold.patch_gram_unfold(x, geometry)),
+        "plan_call": [plans[name] for name in PLANS],
+    }
 
 
 _KINDS = ((False, False), (False, True), (True, False))  # unfolded: no axis, the last, another

@@ -39,7 +39,10 @@ class Machine:
         gbytes: copy bandwidth in GB/s, bytes read and written both counted.
         fresh: cost of writing a large result to new memory, beside memory used before.
         call: seconds of a small library call.
-        product_call: seconds of a product of next to nothing, with slicing its operands.
+        product_call: seconds of one of the shift form's products of next to nothing.
+        shift_call: seconds of the shift form around its products, on next to nothing.
+        unfold_call: seconds of im2col and its product, on next to nothing.
+        plan_call: seconds of an update of next to nothing by each of the planner's plans.
         pack: of a copy into rows of channels, where no axis, the last one, or another one is
             unfolded: points (elements of the copy, cost). Large copies go to new memory and reach
             over more pages than a CPU keeps track of: an element of them costs several times more.
@@ -65,6 +68,9 @@ class Machine:
     fresh: float
     call: float
     product_call: float
+    shift_call: float
+    unfold_call: float
+    plan_call: tuple[float, float, float]
     pack: tuple[Points, Points, Points]
     pack_strided: tuple[Points, Points, Points]
     pack_thin: tuple[Points, Points, Points]
@@ -306,6 +312,9 @@ _PARSERS = {
     "fresh": _number,
     "call": _number,
     "product_call": _number,
+    "shift_call": _number,
+    "unfold_call": _number,
+    "plan_call": _three,
     "pack": _three_tables,
     "pack_strided": _three_tables,
     "pack_thin": _three_tables,

@@ -136,7 +136,7 @@ def _shift_cost(
     # columns copied out, blocks added to
     moved = 2 * layout.copies * elements + 4 * _half(windows, self_inverse) * block
     seconds += size * moved / m.bytes_per_second()
-    seconds += _half(segments, self_segments) * parts * m.product_call + 30 * m.call
+    seconds += _half(segments, self_segments) * parts * m.product_call + m.shift_call
     return Choice("shift", flop / 1e9, seconds, unfolded)
 
 
@@ -180,7 +180,8 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str
     n, d = geometry.samples, geometry.dim
     flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
     result = geometry.groups * d**2
-    seconds = flop / m.product_rate(d, geometry.groups) + 4 * m.call
+    seconds = flop / m.product_rate(d, geometry.groups)
+    seconds += 4 * m.call if geometry.pointwise else m.unfold_call
     seconds += size * 2 * result / m.bytes_per_second()
     seconds += _copying(result, _fresh(result, m, size), size)
     if not geometry.pointwise:
@@ -284,7 +285,8 @@ def update_choices(
     def plan(name: str, products: list[tuple[float, int]], squares: float) -> Choice:
         flop = sum(f for f, _ in products)
         seconds = sum(f / _dense_rate(m, side, g) for f, side in products)
-        return Choice(name, flop / 1e9, seconds + squares * square / bandwidth + 8 * m.call)
+        seconds += squares * square / bandwidth + m.plan_call[PLANS.index(name)]
+        return Choice(name, flop / 1e9, seconds)
 
     upper, few = _upper(d, min(n, d)), min(n, d)
     copied = 0.0 if geometry.pointwise else _im2col_seconds(geometry, m, itemsize)

@@ -201,9 +201,10 @@ def test_a_device_twice_as_fast_in_all_halves_every_cost(machines):
     """So no figure enters with a wrong dimension."""
     before = [(gram_choices(c.geometry), update_choices(c.geometry)) for c in SPREAD]
     own = machines.own
-    halves = {k: getattr(own, k) / 2 for k in ("call", "product_call", "fresh")}
+    numbers = ("call", "product_call", "shift_call", "unfold_call", "fresh")
+    halves = {k: getattr(own, k) / 2 for k in numbers}
     halves |= {k: times(0.5, getattr(own, k)) for k in (*TABLES, *PATCHES)}
-    halves["assemble"] = tuple(v / 2 for v in own.assemble)
+    halves |= {k: tuple(v / 2 for v in getattr(own, k)) for k in ("assemble", "plan_call")}
     machines(speed=2, gbytes=2 * own.gbytes, **halves)
     for c, (grams, updates) in zip(SPREAD, before):
         for old, new in ((grams, gram_choices(c.geometry)), (updates, update_choices(c.geometry))):
@@ -223,6 +224,8 @@ def test_each_copy_costs_those_that_make_it(machines):
         ({"assemble": (*own.assemble[:2], 9 * own.assemble[2])}, {other}),
         ({"wgrad": tuple((c, r / 9) for c, r in own.wgrad)}, {"self_wgrad"}),
         ({"product_call": 9 * own.product_call}, {"shift", last, other}),
+        ({"shift_call": 9 * own.shift_call}, {"shift", last, other}),
+        ({"unfold_call": 9 * own.unfold_call}, {"unfold"}),
     ):
         machines(**figure)
         after = {str(c): c.seconds for c in gram_choices(g)}
@@ -230,7 +233,8 @@ def test_each_copy_costs_those_that_make_it(machines):
 
 
 def test_without_the_cost_of_calls_and_copies_the_fewest_operations_win(machines):
-    free = {"call": 1e-15, "product_call": 1e-15, "fresh": 1e-9, "gbytes": 1e12}
+    free = dict.fromkeys(("call", "product_call", "shift_call", "unfold_call"), 1e-15)
+    free |= {"fresh": 1e-9, "gbytes": 1e12}
     free |= dict.fromkeys(PATCHES, ((1, 1e-9),)) | dict.fromkeys(TABLES, (((1, 1e-9),),) * 3)
     free["assemble"] = (1e-9,) * 3
     flat = dict.fromkeys(("product", "grouped", "narrow", "wgrad"), ((1, 100.0),))
