@@ -1,4 +1,4 @@
-"""What one ``DecorUpdate.step()`` computes: every layer's new R and loss, small equal layers together."""
+"""What one ``DecorUpdate.step()`` computes: every layer's update and loss, small equal ones together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dbp_kernels import backends, distributed, functional, plans
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.choices import update_choices
 from dbp_kernels.geometry import ConvGeometry, make_geometry
+from dbp_kernels.ops import check_update
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -72,6 +73,8 @@ def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
     """(update, loss) of every job from this process's samples, small equal layers together."""
     results: dict[int, tuple[Update, Tensor]] = {}
     buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
+    for job in jobs:  # options may have changed since they were first checked
+        check_update(job.R, **job.rule, dim=job.R.shape[-1])
     for index, job in enumerate(jobs):
         prepared = _one_input(job)
         if prepared is None:

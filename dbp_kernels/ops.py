@@ -68,7 +68,8 @@ def _check_same_device(x: Tensor, R: Tensor) -> None:
         raise ValueError(f"R is on {R.device}: expected the input's device {x.device}")
 
 
-def _check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> None:
+def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> None:
+    """Raises TypeError for R's dtype, ValueError for an option out of range."""
     if R.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"R has dtype {R.dtype}: expected float32 or float64, below which an update vanishes"
@@ -146,7 +147,7 @@ def decor_update(
     g = _prepare(input, kernel_size, stride, padding, dilation, groups)
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
-    _check_update(R, lr, kappa, rule, g.dim)
+    check_update(R, lr, kappa, rule, g.dim)
     with without_autocast(input):
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
@@ -208,7 +209,7 @@ def _fake_update(
     d = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, d)
     _check_same_device(input, R)
-    _check_update(R, lr, kappa, rule, 1)
+    check_update(R, lr, kappa, rule, 1)
     return torch.empty_like(R, memory_format=torch.contiguous_format), R.new_empty(())
 
 

@@ -8,7 +8,8 @@ With n patches Z (n x D), second moment S = Z^T Z / n and x = R z:
 
 multiply-adds counted twice, and half of the symmetric M (large D come near it); M' is M with its diagonal replaced (``UpdateRule``). All tensors are
 batched over a leading dimension G (groups of one layer, or layers of equal shape). Functions are
-pure: no host synchronisation, nothing changed in place but their own temporaries.
+pure: no host synchronisation, nothing changed in place but their own temporaries. Plan "samples"
+can also stop short of changing R: see ``LowRankUpdate``.
 
 Source: DBP paper (arXiv 2405.02385) eq. 3 and section 2.1; <x x^T> = R S R^T makes them equal.
 """
@@ -115,22 +116,23 @@ class LowRankUpdate:
         return add_product(R_new, self.X.mT, self.U, -self.weight, R_new)
 
     def apply_(self, R: Tensor) -> None:
-        """Change R (G, D, D) in place: two passes over it and no other D x D memory."""
+        """Change R (G, D, D) in place: two passes over it, and no other D x D memory for a dense R."""
         R.mul_(self.scale)
         add_product(R, self.X.mT, self.U, -self.weight, R)
 
     def finite(self) -> Tensor:
-        """0-dimensional bool: whether R_new is sure to be finite.
+        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
 
         X = R Z^T has shown every NaN and Inf in R; X^T U is at most n max|X| max|U|.
         """
         n = self.X.shape[1]
         return torch.isfinite(self.scale.sum() + n * self.X.abs().amax() * self.U.abs().amax())
 
-    def only_if(self, ok: Tensor) -> LowRankUpdate:
-        """This update where ``ok`` (0-dimensional bool), else one that leaves R as it is."""
-        X, U = (torch.where(ok, factor, 0) for factor in (self.X, self.U))
-        return LowRankUpdate(torch.where(ok, self.scale, 1), X, U, self.weight)
+    def cancel_unless_(self, ok: Tensor) -> None:
+        """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
+        self.scale.masked_fill_(~ok, 1)
+        self.X.masked_fill_(~ok, 0)
+        self.U.masked_fill_(~ok, 0)
 
 
 def low_rank_update(

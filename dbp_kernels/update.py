@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -243,7 +243,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 else:
                     jobs = [job for job in jobs if job.samples]
                     updates = [(*update, None) for update in local_updates(jobs)]
-            self._write(jobs, updates)
+                self._write(jobs, updates)
             self._steps += 1
             if budget is not None:
                 self._budget_step(begin, jobs)
@@ -306,23 +306,29 @@ class DecorUpdate(torch.optim.Optimizer):
         for job, update in zip(jobs, updates):
             by_device.setdefault(job.R.device, []).append((job, *update))
         for results in by_device.values():
-            jobs, changes, losses, sampled = zip(*results)
-            finite = torch.stack(list(map(_finite, changes))) & torch.stack(losses).isfinite()
-            accept, skip = finite, ~finite
-            if sampled[0] is not None:
-                some = torch.stack(sampled)
-                accept, skip = finite & some, skip & some
-            # a CPU has nothing to wait for, and selections cost passes over R
-            for job, change, ok in zip(jobs, changes, accept.tolist() if accept.is_cpu else accept):
-                _change(job.grouped_R, change, ok)
-            states = [self._state_of(job.R) for job in jobs]
-            reported = [state["loss"] for state in states]
-            if sampled[0] is not None:
-                losses = map(torch.where, sampled, losses, reported)
-            torch._foreach_copy_(reported, list(losses))
-            torch._foreach_add_(
-                [state["skipped"] for state in states], list(skip.to(torch.int64).unbind())
-            )
+            self._write_to_device(*zip(*results))
+
+    def _write_to_device(
+        self,
+        jobs: tuple[Job, ...],
+        changes: tuple[Update, ...],
+        losses: tuple[Tensor, ...],
+        sampled: tuple[Tensor | None, ...],
+    ) -> None:
+        """Everything that takes memory comes first, so that nothing fails after the first change."""
+        finite = torch.stack(list(map(_finite, changes))) & torch.stack(losses).isfinite()
+        accept, skip = finite, ~finite
+        states = [self._state_of(job.R) for job in jobs]
+        reported = [state["loss"] for state in states]
+        if sampled[0] is not None:
+            some = torch.stack(sampled)
+            accept, skip = finite & some, skip & some
+            losses = list(map(torch.where, sampled, losses, reported))
+        skips = list(skip.to(torch.int64).unbind())
+        for job, change, ok in zip(jobs, changes, _decided(accept)):
+            _change(job.grouped_R, change, ok)
+        torch._foreach_copy_(reported, list(losses))
+        torch._foreach_add_([state["skipped"] for state in states], skips)
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state = self.state[R]
@@ -478,12 +484,19 @@ def _finite(update: Update) -> Tensor:
     return update.sum().isfinite()  # not finite if an entry is not: one pass, no D x D temporary
 
 
+def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
+    """A CPU has nothing to wait for, and selections cost passes over R; no other device waits."""
+    return accept.tolist() if accept.is_cpu else accept.unbind()
+
+
 def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
-    """Make the update of R (groups, D, D) if ``ok``; a tensor decides without the host's waiting."""
+    """Make the update of R (groups, D, D) if ``ok``."""
     if ok is False:
         return
     if isinstance(update, LowRankUpdate):
-        (update if ok is True else update.only_if(ok)).apply_(R)
+        if ok is not True:
+            update.cancel_unless_(ok)
+        update.apply_(R)
     elif ok is True:
         R.copy_(update.view_as(R))
     else:

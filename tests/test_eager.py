@@ -47,6 +47,7 @@ def thresholds(zero_columns: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shift_form, "_OPERATIONS_PER_COPY", 1e9 if zero_columns else 0)
         patch.setattr(shift_form, "_ASSEMBLED_ELEMENTS", 1)
+        patch.setattr(shift_form, "_BY_TAP", 1)
         patch.setattr(shift_form, "_MANY_PIXELS", 1)
         patch.setattr(shift_form, "_LINE", 2)
         patch.setattr(matmul, "_PANEL", 2)

@@ -73,10 +73,13 @@ def test_a_low_rank_update_in_place(groups):
     expected, _ = plans.update_from_samples(z, r, 0.1, 0.3)
     assert update.finite()
     before = r.clone()
-    update.only_if(torch.tensor(False)).apply_(r)
-    assert torch.equal(r, before)
-    update.only_if(torch.tensor(True)).apply_(r)
+    update.cancel_unless_(torch.tensor(True))
+    update.apply_(r)
     assert torch.equal(r, expected)
+    update.cancel_unless_(torch.tensor(False))
+    update.apply_(r)
+    assert torch.equal(r, expected)
+    assert not torch.equal(r, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e160])
@@ -87,7 +90,8 @@ def test_a_low_rank_update_that_is_not_finite(where, bad):
     before = r.clone()
     update, _ = plans.low_rank_update(z, r, 0.1, 0.3)
     assert not update.finite()
-    update.only_if(update.finite()).apply_(r)
+    update.cancel_unless_(update.finite())
+    update.apply_(r)
     assert torch.equal(r.nan_to_num(7.0), before.nan_to_num(7.0))
 
 

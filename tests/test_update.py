@@ -16,6 +16,7 @@ import dbp_kernels as dbp
 from dbp_kernels import backends, capture, plans
 from dbp_kernels import jobs as jobs_module
 from dbp_kernels import nn as dnn
+from dbp_kernels import update as update_module
 
 D64 = torch.float64
 
@@ -383,6 +384,61 @@ def test_few_samples_change_a_large_R_in_place():
     assert 0 < max(largest) < 300 * 300
     R, _ = expected(x[None], torch.eye(300), 1e-3, 0.5)
     torch.testing.assert_close(layer.R, R.float(), rtol=1e-5, atol=1e-6)
+
+
+LARGE = [
+    (dnn.DecorLinear(300, 2), (4, 300)),
+    (dnn.DecorConv2d(64, 4, 3, groups=2), (2, 64, 4, 4)),
+    (dnn.DecorConv3d(35, 4, 2), (3, 35, 2, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("decided", [None, lambda accept: accept.unbind()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("dtype", [torch.float32, D64])
+@pytest.mark.parametrize("demean", [False, True])
+def test_large_layers_in_place(dtype, demean, decided, monkeypatch):
+    """As on a CPU, and by tensors that decide, as on a GPU; one of the layers is poisoned."""
+    if decided:
+        monkeypatch.setattr(update_module, "_decided", decided)
+    used = []
+    original = plans.low_rank_update
+    monkeypatch.setattr(
+        plans, "low_rank_update", lambda *a, **k: used.append(1) or original(*a, **k)
+    )
+    net = nn.ModuleList(fresh(layer, dtype) for layer, _ in [*LARGE, LARGE[0]])
+    update = dbp.DecorUpdate(net, lr=1e-2, kappa=0.3, sample=1.0, demean=demean)
+    before = [layer.R.clone() for layer in net]
+    inputs = [torch.randn(shape, dtype=dtype) for _, shape in [*LARGE, LARGE[0]]]
+    inputs[-1][0, 0] = float("nan")
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer, x in zip(net, inputs):
+            layer(x)
+        update.step()
+    assert len(used) == len(net)
+    assert [int(v) for v in update.skipped().values()] == [0, 0, 0, 1]
+    assert torch.equal(net[-1].R, before[-1])
+    tolerance = 1e-12 if dtype == D64 else 1e-5
+    for layer, x, R, loss in zip(net[:-1], inputs, before, update.losses().values()):
+        R_new, expected_loss = expected(patches(layer, x), R, 1e-2, 0.3, demean=demean)
+        torch.testing.assert_close(layer.R.to(D64), R_new, rtol=0, atol=tolerance)
+        torch.testing.assert_close(loss.to(D64), expected_loss, rtol=10 * tolerance, atol=0)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_options_set_by_hand_are_checked_by_step(size):
+    net = nn.Sequential(dnn.DecorLinear(size, size), dnn.DecorLinear(size, size))
+    update = dbp.DecorUpdate(net, lr=0.1, sample=1.0)
+    update.param_groups[0]["lr"] = -0.1
+    net(torch.randn(4, size))
+    with pytest.raises(ValueError, match=r"lr=-0\.1"):
+        update.step()
+    update.param_groups[0]["lr"] = 0.1
+    net[1].R = net[1].R.half()
+    net[0](torch.randn(4, size))
+    net[1](torch.randn(4, size))
+    with pytest.raises(TypeError, match=r"R has dtype torch\.float16"):
+        update.step()
+    assert torch.equal(net[0].R, torch.eye(size))
 
 
 def test_step_before_backward_is_an_error_not_a_wrong_gradient():
@@ -921,7 +977,7 @@ def test_only_equal_layers_go_together():
         torch.testing.assert_close(layer.R, R.to(layer.R.dtype), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "name"), [(20_000, "update_from_gram"), (6, "update_direct")])
+@pytest.mark.parametrize(("rows", "name"), [(200_000, "update_from_gram"), (6, "update_direct")])
 def test_the_selected_backend_gets_equal_layers_together(rows, name, monkeypatch):
     batches = []
 

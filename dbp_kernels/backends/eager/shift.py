@@ -35,14 +35,15 @@ from torch import Tensor
 from ...geometry import Axis, ConvGeometry, PairClass, Window
 from ...precision import product_dtype, statistics_dtype
 from .matmul import mirror, panels, product, upper_product
-from .unfold import chunks, empty_pixels, windows
+from .unfold import channels_first, chunks, windows
 
 Phases = tuple[int, ...]
 
 # Copying an element costs about as much as this many operations, on CPUs and GPUs alike.
 _OPERATIONS_PER_COPY = 130
-# Elements of S assembled at a time, so that its scattered writes stay in the cache.
-_ASSEMBLED_ELEMENTS = 1 << 18
+# Elements of S assembled at a time, so that its scattered writes stay in the cache; and from how
+# many on taps are copied one by one.
+_ASSEMBLED_ELEMENTS, _BY_TAP = 1 << 18, 1 << 14
 # A transposing copy moves channels in steps of one cache line (of float32) once an image has so
 # many pixels that lines would be evicted before they are used up.
 _LINE, _MANY_PIXELS = 16, 512
@@ -238,9 +239,11 @@ def pack(
     """One buffer per phase combination of the shifted axes: (G, rows, *columns, N', C').
 
     N' is the batch times the output positions of unfolded axes, C' their taps times the group's
-    channels, ordered (taps, channel). Without columns the memory may be that of ``empty_pixels``.
+    channels, ordered (taps, channel). Without columns the memory may be ``channels_first``.
     """
-    dims, like = len(geometry.axes), x
+    dims, dtype = len(geometry.axes), product_dtype(x)
+    # with columns, setting some of them to zero for the while would be slower than what is gained
+    pixels_run = not widths and not x.is_cuda and x.stride(1) != 1
     shifted = [d for d in range(dims) if not unfolded[d]]
     flat = [d for d in range(dims) if unfolded[d]]
     x = windows(x, geometry, tuple(flat)).unflatten(1, (geometry.groups, geometry.group_channels))
@@ -256,16 +259,16 @@ def pack(
             part = part[index]
         sizes = list(part.shape)
         sizes[2 : 2 + len(widths)] = widths
-        if widths:
-            buffer = torch.empty(sizes, dtype=product_dtype(x), device=x.device)
+        if pixels_run:
+            buffer = channels_first(sizes, channels, dtype, x.device)
         else:
-            buffer = empty_pixels(sizes, channels, like, product_dtype(x))
+            buffer = torch.empty(sizes, dtype=dtype, device=x.device)
         interior = buffer
         for axis, width in enumerate(widths, start=2):
             size = part.shape[axis]
             interior.narrow(axis, size, width - size).zero_()
             interior = interior.narrow(axis, 0, size)
-        transposing = widths and not x.is_cuda and part.stride(-1) != 1
+        transposing = not (pixels_run or x.is_cuda) and part.stride(-1) != 1
         if transposing and math.prod(a.size for a in geometry.axes) >= _MANY_PIXELS:
             for start in range(0, part.shape[-1], _LINE):
                 line = (-1, start, min(_LINE, part.shape[-1] - start))
@@ -451,43 +454,44 @@ def _source_index(source_of: tuple[int, ...], device: torch.device) -> Tensor:
 def _assemble(
     sources: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
-    """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time.
-
-    One copy per unfolded tap on the right: with few and long axes left in it, it runs several times
-    as fast.
-    """
+    """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
     out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
     index = _source_index(program.source_of, sources.device)
-    shifted_kernel = [k for k, u in zip(kernel, unfolded) if not u]
-    flat_kernel = [k for k, u in zip(kernel, unfolded) if u]
-    s, f, dims = len(shifted_kernel), len(flat_kernel), len(kernel)
-    # gathered: (shifted taps, shifted taps', flat taps, channels, flat taps', channels')
+    dims = len(kernel)
+    shifted, flat = ([d for d in range(dims) if unfolded[d] is u] for u in (False, True))
+    shifted_kernel, flat_kernel = [kernel[d] for d in shifted], [kernel[d] for d in flat]
+    s, f = len(shifted), len(flat)
+    # gathered: (shifted taps, shifted taps', groups, flat taps, channels, flat taps', channels')
     left_taps, right_taps = [0] * dims, [0] * dims
-    shifted_axes = [d for d in range(dims) if not unfolded[d]]
-    flat_axes = [d for d in range(dims) if unfolded[d]]
-    for i, d in enumerate(shifted_axes):
+    for i, d in enumerate(shifted):
         left_taps[d], right_taps[d] = i, s + i
-    for i, d in enumerate(flat_axes):
-        left_taps[d], right_taps[d] = 2 * s + i, 2 * s + f + 1 + i
-    order = [2 * s + f, *left_taps, 2 * s + 2 * f + 1, *right_taps]
-    step = max(1, _ASSEMBLED_ELEMENTS // max(1, geometry.taps * geometry.dim))
-    flat_taps = math.prod(flat_kernel)
-    sources = sources.view(-1, g, flat_taps, cg, flat_taps * cg)
-    for group in range(g):
-        for start in range(0, cg, step):
-            stop = min(start + step, cg)
-            gathered = (
-                sources[:, group, :, start:stop]
-                .index_select(0, index)
-                .view(
-                    *shifted_kernel, *shifted_kernel, *flat_kernel, stop - start, *flat_kernel, cg
-                )
-            )
-            gathered = gathered.permute(order)
-            for taps in itertools.product(*map(range, flat_kernel)):
-                one = [slice(None)] * (2 * dims + 2)
-                for d, k in zip(flat_axes, taps):
-                    one[2 + dims + d] = k
-                out[group, start:stop][tuple(one)] = gathered[tuple(one)]
+    for i, d in enumerate(flat):
+        left_taps[d], right_taps[d] = 2 * s + 1 + i, 2 * s + f + 2 + i
+    order = [2 * s, 2 * s + f + 1, *left_taps, 2 * s + 2 * f + 2, *right_taps]
+    one_channel = max(1, geometry.taps * geometry.dim)
+    channels = max(1, min(cg, _ASSEMBLED_ELEMENTS // one_channel))
+    groups = max(1, min(g, _ASSEMBLED_ELEMENTS // (channels * one_channel)))
+    sources = sources.view(-1, g, math.prod(flat_kernel), cg, math.prod(flat_kernel) * cg)
+    for group, start in itertools.product(range(0, g, groups), range(0, cg, channels)):
+        these = (slice(group, group + groups), slice(start, start + channels))
+        part = sources[:, these[0], :, these[1]].index_select(0, index)
+        _, wide, _, high, _ = part.shape
+        gathered = part.view(
+            *shifted_kernel, *shifted_kernel, wide, *flat_kernel, high, *flat_kernel, cg
+        )
+        _copy_by_tap(out[these], gathered.permute(order), [3 + dims + d for d in flat])
     return out.view(g, geometry.dim, geometry.dim)
+
+
+def _copy_by_tap(target: Tensor, source: Tensor, axes: list[int]) -> None:
+    """Copies; if there is much, for each index of ``axes`` by itself.
+
+    Those are short and innermost, and a copy of one with long axes left is several times as fast.
+    """
+    if not axes or target.numel() < _BY_TAP:
+        target.copy_(source)
+        return
+    first, *rest = axes
+    for one, other in zip(target.unbind(first), source.unbind(first)):
+        _copy_by_tap(one, other, [axis - 1 for axis in rest])

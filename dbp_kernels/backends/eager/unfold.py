@@ -36,36 +36,39 @@ def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
     return x
 
 
-def empty_pixels(sizes: list[int], channels: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (groups, *pixels, *channels), the channels being the axes from ``channels`` on.
+def channels_first(
+    sizes: list[int], first_channel: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Uninitialised (groups, *pixels, *channels), whose channels lie before the pixels in memory.
 
-    On a CPU the channels lie before the pixels in memory, unless in ``like`` (N, C, *spatial) they
-    are innermost too: copies then move runs of pixels or of channels, and transpose nothing.
+    ``first_channel`` is the first of the channels' axes. Filled from a map with its pixels
+    innermost, it takes runs of them, and nothing is transposed.
     """
-    if like.is_cuda or like.stride(1) == 1:
-        return like.new_empty(sizes, dtype=dtype)
-    group, pixels, rest = sizes[0], sizes[1:channels], sizes[channels:]
-    buffer = like.new_empty([group, *rest, *pixels], dtype=dtype)
-    first = 1 + len(rest)
-    return buffer.permute(0, *range(first, buffer.dim()), *range(1, first))
+    group, pixels, channels = sizes[0], sizes[1:first_channel], sizes[first_channel:]
+    buffer = torch.empty([group, *channels, *pixels], dtype=dtype, device=device)
+    pixel = 1 + len(channels)
+    return buffer.permute(0, *range(pixel, buffer.dim()), *range(1, pixel))
 
 
 def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) -> Tensor:
-    """The patches Z (groups, n, D) of x; in memory n may come last, see ``empty_pixels``."""
+    """The patches Z (groups, n, D) of x; in memory n may come last, see ``channels_first``."""
     dtype = dtype or statistics_dtype(x.dtype)
     g, dims = geometry.groups, len(geometry.axes)
     if dims == 0:
         x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
         return x if x.dtype == dtype else x.to(dtype)
-    if geometry.pointwise and x.stride(1) == 1:  # every patch is one pixel: no need to copy
+    if geometry.pointwise and x.stride(1) == 1:  # patches are pixels, which lie side by side
         x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
         return x.transpose(0, 1)
     z = windows(x, geometry, tuple(range(dims)))
     z = z.unflatten(1, (g, geometry.group_channels))
     z = z.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    out = empty_pixels(list(z.shape), 2 + dims, x, dtype).copy_(z)
-    return out.flatten(2 + dims).flatten(1, -2)
+    if x.is_cuda:
+        out = torch.empty(z.shape, dtype=dtype, device=x.device)
+    else:
+        out = channels_first(list(z.shape), 2 + dims, dtype, x.device)
+    return out.copy_(z).flatten(2 + dims).flatten(1, -2)
 
 
 def patch_elements(geometry: ConvGeometry) -> int:
