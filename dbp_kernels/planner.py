@@ -180,7 +180,7 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str
     n, d = geometry.samples, geometry.dim
     flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
     result = geometry.groups * d**2
-    seconds = flop / m.product_rate(d, geometry.groups)
+    seconds = flop / m.product_rate(max(1, d // panels(d, n)), geometry.groups)  # a panel's side
     seconds += 4 * m.call if geometry.pointwise else m.unfold_call
     seconds += size * 2 * result / m.bytes_per_second()
     seconds += _copying(result, _fresh(result, m, size), size)
