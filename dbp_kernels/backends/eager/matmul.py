@@ -87,9 +87,11 @@ def symmetric_product(
 
 
 def mirror(out: Tensor, count: int) -> None:
-    """Copies the panels above the diagonal of out (G, D, D) below it."""
+    """Copies the panels above the diagonal of out (G, D, D) below it, in tiles a cache can hold."""
     for start, stop in _edges(out.shape[-1], count)[1:]:
-        out[:, start:stop, :start] = out[:, :start, start:stop].mT
+        for left in range(0, start, _PANEL):
+            right = min(left + _PANEL, start)
+            out[:, start:stop, left:right] = out[:, left:right, start:stop].mT
 
 
 def _edges(dim: int, count: int) -> list[tuple[int, int]]:
