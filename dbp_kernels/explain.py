@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .capture import sample_size
 from .choices import gram_choices, update_choices
 from .functional import op_arguments
-from .geometry import ConvGeometry, make_geometry
+from .geometry import ConvGeometry
+from .ops import geometry_of
 from .param_groups import checked_options
 from .planner import Choice
 from .surgery import decorrelated_class
@@ -171,7 +172,7 @@ def _report(
     images = images[: sample_size(sample, images.shape[0])]
     arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
     x, op_args, _ = op_arguments(images, **{**arguments, **layer._patch_geometry()})
-    geometry = make_geometry(x.shape, *op_args)
+    geometry = geometry_of(x, *op_args)
     if geometry.samples == 0:
         raise ValueError(
             f"input reaches layer {name!r} with shape {tuple(input.shape)}: expected a batch with at "

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dbp_kernels import backends, distributed, functional, plans
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.choices import update_choices
-from dbp_kernels.geometry import ConvGeometry, make_geometry
-from dbp_kernels.ops import check_update
+from dbp_kernels.geometry import ConvGeometry
+from dbp_kernels.ops import check_update, geometry_of
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -52,7 +52,7 @@ class Job:
         """Those of the samples, batch by batch, and where and as what these are."""
         prepared = list(_prepared(self))
         x = prepared[0][0]
-        return [make_geometry(x.shape, *rest) for x, rest in prepared], x.device, x.dtype
+        return [geometry_of(x, *rest) for x, rest in prepared], x.device, x.dtype
 
     def batches(self) -> list[Tensor]:
         """The samples in as few batches as their shapes allow, on R's device."""
@@ -81,7 +81,7 @@ def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
             results[index] = update_from(job, moments_of(job))
             continue
         x, arguments = prepared
-        geometry = make_geometry(x.shape, *arguments)
+        geometry = geometry_of(x, *arguments)
         plan = _plan(job, x, geometry)
         key = _bucket(job, plan, geometry)
         if key is None:
@@ -108,7 +108,7 @@ def _one_input(job: Job) -> tuple[Tensor, tuple] | None:
     prepared = list(_prepared(job))
     if len(prepared) == 1:
         return prepared[0]
-    geometries = [make_geometry(x.shape, *arguments) for x, arguments in prepared]
+    geometries = [geometry_of(x, *arguments) for x, arguments in prepared]
     groups, size, _ = job.grouped_R.shape
     if sum(geometry.samples for geometry in geometries) > size:
         return None
@@ -194,7 +194,7 @@ def moments_of(job: Job) -> distributed.Moments:
         torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
     )
     for x, arguments in _prepared(job):
-        n = make_geometry(x.shape, *arguments).samples
+        n = geometry_of(x, *arguments).samples
         total.second.add_(torch.ops.dbp.patch_gram(x, *arguments).to(R.dtype), alpha=n)
         if job.demean:
             total.first.add_(torch.ops.dbp.patch_mean(x, *arguments).to(R.dtype), alpha=n)

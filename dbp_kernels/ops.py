@@ -83,7 +83,8 @@ def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> Non
 # They run below autograd (see ``_differentiable``), so nothing in them is recorded.
 
 
-def _prepare(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
+def geometry_of(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
+    """From an op's arguments, which it checks. Kept: made anew, it would cost small layers dear."""
     _check_floating(input=input)
     *lists, groups = geometry
     return _cached_geometry(tuple(input.shape), *map(tuple, lists), groups)
@@ -94,7 +95,7 @@ _cached_geometry = lru_cache(maxsize=4096, typed=True)(make_geometry)  # 1.0 is 
 
 def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     """S: see ``functional.patch_gram``."""
-    g = _prepare(input, *geometry)
+    g = geometry_of(input, *geometry)
     if g.samples == 0 or g.dim == 0:
         dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
@@ -104,7 +105,7 @@ def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
 
 def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     """m: see ``functional.patch_mean``."""
-    g = _prepare(input, *geometry)
+    g = geometry_of(input, *geometry)
     if g.samples == 0 or g.dim == 0:
         return input.new_zeros((g.groups, g.dim), dtype=statistics_dtype(input.dtype))
     with without_autocast(input):
@@ -120,7 +121,7 @@ def _promote(input: Tensor, R: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
     """C and V: see ``functional.decor_stats``."""
-    g = _prepare(input, *geometry)
+    g = geometry_of(input, *geometry)
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
     with without_autocast(input):
@@ -144,7 +145,7 @@ def decor_update(
     demean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """R_new and loss: see ``functional.decor_update``."""
-    g = _prepare(input, kernel_size, stride, padding, dilation, groups)
+    g = geometry_of(input, kernel_size, stride, padding, dilation, groups)
     _check_R(R, g.groups, g.dim)
     _check_same_device(input, R)
     check_update(R, lr, kappa, rule, g.dim)

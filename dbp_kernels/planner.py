@@ -257,9 +257,10 @@ def gram_choices(
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
-def _dense_rate(m: Machine, side: int, groups: int) -> float:
-    """Operations per second of products with R, the shorter side given."""
-    return m.narrow_rate(side) if groups == 1 else m.product_rate(side, groups)
+def _dense_rate(m: Machine, side: int, dim: int, groups: int) -> float:
+    """Operations per second of products with R (dim x dim), their shorter side given."""
+    narrow = groups == 1 and side < dim
+    return m.narrow_rate(side) if narrow else m.product_rate(side, groups)
 
 
 @lru_cache(maxsize=4096)
@@ -284,7 +285,7 @@ def update_choices(
 
     def plan(name: str, products: list[tuple[float, int]], squares: float) -> Choice:
         flop = sum(f for f, _ in products)
-        seconds = sum(f / _dense_rate(m, side, g) for f, side in products)
+        seconds = sum(f / _dense_rate(m, side, d, g) for f, side in products)
         seconds += squares * square / bandwidth + m.plan_call[PLANS.index(name)]
         return Choice(name, flop / 1e9, seconds)
 
@@ -326,12 +327,12 @@ def stats_choices(
     upper = _upper(d, min(n, d))
     # P = R S, half of P R^T, and both read and written
     flop = 2.0 * g * d**3 * (1 + upper)
-    seconds = flop / _dense_rate(m, d, g) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call
+    seconds = flop / _dense_rate(m, d, d, g) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call
     choices = [Choice("gram", flop / 1e9 + gram.gflop, seconds + gram.seconds, gram=gram)]
     # Z and X = Z R^T written and read
     flop = 2.0 * g * n * d**2 * (1 + upper)
     moved = itemsize * g * (8 * n * d + 3 * d * d)
-    seconds = flop / _dense_rate(m, min(n, d), g) + moved / bandwidth + 5 * m.call
+    seconds = flop / _dense_rate(m, min(n, d), d, g) + moved / bandwidth + 5 * m.call
     choices.append(Choice("direct", flop / 1e9, seconds))
     if backend in KERNEL_BACKENDS:
         side, _ = _tiles(d)
