@@ -48,6 +48,10 @@ class Job:
     def rule(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("lr", "kappa", "rule")}
 
+    def check(self) -> None:
+        """Raises as ``decor_update``: options and R may have been set by hand meanwhile."""
+        check_update(self.R, **self.rule, dim=self.R.shape[-1])
+
     def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
         """Those of the samples, batch by batch, and where and as what these are."""
         prepared = list(_prepared(self))
@@ -73,8 +77,6 @@ def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
     """(update, loss) of every job from this process's samples, small equal layers together."""
     results: dict[int, tuple[Update, Tensor]] = {}
     buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
-    for job in jobs:  # options may have changed since they were first checked
-        check_update(job.R, **job.rule, dim=job.R.shape[-1])
     for index, job in enumerate(jobs):
         prepared = _one_input(job)
         if prepared is None:

@@ -210,6 +210,8 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a layer no longer belongs to this optimiser.
+            ValueError: a group's lr, kappa or rule was set to what the constructor refuses.
+            TypeError: an R was set to one of less than float32.
         """
         result = None
         if closure is not None:
@@ -228,6 +230,8 @@ class DecorUpdate(torch.optim.Optimizer):
                     budget.agree(self.process_group)
                 self._ranks_agree = True
             jobs = self._jobs()
+            for job in jobs:
+                job.check()
             if budget is not None:
                 seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
                 for job in jobs:
