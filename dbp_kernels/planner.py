@@ -16,7 +16,7 @@ from functools import lru_cache
 from .backends.eager import self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
-from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion
+from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion, strided
 from .calibration import Machine, calibration, cost_at, machine
 from .geometry import Axis, ConvGeometry
 
@@ -99,16 +99,12 @@ def _fresh(elements: float, m: Machine, size: int) -> float:
     return m.fresh if elements * size > _KEPT else 0.0
 
 
-def _strided(geometry: ConvGeometry) -> bool:
-    return any(a.stride > 1 for a in geometry.axes)
-
-
 def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int, elements: float) -> float:
     """ns per float32 element of a packed buffer of so many."""
-    strided = _strided(geometry)
+    with_stride = strided(geometry)
     if geometry.group_channels * size < _LINE:
-        return cost_at((m.pack_stem if strided else m.pack_thin)[kind], elements)
-    cost = cost_at((m.pack_strided if strided else m.pack)[kind], elements)
+        return cost_at((m.pack_stem if with_stride else m.pack_thin)[kind], elements)
+    cost = cost_at((m.pack_strided if with_stride else m.pack)[kind], elements)
     return cost * (m.aliased[kind] if _aliased(geometry, size) else 1)
 
 
@@ -172,7 +168,7 @@ def _upper(dim: int, rows: int) -> float:
 def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float = 1) -> float:
     """Seconds of all patches as rows, in so many parts."""
     elements = patch_elements(geometry)
-    table = m.im2col_strided if _strided(geometry) else m.im2col
+    table = m.im2col_strided if strided(geometry) else m.im2col
     return _copying(elements, cost_at(table, elements / parts), size)
 
 

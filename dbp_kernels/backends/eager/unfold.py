@@ -57,9 +57,8 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     if dims == 0:
         x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
         return x if x.dtype == dtype else x.to(dtype)
-    if geometry.pointwise and (
-        _strided(geometry) or x.stride(1) == 1
-    ):  # patches are pixels, few or in place
+    # patches that are pixels: few of them, or side by side already
+    if geometry.pointwise and (strided(geometry) or x.stride(1) == 1):
         x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
         return x.transpose(0, 1)
@@ -119,7 +118,7 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         return torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     many_pixels = len(geometry.axes) and geometry.positions >= max(_MANY, 4 * geometry.dim)
-    if geometry.pointwise and many_pixels and not (x.is_cuda or _strided(geometry)):
+    if geometry.pointwise and many_pixels and not (x.is_cuda or strided(geometry)):
         _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
         Z = rows(x, geometry, product_dtype(x))
@@ -132,7 +131,8 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     return out
 
 
-def _strided(geometry: ConvGeometry) -> bool:
+def strided(geometry: ConvGeometry) -> bool:
+    """Whether any axis has a stride above 1."""
     return any(a.stride > 1 for a in geometry.axes)
 
 
