@@ -32,7 +32,7 @@ _PREFIX = "dbp: "
 def _targets(device_type: str) -> list[tuple[object, str, str]]:
     """(object, attribute, part) of the functions that do the parts."""
     import dbp_kernels as dbp
-    from dbp_kernels import backends, capture, jobs, ops, plans
+    from dbp_kernels import backends, capture, jobs, ops, plans, update
 
     backend = backends.select(device_type)
     found = [
@@ -47,7 +47,7 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
         (plans, "low_rank_update", PRODUCTS),
         (backend, "update_from_gram", PRODUCTS),
         (backend, "update_direct", PRODUCTS),
-        (dbp.DecorUpdate, "_write", WRITE),
+        (update, "write_back", WRITE),
         (dbp.DecorUpdate, "step", STEP),
     ]
     if hasattr(backend, "rows"):

@@ -84,6 +84,7 @@ def _pass(meter: Meter) -> dict:
         "grouped": _products(meter, GROUPS, GROUPED_SIDES),
         "narrow": _narrow(meter),
         "wgrad": _weight_gradients(meter),
+        "wgrad_weight": _small_weight_gradients(meter),
         "gbytes": _bandwidth(meter),
         "fresh": _fresh(meter),
         **_calls(meter),
@@ -158,6 +159,16 @@ def _weight_gradients(meter: Meter) -> list:
             rate = 2 * 25 * channels**2 * images * size**2 / seconds / 1e9
             points.append([channels, rate])
     return points
+
+
+def _small_weight_gradients(meter: Meter) -> float:
+    """ns per weight element and convolution of S from weight gradients over next to no positions."""
+    from dbp_kernels.backends.eager import self_wgrad
+
+    x, geometry = _map(meter, 1, max(2, 64 // meter.shrink), 6)
+    weights = geometry.channels**2 * math.prod(2 * a.kernel - 1 for a in geometry.axes)
+    seconds = meter.seconds(lambda: self_wgrad.patch_gram_self_wgrad(x, geometry))
+    return 1e9 * seconds / (self_wgrad.convolutions(geometry) * weights)
 
 
 def _bandwidth(meter: Meter) -> float:

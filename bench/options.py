@@ -74,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
         help="step suite: also samples of 100 %%, 10 %%, 1 %% with an update every 1, 4, 16 steps",
     )
     out.add_argument(
+        "--faster",
+        action="store_true",
+        help='step suite: also with DecorUpdate(matmul_precision="medium") and with overlap()',
+    )
+    out.add_argument(
         "--compile",
         nargs="?",
         const="default",
@@ -122,8 +127,9 @@ def inconsistency(options: argparse.Namespace) -> str | None:
         return "--dtype float64 is for kernels, scaling and regret: steps autocast"
     if options.trace and options.suite not in ("step", "update"):
         return f"--trace is for step and update, not {options.suite}"
-    if (options.samplings or options.compile) and options.suite not in ("step", "all"):
-        return f"--samplings and --compile are for step, not {options.suite}"
+    more = options.samplings or options.faster or options.compile
+    if more and options.suite not in ("step", "all"):
+        return f"--samplings, --faster and --compile are for step, not {options.suite}"
     if not 0 < options.sample <= 1:
         return f"--sample must be in (0, 1], got {options.sample:g}"
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -32,12 +33,16 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain_step(
-    model: nn.Module, dtype: torch.dtype = torch.float32, compiled: str | None = None
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    compiled: str | None = None,
+    beside: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Step:
     """One step of backpropagation with Adam on the cross entropy; returns the loss.
 
     With a lower ``dtype`` the forward pass runs under autocast. ``compiled`` is a mode of
     torch.compile; the mode "reduce-overhead" records CUDA graphs where that is possible.
+    ``beside`` makes a context for what follows the forward pass.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     if compiled:
@@ -47,8 +52,9 @@ def plain_step(
         optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
+        with beside():
+            loss.backward()
+            optimizer.step()
         return loss
 
     return step
@@ -60,14 +66,23 @@ def decorrelated_step(
     dtype: torch.dtype,
     update_every: int = 1,
     compiled: str | None = None,
+    overlap: bool = False,
+    update_precision: str | None = None,
 ) -> Step:
-    """The library's: the same step, then ``DecorUpdate.step()``."""
+    """The library's: the same step, then ``DecorUpdate.step()``, or ``overlap()`` beside it."""
     import dbp_kernels as dbp
 
     dbp.decorrelate_model(model)
     update = dbp.DecorUpdate(
-        model, lr=DECOR_LR, kappa=KAPPA, sample=sample, update_every=update_every
+        model,
+        lr=DECOR_LR,
+        kappa=KAPPA,
+        sample=sample,
+        update_every=update_every,
+        matmul_precision=update_precision,
     )
+    if overlap:
+        return plain_step(model, dtype, compiled, update.overlap)
     # looked up at every call: a breakdown replaces the method
     return _followed_by(plain_step(model, dtype, compiled), lambda: update.step())
 
@@ -109,6 +124,15 @@ def sampling_variants(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Ste
     return {**makers, IDLE: lambda model: decorrelated_step(model, 0.1, dtype, NEVER_AGAIN)}
 
 
+def faster_variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Step]]:
+    """The library's step with a faster update: in low precision, or beside the backward pass."""
+    make = decorrelated_step
+    return {
+        "dbp medium": lambda model: make(model, sample, dtype, update_precision="medium"),
+        "dbp overlap": lambda model: make(model, sample, dtype, overlap=True),
+    }
+
+
 def sampled(sample: float) -> str:
     """The name of the variant at a sample."""
     return f"dbp {sample:.0%}"
@@ -132,14 +156,16 @@ def run_step_case(
     sample: float = 0.1,
     methods: Sequence[str] = (BP, OURS, PUBLISHED),
     samplings: bool = False,
+    faster: bool = False,
     compiled: str | None = None,
     trace: Path | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> dict:
     """Times one step of every variant in ``methods``, interleaved; returns the case's record.
 
-    ``samplings`` adds the ``sampling_variants``, ``compiled`` (a mode of torch.compile) the
-    ``compiled_variants``; ``trace`` is where a profiler's trace of the steps goes.
+    ``samplings`` adds the ``sampling_variants``, ``faster`` the ``faster_variants``, ``compiled``
+    (a mode of torch.compile) the ``compiled_variants``; ``trace`` is where a profiler's trace of the
+    steps goes.
 
     All variants start from one and the same network. First a step of each on the same data: with R
     at the identity their losses must agree (1e-3 relative), else the variant is "wrong" and gets
@@ -149,6 +175,8 @@ def run_step_case(
     makers = {k: v for k, v in variants(sample, settings.dtype).items() if k in methods}
     if samplings:
         makers.update(sampling_variants(settings.dtype))
+    if faster:
+        makers.update(faster_variants(sample, settings.dtype))
     if compiled:
         torch._dynamo.reset()  # no limit of recompilations is met because of other networks
         makers.update(compiled_variants(sample, settings.dtype, compiled))

@@ -131,6 +131,7 @@ def _step(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
         settings,
         traced=True,
         samplings=options.samplings,
+        faster=options.faster,
         compiled=options.compile,
     )
 

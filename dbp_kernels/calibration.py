@@ -54,6 +54,8 @@ class Machine:
         im2col: of the patches as rows: points (their elements, cost).
         im2col_strided: the same where the convolution has a stride.
         assemble: cost of S from its blocks, by element of S; cases as of ``pack``.
+        wgrad_weight: cost of weight-gradient convolutions around their operations, by element of
+            the weights: of their results, and of adding up S from these. 0 where not measured.
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
         gather: what gathering taps leaves of that rate.
@@ -79,6 +81,7 @@ class Machine:
     im2col: Points
     im2col_strided: Points
     assemble: tuple[float, float, float]
+    wgrad_weight: float = 0.0
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
     gather: float = 1.0
@@ -323,8 +326,9 @@ _PARSERS = {
     "im2col": _points,
     "im2col_strided": _points,
     "assemble": _three,
+    "wgrad_weight": _number,
     "tensor_cores": _rates,
     "kernels": _points,
     "gather": _number,
 }
-_OPTIONAL = {"tensor_cores", "kernels", "gather"}
+_OPTIONAL = {"wgrad_weight", "tensor_cores", "kernels", "gather"}

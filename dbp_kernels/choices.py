@@ -6,7 +6,7 @@ import torch
 
 from . import backends, planner
 from .geometry import ConvGeometry
-from .precision import statistics_dtype
+from .precision import statistics_dtype, tf32
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -38,6 +38,6 @@ def _where(device_type: str, dtype: torch.dtype) -> tuple:
     backend = backends.selected(device_type)
     if backend == "eager" or dtype == torch.float64:
         return device_type, itemsize
-    float32 = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    float32 = "tf32" if tf32() else "ieee"
     # interpreted kernels make the choices of a GPU
     return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32

@@ -11,6 +11,7 @@ from torch import nn
 
 from dbp_kernels import distributed, plans
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.precision import MATMUL_PRECISIONS
 
 _SAMPLINGS = ("first", "random")
 COSTS = ("measured", "planned")  # where a budget's come from
@@ -111,6 +112,11 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         "None, or a share of the training step above 0 and below 1",
     ),
     "costs": (str, lambda v: v in COSTS, f"one of {COSTS}"),
+    "matmul_precision": (
+        lambda v: v,
+        lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
+        f"None or one of {tuple(MATMUL_PRECISIONS)}",
+    ),
     "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
 }
 

@@ -156,6 +156,8 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     # rates are of 5x5 weights; libraries' larger ones are several times slower by the operation
     seconds = flop / m.wgrad_rate(geometry.group_channels) * max(1.0, taps / _WGRAD_TAPS)
+    weights = geometry.channels * geometry.group_channels * taps
+    seconds += _copying(segments * weights, m.wgrad_weight, size)
     return Choice("self_wgrad", flop / 1e9, seconds + moved / m.bytes_per_second() + calls * m.call)
 
 

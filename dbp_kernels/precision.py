@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,14 +29,49 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:
-    """cuDNN convolutions within it obey ``torch.set_float32_matmul_precision``, as products do."""
+# torch's precision of float32 products is read and set backend by backend here. The functions
+# torch.get_float32_matmul_precision and allow_tf32 raise once a user has set it that way.
+
+# What the names of torch.set_float32_matmul_precision mean: precision on CUDA, and on a CPU.
+MATMUL_PRECISIONS = {
+    "highest": ("ieee", "ieee"),
+    "high": ("tf32", "tf32"),
+    "medium": ("tf32", "bf16"),
+}
+
+
+def tf32() -> bool:
+    """Whether products of float32 on CUDA may round their operands to TF32, torch's and ours."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextmanager
+def matmul_precision(name: str | None) -> Iterator[None]:
+    """Products of float32 within it have this one of MATMUL_PRECISIONS; None: as torch is set."""
+    if name is None:
+        yield
+        return
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, precision in zip(backends, MATMUL_PRECISIONS[name]):
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def convolutions_as_matmul(x: Tensor) -> Iterator[None]:
+    """cuDNN convolutions within it have the precision of products."""
     if not x.is_cuda:
-        return nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=torch.get_float32_matmul_precision() != "highest",
-    )
+        yield
+        return
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if tf32() else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from dbp_kernels import distributed
 from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
+from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
-from dbp_kernels.plans import LowRankUpdate
+from dbp_kernels.precision import matmul_precision as precision_of_products
+from dbp_kernels.streams import SideStreams
 from dbp_kernels.surgery import switch_fast_paths
+from dbp_kernels.write_back import write_back
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -73,6 +76,10 @@ class DecorUpdate(torch.optim.Optimizer):
             waits for the device, those four times), and kept then. "planned": they are the
             planner's estimates, so that equal runs update alike from the start, but the share
             holds only as well as those do; so too under torch.use_deterministic_algorithms.
+        matmul_precision: the precision of the update's own products, under the names of
+            torch.set_float32_matmul_precision: "highest" (float32), "high" (TF32 on GPUs) or
+            "medium" (also bfloat16 in oneDNN, on CPUs that have it). R stays float32; what it
+            changes by, and the losses, are that precise. None: as all products are set in torch.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
@@ -93,8 +100,11 @@ class DecorUpdate(torch.optim.Optimizer):
         sampling: str = "first",
         budget: float | None = None,
         costs: str = "measured",
+        matmul_precision: str | None = None,
     ) -> None:
-        limits = checked_options({"budget": budget, "costs": costs})
+        limits = checked_options(
+            {"budget": budget, "costs": costs, "matmul_precision": matmul_precision}
+        )
         defaults = checked_options(
             {
                 "lr": lr,
@@ -112,6 +122,8 @@ class DecorUpdate(torch.optim.Optimizer):
         self._layers: list[list[nn.Module]] = []  # parallel to param_groups
         self._recorders: list[list[Recorder]] = []
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        self._side = SideStreams()
+        self._matmul_precision = limits["matmul_precision"]
         self._steps = 0
         self._ranks_agree = False
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
@@ -217,43 +229,104 @@ class DecorUpdate(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        budget = self._budget
-        begin = None if budget is None else mark(self._device)
+        begin = None if self._budget is None else mark(self._device)
         try:
-            self._check_attached()
-            self._follow_R()
-            many = distributed.active(self.process_group)
-            if many and not self._ranks_agree:
-                everything = [layer.R for _, layer in self._named_layers()]
-                distributed.broadcast(everything, self.process_group)
-                if budget is not None:
-                    budget.agree(self.process_group)
-                self._ranks_agree = True
-            jobs = self._jobs()
-            for job in jobs:
-                job.check()
-            if budget is not None:
-                seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
-                for job in jobs:
-                    budget.plan(job, seen[job.index], many)
-            with ExitStack() as stack:
-                # Statistics and updates run in their own precision wherever step() is called.
-                for device_type in {job.R.device.type for job in jobs}:
-                    if torch.amp.is_autocast_available(device_type):
-                        stack.enter_context(torch.autocast(device_type, enabled=False))
-                # All computed before any R changes, so that an error leaves every R as it was.
-                if many:
-                    updates = list(self._reduced(jobs))
-                else:
-                    jobs = [job for job in jobs if job.samples]
-                    updates = [(*update, None) for update in local_updates(jobs)]
-                self._write(jobs, updates)
-            self._steps += 1
-            if budget is not None:
+            jobs, updates = self._work_out()
+            self._carry_out(jobs, updates)
+            if self._budget is not None:
                 self._budget_step(begin, jobs)
         finally:
             self.discard()
         return result
+
+    @contextmanager
+    def overlap(self) -> Iterator[None]:
+        """A ``step()`` at the block's end, whose work GPUs do beside the block's own::
+
+            loss = criterion(model(x), y)
+            with decor.overlap():  # in place of decor.step()
+                loss.backward()
+                optimizer.step()
+
+        The updates are computed on a CUDA stream of their own from the samples taken so far; R
+        changes at the end of the block. The result is that of ``step()``. What it costs is memory:
+        the updates' temporaries exist beside the activations. Samples taken within the block are
+        dropped. If the block raises, no R changes. On a CPU the work comes first, then the block.
+        With several ranks, the first time is a plain ``step()`` after the block, for its broadcast.
+
+        Raises:
+            RuntimeError: the optimiser has a budget, whose measured costs know one stream only; or
+                a layer's R was changed in the block (it keeps that change, and no R is updated).
+            As ``step()`` otherwise, before the block is entered.
+        """
+        if self._budget is not None:
+            raise RuntimeError("overlap() with a budget: expected step()")
+        if distributed.active(self.process_group) and not self._ranks_agree:
+            yield
+            self.step()
+            return
+        try:
+            with (
+                torch.no_grad(),
+                self._side.fork({layer.R.device for _, layer in self._named_layers()}),
+            ):
+                jobs, updates = self._work_out()
+            versions = [(job.R, job.R._version) for job in jobs]
+            yield
+            self._side.join()
+            for job, (R, version) in zip(jobs, versions):
+                if job.R is not R or R._version != version:
+                    raise RuntimeError(
+                        "a layer's R was changed within overlap(): expected after it"
+                    )
+            with torch.no_grad():
+                self._carry_out(jobs, updates)
+        finally:
+            self._side.join()  # samples must not be freed before they have been read
+            self.discard()
+
+    def _work_out(self) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
+        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+        self._check_attached()
+        self._follow_R()
+        budget = self._budget
+        many = distributed.active(self.process_group)
+        if many and not self._ranks_agree:
+            everything = [layer.R for _, layer in self._named_layers()]
+            distributed.broadcast(everything, self.process_group)
+            if budget is not None:
+                budget.agree(self.process_group)
+            self._ranks_agree = True
+        jobs = self._jobs()
+        for job in jobs:
+            job.check()
+        if budget is not None:
+            seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
+            for job in jobs:
+                budget.plan(job, seen[job.index], many)
+        with self._own_precision(jobs):
+            if many:
+                return jobs, list(self._reduced(jobs))
+            jobs = [job for job in jobs if job.samples]
+            return jobs, [(*update, None) for update in local_updates(jobs)]
+
+    def _carry_out(
+        self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
+    ) -> None:
+        """All were worked out before any R changes, so that an error leaves every R as it was."""
+        with self._own_precision(jobs):
+            write_back(jobs, updates, self._state_of)
+        self._steps += 1
+
+    @contextmanager
+    def _own_precision(self, jobs: list[Job]) -> Iterator[None]:
+        """Statistics and updates run in their own precision wherever step() is called."""
+        with ExitStack() as stack:
+            for device_type in {job.R.device.type for job in jobs}:
+                if torch.amp.is_autocast_available(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(precision_of_products(self._matmul_precision))
+            yield
 
     @property
     def _device(self) -> torch.device:
@@ -303,36 +376,6 @@ class DecorUpdate(torch.optim.Optimizer):
             jobs, distributed.all_reduce(moments, shapes, self.process_group), strict=True
         ):
             yield *update_from(job, total), total.count > 0
-
-    def _write(self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]) -> None:
-        """Carry out (update, loss, whether there were samples; None: yes) where all is finite."""
-        by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
-        for job, update in zip(jobs, updates):
-            by_device.setdefault(job.R.device, []).append((job, *update))
-        for results in by_device.values():
-            self._write_to_device(*zip(*results))
-
-    def _write_to_device(
-        self,
-        jobs: tuple[Job, ...],
-        changes: tuple[Update, ...],
-        losses: tuple[Tensor, ...],
-        sampled: tuple[Tensor | None, ...],
-    ) -> None:
-        """Everything that takes memory comes first, so that nothing fails after the first change."""
-        finite = torch.stack(list(map(_finite, changes))) & torch.stack(losses).isfinite()
-        accept, skip = finite, ~finite
-        states = [self._state_of(job.R) for job in jobs]
-        reported = [state["loss"] for state in states]
-        if sampled[0] is not None:
-            some = torch.stack(sampled)
-            accept, skip = finite & some, skip & some
-            losses = list(map(torch.where, sampled, losses, reported))
-        skips = list(skip.to(torch.int64).unbind())
-        for job, change, ok in zip(jobs, changes, _decided(accept)):
-            _change(job.grouped_R, change, ok)
-        torch._foreach_copy_(reported, list(losses))
-        torch._foreach_add_([state["skipped"] for state in states], skips)
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state = self.state[R]
@@ -397,7 +440,11 @@ class DecorUpdate(torch.optim.Optimizer):
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
         groups, or an option in it is out of range.
         """
-        generator, budget = self._check_state_dict(state_dict)
+        sizes = [len(group["params"]) for group in self.param_groups]
+        generator = checked_generator(state_dict, sizes, self.defaults)
+        budget = self._budget
+        if budget is not None:
+            budget = budget.restored(state_dict.get("budget"))
         self._follow_R()
         names = [group["param_names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -412,41 +459,6 @@ class DecorUpdate(torch.optim.Optimizer):
         self._budget = budget
         self.discard()
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> tuple[torch.Generator, Any]:
-        """Raise ValueError unless all of it can be loaded; returns generator and budget of it."""
-
-        def check(valid: bool, what: str) -> None:
-            if not valid:
-                raise ValueError(f"state_dict {what}; expected one of DecorUpdate.state_dict()")
-
-        check(isinstance(state_dict, dict), f"is a {type(state_dict).__name__}")
-        missing = {"state", "param_groups", "steps", "generator"} - set(state_dict)
-        check(not missing, f"has no {sorted(missing)}")
-        steps, groups, entries = (state_dict[key] for key in ("steps", "param_groups", "state"))
-        check(isinstance(steps, int) and steps >= 0, f"has steps={steps!r}")
-        check(isinstance(groups, list), "has no list of param_groups")
-        check(isinstance(entries, dict), f"has state={entries!r}")
-        for group in groups:
-            # torch's load_state_dict adds one of its own to the defaults
-            missing = {"params", *self.defaults} - {"differentiable"} - set(group)
-            check(not missing, f"has a group without {sorted(missing)}")
-            checked_options({key: group[key] for key in self.defaults if key in group})
-        sizes = [len(group["params"]) for group in groups]
-        own = [len(group["params"]) for group in self.param_groups]
-        check(sizes == own, f"has groups of {sizes} layers, this DecorUpdate has {own}")
-        for index, entry in entries.items():
-            valid = isinstance(entry, dict) and entry.keys() == {"loss", "skipped"}
-            valid = valid and all(isinstance(v, Tensor) and v.dim() == 0 for v in entry.values())
-            check(valid, f"has state[{index!r}]={entry!r} without scalars 'loss' and 'skipped'")
-        generator = torch.Generator()
-        try:
-            generator.set_state(state_dict["generator"].cpu())
-        except (AttributeError, RuntimeError, TypeError) as error:
-            check(False, f"has no valid state of a CPU generator ({error})")
-        if self._budget is None:
-            return generator, None
-        return generator, self._budget.restored(state_dict.get("budget"))
-
     def __getstate__(self) -> dict[str, Any]:
         self._follow_R()
         return {
@@ -456,6 +468,7 @@ class DecorUpdate(torch.optim.Optimizer):
             "_steps": self._steps,
             "_generator": self._generator.get_state(),
             "_budget": self._budget,
+            "_matmul_precision": self._matmul_precision,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -465,7 +478,14 @@ class DecorUpdate(torch.optim.Optimizer):
         generator = torch.Generator()
         generator.set_state(state["_generator"])
         super().__setstate__(
-            {"_budget": None, **state, "_generator": generator, "_ranks_agree": False}
+            {
+                "_budget": None,
+                "_matmul_precision": None,
+                **state,
+                "_generator": generator,
+                "_ranks_agree": False,
+                "_side": SideStreams(),
+            }
         )
         # A copy that came with its model's copy; samples stay with the original.
         self._recorders = [
@@ -479,32 +499,9 @@ class DecorUpdate(torch.optim.Optimizer):
             lines.append(f"  group {index}: {len(group['params'])} layers, {options}")
         if self._budget is not None:
             lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
+        if self._matmul_precision is not None:
+            lines.append(f"  matmul_precision={self._matmul_precision!r}")
         return "\n".join([*lines, ")"])
-
-
-def _finite(update: Update) -> Tensor:
-    if isinstance(update, LowRankUpdate):
-        return update.finite()
-    return update.sum().isfinite()  # not finite if an entry is not: one pass, no D x D temporary
-
-
-def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
-    """A CPU has nothing to wait for, and selections cost passes over R; no other device waits."""
-    return accept.tolist() if accept.is_cpu else accept.unbind()
-
-
-def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
-    """Make the update of R (groups, D, D) if ``ok``."""
-    if ok is False:
-        return
-    if isinstance(update, LowRankUpdate):
-        if ok is not True:
-            update.cancel_unless_(ok)
-        update.apply_(R)
-    elif ok is True:
-        R.copy_(update.view_as(R))
-    else:
-        torch.where(ok, update.view_as(R), R, out=R)
 
 
 def _make_recorders(layers: Iterable[nn.Module], owner: DecorUpdate, group: int) -> list[Recorder]:

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
-from dbp_kernels import backends, capture, plans
+from dbp_kernels import backends, capture, plans, write_back
 from dbp_kernels import jobs as jobs_module
 from dbp_kernels import nn as dnn
-from dbp_kernels import update as update_module
 
 D64 = torch.float64
 
@@ -399,7 +398,7 @@ LARGE = [
 def test_large_layers_in_place(dtype, demean, decided, monkeypatch):
     """As on a CPU, and by tensors that decide, as on a GPU; one of the layers is poisoned."""
     if decided:
-        monkeypatch.setattr(update_module, "_decided", decided)
+        monkeypatch.setattr(write_back, "_decided", decided)
     used = []
     original = plans.low_rank_update
     monkeypatch.setattr(

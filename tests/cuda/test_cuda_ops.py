@@ -96,20 +96,20 @@ def test_packed_input_is_not_copied(dtype):
     assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_matmul_precision_decides_between_ieee_and_tf32(precision):
     c = case(4, 24, (8, 8), 3, padding=1)
     x = c.input(torch.float32)
     exact = reference.patch_gram(x.double(), *c.arguments)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
     try:
         for form in FORMS.values():
             with emulated():
                 difference = moment_error(form(x, c.geometry), exact)
-            assert difference < 1e-6 if precision == "highest" else 1e-6 < difference < 1e-3
+            assert difference < 1e-6 if precision == "ieee" else 1e-6 < difference < 1e-3
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...precision import tf32
+
 _NUMBERS = {torch.float16: 2, torch.bfloat16: 3}  # enum class DType in csrc/kernels/simt.cuh
 _ALIGNMENT = 16  # bytes
-
-
-def tf32() -> bool:
-    """Whether float32 operands may be rounded to tf32, as in torch's own products."""
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def dtype_number(dtype: torch.dtype, product: bool = False) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...precision import tf32
+
 # Triton reads this once, when it is imported: the kernels of a process are either all interpreted
 # (on CPU tensors) or all compiled.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -165,8 +167,8 @@ def shared_limit(target: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of tl.dot: float32 follows ``torch.set_float32_matmul_precision``."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    """``input_precision`` of tl.dot: float32 follows torch's own products."""
+    if dtype == torch.float32 and tf32():
         return "tf32"
     return "ieee"
 

@@ -1,0 +1,79 @@
+"""Carries out updates that have been worked out: each where it is finite, and none if one raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbp_kernels.jobs import Job, Update
+from dbp_kernels.plans import LowRankUpdate
+
+
+def write_back(
+    jobs: Sequence[Job],
+    updates: Sequence[tuple[Update, Tensor, Tensor | None]],
+    state_of: Callable[[Tensor], dict[str, Tensor]],
+) -> None:
+    """Change every R that has samples and a finite update, and its reports.
+
+    Args:
+        jobs: the layers.
+        updates: for each (update, loss, whether there were samples; None: yes).
+        state_of: gives the state of an R, with "loss" and "skipped", which are written in place.
+    """
+    by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
+    for job, update in zip(jobs, updates):
+        by_device.setdefault(job.R.device, []).append((job, *update))
+    for results in by_device.values():
+        _to_device(state_of, *zip(*results))
+
+
+def _to_device(
+    state_of: Callable[[Tensor], dict[str, Tensor]],
+    jobs: tuple[Job, ...],
+    changes: tuple[Update, ...],
+    losses: Sequence[Tensor],
+    sampled: tuple[Tensor | None, ...],
+) -> None:
+    """Everything that takes memory comes first, so that nothing fails after the first change."""
+    finite = torch.stack(list(map(_finite, changes))) & torch.stack(list(losses)).isfinite()
+    accept, skip = finite, ~finite
+    states = [state_of(job.R) for job in jobs]
+    reported = [state["loss"] for state in states]
+    if sampled[0] is not None:
+        some = torch.stack(sampled)
+        accept, skip = finite & some, skip & some
+        losses = list(map(torch.where, sampled, losses, reported))
+    skips = list(skip.to(torch.int64).unbind())
+    for job, change, ok in zip(jobs, changes, _decided(accept)):
+        _change(job.grouped_R, change, ok)
+    torch._foreach_copy_(reported, list(losses))
+    torch._foreach_add_([state["skipped"] for state in states], skips)
+
+
+def _finite(update: Update) -> Tensor:
+    if isinstance(update, LowRankUpdate):
+        return update.finite()
+    return update.sum().isfinite()  # not finite if an entry is not: one pass, no D x D temporary
+
+
+def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
+    """A CPU has nothing to wait for, and selections cost passes over R; no other device waits."""
+    return accept.tolist() if accept.is_cpu else accept.unbind()
+
+
+def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
+    """Make the update of R (groups, D, D) if ``ok``."""
+    if ok is False:
+        return
+    if isinstance(update, LowRankUpdate):
+        if ok is not True:
+            update.cancel_unless_(ok)
+        update.apply_(R)
+    elif ok is True:
+        R.copy_(update.view_as(R))
+    else:
+        torch.where(ok, update.view_as(R), R, out=R)
