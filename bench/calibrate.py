@@ -29,7 +29,7 @@ FOLDER = machine.ROOT / "dbp_kernels" / "calibrations"
 # Result sides of products: the narrow ones matter most.
 SIDES = (1, 3, 8, 16, 21, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 GROUPS, GROUPED_SIDES = 32, (1, 4, 12, 16, 36, 64)
-NARROW_DIM, NARROW = 2048, (4, 16, 32, 64, 128, 256, 512, 2048)
+NARROW_DIM, NARROW = 1536, (4, 16, 32, 64, 128, 256, 512, 1536)
 WGRAD_CHANNELS = (4, 16, 64, 256)
 # Channels and size of maps to pack: usual ones, few channels, a network's first layer, and sizes of
 # powers of two; and about how many elements the copy has.
@@ -130,15 +130,13 @@ def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
 
 def _narrow(meter: Meter) -> list:
     """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R."""
-    from dbp_kernels.backends.eager.matmul import few_columns_product, few_rows_product
-
     dim = max(32, NARROW_DIM // meter.shrink)
-    R = meter.random(dim, dim)
+    R = meter.random(1, dim, dim)
     points = []
     for n in (n for n in NARROW if n <= dim):
-        Z = meter.random(n, dim)
-        seconds = meter.seconds(lambda Z=Z: few_columns_product(R, Z))
-        seconds += meter.seconds(lambda Z=Z: few_rows_product(Z, R))
+        Z = meter.random(1, n, dim)
+        seconds = meter.seconds(lambda Z=Z: torch.bmm(R, Z.mT))
+        seconds += meter.seconds(lambda Z=Z: torch.bmm(Z, R))
         points.append([n, 4 * n * dim**2 / seconds / 1e9])
     return points
 

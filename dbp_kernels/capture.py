@@ -68,8 +68,8 @@ class Recorder:
         return layer is not None and recorder_of(layer) is self
 
     def clear(self) -> None:
-        """Drop the samples."""
-        self.samples.clear()
+        """Drop the samples; whoever works on them now keeps them."""
+        self.samples = []
         self.seen = 0
 
     def release(self) -> None:

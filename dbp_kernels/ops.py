@@ -20,7 +20,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.eager.matmul import few_rows_product
 from .geometry import ConvGeometry, make_geometry
 from .plans import UpdateRule
 from .precision import INPUT_DTYPES, statistics_dtype, without_autocast
@@ -342,8 +341,7 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
         # one matrix as such: libraries run mm faster than bmm of one, both ways
         batch = () if groups == 1 else (groups,)
         W = weight.to(dtype).reshape(*batch, weight.shape[0] // groups, R.shape[-1])
-        Rg = R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
-        A = few_rows_product(W, Rg) if groups == 1 else W @ Rg
+        A = W @ R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
         return A.reshape(weight.shape).to(weight.dtype)
 
 

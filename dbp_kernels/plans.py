@@ -21,13 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.eager.matmul import (
-    add_product,
-    few_columns_product,
-    few_rows_product,
-    matmul,
-    symmetric_product,
-)
+from .backends.eager.matmul import add_product, few_columns_product, matmul, symmetric_product
 
 RULES = ("standard", "normalized")
 
@@ -151,8 +145,8 @@ def low_rank_update(
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     n = Z.shape[1]
-    one = len(R) == 1
-    X = (few_columns_product(R[0], Z[0]).unsqueeze(0) if one else torch.bmm(R, Z.mT)).mT
+    # Few samples against a large R: its rows times short columns stream through memory best.
+    X = few_columns_product(R, Z).mT
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
     total = torch.linalg.vector_norm(matmul(X, X.mT), dim=(-2, -1)).square() / n**2
@@ -160,8 +154,7 @@ def low_rank_update(
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
     scale = (1 - lr * d).unsqueeze(-1)
-    U = few_rows_product(X[0], R[0]).unsqueeze(0) if one else torch.bmm(X, R)
-    return LowRankUpdate(scale, X, U, lr * weights.c_weight / n), loss
+    return LowRankUpdate(scale, X, matmul(X, R), lr * weights.c_weight / n), loss
 
 
 def update_from_samples(

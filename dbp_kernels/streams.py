@@ -11,8 +11,8 @@ import torch
 class SideStreams:
     """One more stream for every CUDA device; on other devices work is done in its turn.
 
-    Between ``fork`` and ``join``, keep alive what the work reads, and change none of it. Then memory
-    needs no further care: what the fork allocates is only reused by the next fork, which waits.
+    From ``fork`` to ``close``, keep alive what the work reads and what it makes, and change nothing
+    it reads: then no tensor's memory is reused too early on either stream.
     """
 
     def __init__(self) -> None:
@@ -39,3 +39,9 @@ class SideStreams:
         """Work from now on comes after all that was forked."""
         for device, side in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(side)
+
+    def close(self) -> None:
+        """As ``join``; and what the streams get next, from whomever, comes after all work so far."""
+        self.join()
+        for device, side in self._streams.items():
+            side.wait_stream(torch.cuda.current_stream(device))

@@ -78,8 +78,9 @@ class DecorUpdate(torch.optim.Optimizer):
             holds only as well as those do; so too under torch.use_deterministic_algorithms.
         matmul_precision: the precision of the update's own products, under the names of
             torch.set_float32_matmul_precision: "highest" (float32), "high" (TF32 on GPUs) or
-            "medium" (also bfloat16 in oneDNN, on CPUs that have it). R stays float32; what it
-            changes by, and the losses, are that precise. None: as all products are set in torch.
+            "medium" (TF32 on GPUs; bfloat16 on CPUs where oneDNN makes that of it, mostly those
+            with AMX). R stays float32; what it changes by, and the losses, are that precise. None:
+            as all products are set in torch.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
@@ -249,41 +250,54 @@ class DecorUpdate(torch.optim.Optimizer):
                 optimizer.step()
 
         The updates are computed on a CUDA stream of their own from the samples taken so far; R
-        changes at the end of the block. The result is that of ``step()``. What it costs is memory:
-        the updates' temporaries exist beside the activations. Samples taken within the block are
-        dropped. If the block raises, no R changes. On a CPU the work comes first, then the block.
+        changes at the end of the block. The result is that of ``step()`` with the options at the
+        block's beginning. What it costs is memory: the updates' temporaries exist beside the
+        activations. Samples taken within the block are dropped. If the block raises, no R changes.
+        On a CPU the work comes first, then the block. The hooks of ``step()`` are not called.
+
         With several ranks, the first time is a plain ``step()`` after the block, for its broadcast.
+        With NCCL, gradients must be reduced in the same process group: two must not run at once.
 
         Raises:
             RuntimeError: the optimiser has a budget, whose measured costs know one stream only; or
-                a layer's R was changed in the block (it keeps that change, and no R is updated).
+                a layer's R was changed in the block, ``step()`` or ``load_state_dict()`` called
+                (which stand; the block's own updates are dropped).
             As ``step()`` otherwise, before the block is entered.
         """
         if self._budget is not None:
             raise RuntimeError("overlap() with a budget: expected step()")
-        if distributed.active(self.process_group) and not self._ranks_agree:
-            yield
-            self.step()
-            return
         try:
+            if distributed.active(self.process_group) and not self._ranks_agree:
+                yield
+                self.step()
+                return
             with (
                 torch.no_grad(),
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
                 jobs, updates = self._work_out()
-            versions = [(job.R, job.R._version) for job in jobs]
+            before = [(job.R, job.R._version) for job in jobs], self._steps
             yield
             self._side.join()
-            for job, (R, version) in zip(jobs, versions):
-                if job.R is not R or R._version != version:
-                    raise RuntimeError(
-                        "a layer's R was changed within overlap(): expected after it"
-                    )
+            self._check_unchanged(jobs, *before)
             with torch.no_grad():
                 self._carry_out(jobs, updates)
+            self._opt_called = True  # what learning-rate schedulers look for
         finally:
-            self._side.join()  # samples must not be freed before they have been read
+            self._side.close()
             self.discard()
+
+    def _check_unchanged(
+        self, jobs: list[Job], versions: list[tuple[Tensor, int]], steps: int
+    ) -> None:
+        same = all(
+            job.R is R and R._version == version for job, (R, version) in zip(jobs, versions)
+        )
+        if not same or self._steps != steps:
+            raise RuntimeError(
+                "within overlap() a layer's R was changed, or step() or load_state_dict() called: "
+                "expected after it"
+            )
 
     def _work_out(self) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
         """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
@@ -300,11 +314,11 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
-        if budget is not None:
-            seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
-            for job in jobs:
-                budget.plan(job, seen[job.index], many)
         with self._own_precision(jobs):
+            if budget is not None:
+                seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
+                for job in jobs:
+                    budget.plan(job, seen[job.index], many)
             if many:
                 return jobs, list(self._reduced(jobs))
             jobs = [job for job in jobs if job.samples]

@@ -21,8 +21,11 @@ def write_back(
 
     Args:
         jobs: the layers.
-        updates: for each (update, loss, whether there were samples; None: yes).
-        state_of: gives the state of an R, with "loss" and "skipped", which are written in place.
+        updates: for each its update, in the shapes of R as (groups, D, D) and in R's dtype; its
+            loss, 0-dimensional of that dtype; whether there were samples, 0-dimensional bool, or
+            None for yes.
+        state_of: gives the state of an R, 0-dimensional "loss" (R's dtype) and "skipped" (int64),
+            which are written in place.
     """
     by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
     for job, update in zip(jobs, updates):

@@ -118,6 +118,18 @@ def rank_main(rank: int, folder: str) -> None:
         decor.step()
     results["ddp"] = synced, set(late.named_module_buffers), ddp.module.state_dict()
 
+    # The same training with updates beside the backward pass.
+    beside = nn.parallel.DistributedDataParallel(make_model())
+    decor = dbp.DecorUpdate(beside, lr=1e-2, sample=0.5)
+    optimiser = torch.optim.SGD(beside.parameters(), 1e-2)
+    for x in inputs(rank):
+        optimiser.zero_grad()
+        loss = beside(x).square().sum()
+        with decor.overlap():
+            loss.backward()
+            optimiser.step()
+    results["overlap"] = beside.module.state_dict()
+
     # A group of one rank has nobody to reduce with.
     alone = [dist.new_group([r]) for r in range(2)][rank]
     model = make_model()
@@ -171,6 +183,13 @@ def test_every_R_is_bitwise_the_same_on_all_ranks(results):
     for name, value in results[0]["ddp"][2].items():
         if name.endswith(("R", "weight", "bias")):
             assert torch.equal(value, results[1]["ddp"][2][name]), name
+
+
+@pytest.mark.distributed
+def test_updates_beside_the_backward_pass_equal_those_after_it(results):
+    for rank in range(2):
+        found, expected = results[rank]["overlap"], results[rank]["ddp"][2]
+        torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
 
 
 @pytest.mark.distributed

@@ -542,30 +542,16 @@ def test_wide_and_tall_products_are_cut_in_panels():
     assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 13, 16, 27, 128, 129])
-@pytest.mark.parametrize("width", [128, 384, 400])
-def test_products_of_few_rows(n, width, monkeypatch):
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("n", [0, 1, 12, 13, 16, 27, 64, 77])
+def test_products_of_few_columns(n, groups, monkeypatch):
     monkeypatch.setattr(matmul, "_LARGE", 1)
-    X, Z, R = (random(shape, torch.float64) for shape in ((n, 40), (n, width), (40, width)))
-    X.requires_grad_()
-    torch.testing.assert_close(matmul.few_rows_product(X, R), X @ R)
-    torch.testing.assert_close(matmul.few_columns_product(R, Z), R @ Z.T)
-    strided = R.T.contiguous().T
-    torch.testing.assert_close(matmul.few_rows_product(X, strided), X @ R)
-    gradients = [
-        torch.autograd.grad(f(X, R).square().sum(), X)[0]
-        for f in (matmul.few_rows_product, torch.mm)
-    ]
-    torch.testing.assert_close(*gradients)
-
-
-def test_large_products_of_few_rows_go_by_blocks():
-    """Without monkeypatching: the sizes of a classifier."""
-    W, R = random((10, 2048), torch.float32), random((2048, 2048), torch.float32)
-    with torch.profiler.profile() as profile:
-        A = dbp.condensed_weight(W, R)
-    assert "aten::bmm" in {event.key for event in profile.key_averages()}
-    assert error(A, W.double() @ R.double()) < 1e-6
+    R, Z = random((groups, 40, 30), F64), random((groups, n, 30), F64)
+    used = []
+    plain = matmul.matmul
+    monkeypatch.setattr(matmul, "matmul", lambda X, Y: used.append(Y.shape[-1]) or plain(X, Y))
+    torch.testing.assert_close(matmul.few_columns_product(R, Z), R @ Z.mT)
+    assert used == [{13: 16, 27: 32}.get(n, n)]
 
 
 # --------------------------------------------------------------------------- precision settings

@@ -1,8 +1,10 @@
 """DecorUpdate.overlap(): the result of step(), worked out before the block and written after it."""
 
 import copy
+import gc
 import pickle
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 import dbp_kernels as dbp
 from dbp_kernels import distributed, streams
 from dbp_kernels import nn as dnn
+from dbp_kernels import update as update_module
 
 
 def network() -> nn.Module:
@@ -105,9 +108,14 @@ def test_the_first_time_with_several_ranks_is_a_step_after_the_block(monkeypatch
     order = []
     monkeypatch.setattr(distributed, "active", lambda group: True)
     monkeypatch.setattr(decor, "step", lambda: order.append("step"))
+    net(torch.randn(8, 3, 8, 8))
+    with suppress(KeyError), decor.overlap():
+        order.append("failing block")
+        raise KeyError
+    assert not any(recorder.samples for group in decor._recorders for recorder in group)
     with decor.overlap():
         order.append("block")
-    assert order == ["block", "step"]
+    assert order == ["failing block", "block", "step"]
 
 
 class FakeStream:
@@ -156,23 +164,80 @@ def test_a_fork_waits_for_what_was_before_and_a_join_for_the_fork(log):
     assert log == 2 * [*once, "main waits for side0"]
 
 
-def test_samples_are_freed_after_the_streams_have_joined(log, monkeypatch):
+def test_a_closed_fork_lets_nothing_in_before_the_work_so_far(log):
+    side = streams.SideStreams()
+    with side.fork([torch.device("cuda", 0)]):
+        pass
+    log.clear()
+    side.close()
+    assert log == ["main waits for side0", "side0 waits for main"]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_streams_join_before_R_is_written_and_samples_are_freed(log, monkeypatch, failing):
     net = network()
     decor = dbp.DecorUpdate(net, lr=0.1)
-    fork, discard = decor._side.fork, decor.discard
+    fork = decor._side.fork
     monkeypatch.setattr(decor._side, "fork", lambda devices: fork([torch.device("cuda", 0)]))
-    monkeypatch.setattr(decor, "discard", lambda: (log.append("discard"), discard()))
-    for failing in (False, True):
-        log.clear()
-        net(torch.randn(8, 3, 8, 8))
-        try:
-            with decor.overlap():
-                log.append("block")
-                assert not failing
-        except AssertionError:
-            assert failing
-        assert log.index("off side0") < log.index("block") < log.index("main waits for side0")
-        assert log[-2:] == ["main waits for side0", "discard"]
+    for name in ("_carry_out", "discard"):
+        real = getattr(decor, name)
+        monkeypatch.setattr(decor, name, lambda *a, n=name, f=real: (log.append(n), f(*a)))
+    net(torch.randn(8, 3, 8, 8))
+    log.clear()
+    with suppress(KeyError), decor.overlap():
+        log.append("block")
+        if failing:
+            raise KeyError
+    waits = ["main waits for side0"]
+    written = [] if failing else [*waits, "_carry_out"]
+    after = [*written, *waits, "side0 waits for main", "discard"]
+    assert log[log.index("off side0") :] == ["off side0", "block", *after]
+
+
+@pytest.mark.parametrize("method", ["discard", "detach"])
+def test_samples_dropped_in_the_block_live_until_its_end(method):
+    net = network()
+    decor = dbp.DecorUpdate(net, lr=0.1)
+    net(torch.randn(8, 3, 8, 8))
+    sample = weakref.ref(decor._recorders[0][0].samples[0])
+    with decor.overlap():
+        getattr(decor, method)()
+        gc.collect()
+        assert sample() is not None
+    assert sample() is None
+
+
+@pytest.mark.parametrize("what", ["step", "load_state_dict"])
+def test_a_step_or_load_in_the_block_is_an_error(what):
+    net = network()
+    decor = train(net, overlap=True)
+    saved = dbp.DecorUpdate(network()).state_dict()
+    before = net[0].R.clone()
+    with pytest.raises(RuntimeError, match=r"step\(\) or load_state_dict"), decor.overlap():
+        decor.step() if what == "step" else decor.load_state_dict(saved)
+    assert torch.equal(net[0].R, before)
+    assert decor.state_dict()["steps"] == (4 if what == "step" else 0)
+
+
+def test_updates_have_no_graph(monkeypatch):
+    seen = []
+    for name in ("local_updates", "write_back"):
+        real = getattr(update_module, name)
+        watched = lambda *a, f=real: (seen.append(torch.is_grad_enabled()), f(*a))[1]  # noqa: E731
+        monkeypatch.setattr(update_module, name, watched)
+    train(network(), overlap=True, steps=1)
+    assert seen == [False, False]
+
+
+def test_learning_rate_schedulers_know_of_it(recwarn):
+    net = network()
+    decor = dbp.DecorUpdate(net, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(decor, 1)
+    net(torch.randn(8, 3, 8, 8))
+    with decor.overlap():
+        pass
+    scheduler.step()
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
 
 def test_copies_and_pickles_make_streams_of_their_own():

@@ -201,7 +201,7 @@ def test_a_device_twice_as_fast_in_all_halves_every_cost(machines):
     """So no figure enters with a wrong dimension."""
     before = [(gram_choices(c.geometry), update_choices(c.geometry)) for c in SPREAD]
     own = machines.own
-    numbers = ("call", "product_call", "shift_call", "unfold_call", "fresh")
+    numbers = ("call", "product_call", "shift_call", "unfold_call", "fresh", "wgrad_weight")
     halves = {k: getattr(own, k) / 2 for k in numbers}
     halves |= {k: times(0.5, getattr(own, k)) for k in (*TABLES, *PATCHES)}
     halves |= {k: tuple(v / 2 for v in getattr(own, k)) for k in ("assemble", "plan_call")}
@@ -223,6 +223,7 @@ def test_each_copy_costs_those_that_make_it(machines):
         ({"pack": (own.pack[0], times(9, own.pack[1]), own.pack[2])}, {last}),
         ({"assemble": (*own.assemble[:2], 9 * own.assemble[2])}, {other}),
         ({"wgrad": tuple((c, r / 9) for c, r in own.wgrad)}, {"self_wgrad"}),
+        ({"wgrad_weight": 9 + own.wgrad_weight}, {"self_wgrad"}),
         ({"product_call": 9 * own.product_call}, {"shift", last, other}),
         ({"shift_call": 9 * own.shift_call}, {"shift", last, other}),
         ({"unfold_call": 9 * own.unfold_call}, {"unfold"}),

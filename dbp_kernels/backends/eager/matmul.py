@@ -10,14 +10,12 @@ from torch import Tensor
 
 # X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
 # need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result.
-_PANEL, _MAX_PANELS, _FEW_ROWS = 256, 8, 256
+_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
-# A few rows against a matrix of at least so many elements take all their time for reading it. CPU
-# libraries copy it whole for their kernels: by such blocks of columns, the copy stays in a cache.
-_FEW, _LARGE, _COLUMNS = 128, 1 << 22, 128
-# They multiply by so many columns at a time, and far slower by what is left over.
-_LANES = 16
+# CPU libraries multiply by so many columns at a time, and what is left over far slower. Up to so many
+# columns of a matrix of at least so many elements, that shows.
+_LANES, _FEW_COLUMNS, _LARGE = 16, 64, 1 << 22
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
@@ -25,22 +23,14 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     return torch.mm(X[0], Y[0]).unsqueeze(0) if X.shape[0] == 1 else torch.bmm(X, Y)
 
 
-def few_rows_product(X: Tensor, R: Tensor) -> Tensor:
-    """X R for X (n, D), R (D, E): as X @ R, and faster for few rows against a large R on a CPU."""
-    n, blocks = len(X), R.shape[1] // _COLUMNS
-    large = R.is_cpu and 1 < n <= _FEW and R.numel() >= _LARGE
-    if not large or blocks * _COLUMNS != R.shape[1]:
-        return X @ R
-    parts = torch.bmm(X.expand(blocks, -1, -1), R.unflatten(1, (blocks, -1)).transpose(0, 1))
-    return parts.transpose(0, 1).reshape(n, -1)
-
-
 def few_columns_product(R: Tensor, Z: Tensor) -> Tensor:
-    """R Z^T for R (D, E), Z (n, E): with zeros up to a number of columns that CPUs like."""
-    n, more = len(Z), -len(Z) % _LANES
-    if not R.is_cpu or R.numel() < _LARGE or n > _FEW or 4 * more > n:
-        return R @ Z.T
-    return (R @ F.pad(Z, (0, 0, 0, more)).T)[:, :n]
+    """R Z^T (G, D, n) for R (G, D, E), Z (G, n, E): on CPUs with some columns of zeros meanwhile."""
+    n = Z.shape[1]
+    padding = -n % _LANES
+    worth = n <= _FEW_COLUMNS and 4 * padding <= n and R[0].numel() >= _LARGE
+    if R.is_cpu and worth:
+        Z = F.pad(Z, (0, 0, 0, padding))
+    return matmul(R, Z.mT)[..., :n]
 
 
 def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
