@@ -1,8 +1,9 @@
 """``python -m bench check``: has anything become slower? A quick run against the committed results.
 
-Compared are ratios to rivals in the same run, not seconds, so the machine need not be quiet, though
-it should be of the same kind. They vary by 10 to 20 % from run to run here: a case fails when its
-ratio has fallen below 0.7 of the committed one, twice in a row. Smaller losses go unseen.
+Compared are ratios to rivals in the same run, not seconds, so the machine need not be quiet. They
+differ from processor to processor: those of this one count where there are any. They vary by 10 to
+20 % from run to run here: a case fails when its ratio has fallen below 0.7 of the committed one,
+twice in a row. Smaller losses go unseen.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ def quick_jobs(device: torch.device) -> Jobs:
 
 
 def committed_records(
-    folder: Path, device: torch.device, threads: int
+    folder: Path, device: torch.device, threads: int, processor: str
 ) -> dict[tuple[str, str], dict]:
-    """{(suite, case): its latest committed record} of float32 runs like those of a check."""
-    found: dict[tuple[str, str], tuple[str, dict]] = {}
+    """{(suite, case): its latest committed record} of float32 runs like those of a check.
+
+    The latest on this processor, as `_processor` names it, or else on any.
+    """
+    found: dict[tuple[str, str], tuple[tuple[bool, str], dict]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         settings = result.get("settings", {})
@@ -67,14 +71,20 @@ def committed_records(
         alike = alike and not settings.get("channels_last")
         if not alike or (device.type == "cpu" and result["machine"]["threads"] != threads):
             continue
+        rank = _processor(result["machine"]) == processor, result["started"]
         for suite in ("kernels", "step"):
             for record in result.get(suite, ()):
                 if record.get("sample", bars.SAMPLE) != bars.SAMPLE:
                     continue
                 key = suite, record["name"]
-                if key not in found or found[key][0] < result["started"]:
-                    found[key] = result["started"], record
+                if key not in found or found[key][0] < rank:
+                    found[key] = rank, record
     return {key: record for key, (_, record) in found.items()}
+
+
+def _processor(described: dict) -> str:
+    """The GPU's or the CPU's name, of a description as in result files."""
+    return described.get("gpu") or described["cpu"]
 
 
 def compare(suite: str, committed: dict, now: dict) -> Iterator[Comparison]:
@@ -122,7 +132,8 @@ def main(arguments: Sequence[str]) -> int:
     options = out.parse_args(arguments)
     jobs = quick_jobs(options.device)
     threads = torch.get_num_threads()
-    committed = committed_records(options.results, options.device, threads)
+    processor = _processor(machine.describe(options.device))
+    committed = committed_records(options.results, options.device, threads, processor)
     if not jobs.keys() & committed.keys():
         print(
             f"{options.results}: no result to compare with for {options.device.type}, float32, "
@@ -130,8 +141,7 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    described = machine.describe(options.device)
-    print(f"{described.get('gpu') or described['cpu']}, {threads} threads", flush=True)
+    print(f"{processor}, {threads} threads", flush=True)
     comparisons, failures = check(jobs, committed, lambda text: print(text, flush=True))
     rows = [["suite", "case", "rival", "committed x", "now x", "now/committed", ""]]
     rows += [

@@ -72,16 +72,29 @@ def test_the_latest_comparable_result_counts(tmp_path):
     save(tmp_path, "b.json", "2026-01-01")
     save(tmp_path, "c.json", "2026-03-01", on_gpu)
     save(tmp_path, "d.json", "2026-04-01", at_full_sample)
-    found = regress.committed_records(tmp_path, CPU, threads=2)
+    found = regress.committed_records(tmp_path, CPU, 2, "any")
     assert bars.speedup(found[KEY], "unfold") == pytest.approx(70)
     assert found["step", "convnet 32x32 b128"]["methods"]["dbp"]["seconds"]["median"] == 0.21
-    assert regress.committed_records(tmp_path, CPU, threads=64) == {}
+    assert regress.committed_records(tmp_path, CPU, 64, "any") == {}
+
+
+def test_results_of_the_same_processor_come_first(tmp_path):
+    def slower(result):
+        result["machine"]["cpu"] = "This one"
+        for r in result["kernels"]:
+            r["methods"]["dbp"] = method(0.02)
+
+    save(tmp_path, "a.json", "2026-01-01", slower)
+    save(tmp_path, "b.json", "2026-02-01")
+    for processor, expected in (("This one", 3.5), ("another", 7)):
+        found = regress.committed_records(tmp_path, CPU, 2, processor)
+        assert bars.speedup(found[KEY], "unfold") == pytest.approx(expected)
 
 
 def test_every_quick_job_is_committed():
     jobs = regress.quick_jobs(CPU)
     assert len(jobs) > 5
-    assert jobs.keys() <= regress.committed_records(regress.RESULTS, CPU, threads=2).keys()
+    assert jobs.keys() <= regress.committed_records(regress.RESULTS, CPU, 2, "any").keys()
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
