@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
-# need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result.
-_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 8, 256
+# need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many
+# rows are worth narrower panels, which run at a somewhat lower rate.
+_PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
 # CPU libraries multiply by so many columns at a time, and what is left over far slower. Up to so many
@@ -72,7 +73,10 @@ def _thin_product(X: Tensor, Y: Tensor) -> Tensor:
 
 def panels(dim: int, rows: int) -> int:
     """Number of column panels to cut X^T X into, for X of ``rows`` rows and ``dim`` columns."""
-    return 1 if rows < _FEW_ROWS else max(1, min(_MAX_PANELS, dim // _PANEL))
+    if rows < _FEW_ROWS:
+        return 1
+    panel = _NARROW_PANEL if rows >= 2 * dim else _PANEL
+    return max(1, min(_MAX_PANELS, dim // panel))
 
 
 def upper_product(
