@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,33 +46,29 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@contextmanager
-def matmul_precision(name: str | None) -> Iterator[None]:
+def matmul_precision(name: str | None) -> AbstractContextManager:
     """Products of float32 within it have this one of MATMUL_PRECISIONS; None: as torch is set."""
     if name is None:
-        yield
-        return
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend, precision in zip(backends, MATMUL_PRECISIONS[name]):
-            backend.fp32_precision = precision
-        yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
+        return nullcontext()
+    cuda, cpu = MATMUL_PRECISIONS[name]
+    return _set({torch.backends.cuda.matmul: cuda, torch.backends.mkldnn.matmul: cpu})
+
+
+def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:
+    """cuDNN convolutions within it have the precision of products."""
+    if not x.is_cuda:
+        return nullcontext()
+    return _set({torch.backends.cudnn.conv: "tf32" if tf32() else "ieee"})
 
 
 @contextmanager
-def convolutions_as_matmul(x: Tensor) -> Iterator[None]:
-    """cuDNN convolutions within it have the precision of products."""
-    if not x.is_cuda:
-        yield
-        return
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    conv.fp32_precision = "tf32" if tf32() else "ieee"
+def _set(precisions: dict[Any, str]) -> Iterator[None]:
+    """Within it torch's operations, as ``torch.backends`` names them, have these precisions."""
+    before = {operation: operation.fp32_precision for operation in precisions}
     try:
+        for operation, precision in precisions.items():
+            operation.fp32_precision = precision
         yield
     finally:
-        conv.fp32_precision = before
+        for operation, precision in before.items():
+            operation.fp32_precision = precision

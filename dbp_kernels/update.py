@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dbp_kernels import distributed
+from dbp_kernels import distributed, precision
 from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
 from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
-from dbp_kernels.precision import matmul_precision as precision_of_products
 from dbp_kernels.streams import SideStreams
 from dbp_kernels.surgery import switch_fast_paths
 from dbp_kernels.write_back import write_back
@@ -78,9 +77,9 @@ class DecorUpdate(torch.optim.Optimizer):
             holds only as well as those do; so too under torch.use_deterministic_algorithms.
         matmul_precision: the precision of the update's own products, under the names of
             torch.set_float32_matmul_precision: "highest" (float32), "high" (TF32 on GPUs) or
-            "medium" (TF32 on GPUs; bfloat16 on CPUs where oneDNN makes that of it, mostly those
-            with AMX). R stays float32; what it changes by, and the losses, are that precise. None:
-            as all products are set in torch.
+            "medium" (TF32 on GPUs; bfloat16 on CPUs where oneDNN makes that of it). R stays
+            float32; what it changes by, and the losses, are that precise. None: as all products
+            are set in torch.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
@@ -276,10 +275,10 @@ class DecorUpdate(torch.optim.Optimizer):
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
                 jobs, updates = self._work_out()
-            before = [(job.R, job.R._version) for job in jobs], self._steps
+            versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
             yield
             self._side.join()
-            self._check_unchanged(jobs, *before)
+            self._check_unchanged(jobs, versions, steps)
             with torch.no_grad():
                 self._carry_out(jobs, updates)
             self._opt_called = True  # what learning-rate schedulers look for
@@ -339,7 +338,7 @@ class DecorUpdate(torch.optim.Optimizer):
             for device_type in {job.R.device.type for job in jobs}:
                 if torch.amp.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
-            stack.enter_context(precision_of_products(self._matmul_precision))
+            stack.enter_context(precision.matmul_precision(self._matmul_precision))
             yield
 
     @property
