@@ -82,7 +82,7 @@ def _pass(meter: Meter) -> dict:
     return {
         "product": _products(meter, 1, SIDES),
         "grouped": _products(meter, GROUPS, GROUPED_SIDES),
-        "narrow": _narrow(meter),
+        **_narrow(meter),
         "wgrad": _weight_gradients(meter),
         "wgrad_weight": _small_weight_gradients(meter),
         "gbytes": _bandwidth(meter),
@@ -94,7 +94,7 @@ def _pass(meter: Meter) -> dict:
 
 def _better(a: dict, b: dict) -> dict:
     """Of each figure the better one: rates up, costs down."""
-    rates = ("product", "grouped", "narrow", "wgrad", "gbytes")
+    rates = ("product", "grouped", "narrow", "onednn", "wgrad", "gbytes")
     return {key: _best_of(max if key in rates else min, a[key], b[key]) for key in a}
 
 
@@ -128,17 +128,31 @@ def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
     return points
 
 
-def _narrow(meter: Meter) -> list:
-    """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R."""
+def _narrow(meter: Meter) -> dict:
+    """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R; what oneDNN gains at it.
+
+    The rates are those of the faster library, as in updates.
+    """
+    from dbp_kernels.backends.eager import matmul, onednn
+
     dim = max(32, NARROW_DIM // meter.shrink)
-    R = meter.random(1, dim, dim)
-    points = []
-    for n in (n for n in NARROW if n <= dim):
-        Z = meter.random(1, n, dim)
-        seconds = meter.seconds(lambda Z=Z: torch.bmm(R, Z.mT))
-        seconds += meter.seconds(lambda Z=Z: torch.bmm(Z, R))
-        points.append([n, 4 * n * dim**2 / seconds / 1e9])
-    return points
+    R = meter.random(dim, dim)
+    sizes = [n for n in NARROW if n <= dim]
+
+    def both_ways(multiply: Callable) -> list[float]:
+        """Seconds by n."""
+        matrices = [meter.random(n, dim) for n in sizes]
+        return [
+            meter.seconds(lambda Z=Z: multiply(Z, R.mT)) + meter.seconds(lambda Z=Z: multiply(Z, R))
+            for Z in matrices
+        ]
+
+    seconds, gain = both_ways(matmul.blas), {}
+    if meter.device.type == "cpu" and onednn.available():
+        by_onednn = both_ways(onednn.product)
+        gain["onednn"] = _mean(blas / own for blas, own in zip(seconds, by_onednn))
+        seconds = list(map(min, seconds, by_onednn))
+    return {"narrow": [[n, 4 * n * dim**2 / s / 1e9] for n, s in zip(sizes, seconds)], **gain}
 
 
 def _weight_gradients(meter: Meter) -> list:

@@ -56,6 +56,7 @@ class Machine:
         assemble: cost of S from its blocks, by element of S; cases as of ``pack``.
         wgrad_weight: cost of weight-gradient convolutions around their operations, by element of
             the weights: of their results, and of adding up S from these. 0 where not measured.
+        onednn: rate of oneDNN's float32 products with R over BLAS's. 0 where not measured.
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
         gather: what gathering taps leaves of that rate.
@@ -82,10 +83,16 @@ class Machine:
     im2col_strided: Points
     assemble: tuple[float, float, float]
     wgrad_weight: float = 0.0
+    onednn: float = 0.0
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
     gather: float = 1.0
     speed: float = 1.0
+
+    @property
+    def onednn_pays(self) -> bool:
+        """Whether oneDNN multiplies float32 faster than BLAS by more than timing's noise."""
+        return self.onednn >= 1.05
 
     @property
     def peak(self) -> float:
@@ -327,8 +334,9 @@ _PARSERS = {
     "im2col_strided": _points,
     "assemble": _three,
     "wgrad_weight": _number,
+    "onednn": _number,
     "tensor_cores": _rates,
     "kernels": _points,
     "gather": _number,
 }
-_OPTIONAL = {"wgrad_weight", "tensor_cores", "kernels", "gather"}
+_OPTIONAL = {"wgrad_weight", "onednn", "tensor_cores", "kernels", "gather"}

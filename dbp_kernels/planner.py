@@ -255,9 +255,14 @@ def gram_choices(
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
+# From this side on a square product runs at the rate of a larger matrix times as many columns. The
+# other table, of products with a long inner dimension, is BLAS's.
+_SQUARE = 128
+
+
 def _dense_rate(m: Machine, side: int, dim: int, groups: int) -> float:
     """Operations per second of products with R (dim x dim), their shorter side given."""
-    narrow = groups == 1 and side < dim
+    narrow = groups == 1 and (side < dim or (m.onednn_pays and side >= _SQUARE))
     return m.narrow_rate(side) if narrow else m.product_rate(side, groups)
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.eager.matmul import add_product, few_columns_product, matmul, symmetric_product
+from .backends.eager import onednn
+from .backends.eager.matmul import add_product, matmul, symmetric_product
 
 RULES = ("standard", "normalized")
 
@@ -81,9 +82,11 @@ def update_from_gram(
     for an unknown rule or a kappa outside [0, 1].
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    P = matmul(S, R.mT)
-    M = symmetric_product(P, R.mT, out=S if overwrite else None)
-    return _apply(M, R, lr, weights, out=P)
+    P = matmul(R, S)  # rows of both P and R are dense, as the next product likes them
+    M = symmetric_product(P.mT, R.mT, out=S if overwrite else None)
+    spare = None if onednn.faster(M, R) else P  # oneDNN brings memory of its own
+    del P
+    return _apply(M, R, lr, weights, out=spare)
 
 
 def update_direct(
@@ -91,7 +94,7 @@ def update_direct(
 ) -> tuple[Tensor, Tensor]:
     """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    X = matmul(Z, R.mT)
+    X = matmul(R, Z.mT).mT  # its columns are dense, as the next product likes them
     return _apply(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
@@ -145,8 +148,7 @@ def low_rank_update(
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     n = Z.shape[1]
-    # Few samples against a large R: its rows times short columns stream through memory best.
-    X = few_columns_product(R, Z).mT
+    X = matmul(Z, R.mT)
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
     total = torch.linalg.vector_norm(matmul(X, X.mT), dim=(-2, -1)).square() / n**2

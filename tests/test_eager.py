@@ -6,6 +6,7 @@ torch.empty is filled with NaN throughout (fixture ``poison``), so that nothing 
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dbp_kernels as dbp
-from dbp_kernels import reference
-from dbp_kernels.backends.eager import matmul, self_wgrad, unfold
+from dbp_kernels import plans, reference
+from dbp_kernels.backends.eager import matmul, onednn, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager import shift as shift_form
+from dbp_kernels.calibration import machine
 from dbp_kernels.geometry import make_geometry
 from dbp_kernels.planner import Choice, gram_choices, update_choices
 
@@ -542,16 +544,100 @@ def test_wide_and_tall_products_are_cut_in_panels():
     assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("n", [0, 1, 12, 13, 16, 27, 64, 77])
-def test_products_of_few_columns(n, groups, monkeypatch):
-    monkeypatch.setattr(matmul, "_LARGE", 1)
-    R, Z = random((groups, 40, 30), F64), random((groups, n, 30), F64)
+@pytest.mark.parametrize("rows", [0, 3, 4, 13, 256, 257])
+@pytest.mark.parametrize(("inner", "columns"), [(16, 512), (16, 384), (16, 300), (8, 512)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows_are_multiplied_some_columns_at_a_time(
+    rows, inner, columns, transposed, monkeypatch
+):
+    monkeypatch.setattr(matmul, "_LARGE", 10)
+    X = random((rows, inner), F64)
+    Y = random((columns, inner), F64).mT if transposed else random((inner, columns), F64)
     used = []
-    plain = matmul.matmul
-    monkeypatch.setattr(matmul, "matmul", lambda X, Y: used.append(Y.shape[-1]) or plain(X, Y))
-    torch.testing.assert_close(matmul.few_columns_product(R, Z), R @ Z.mT)
-    assert used == [{13: 16, 27: 32}.get(n, n)]
+    plain = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, y: used.append(len(x)) or plain(x, y))
+    torch.testing.assert_close(matmul.blas(X, Y), X @ Y)
+    blocks = {512: [2], 384: [3], 300: []}[columns]
+    assert used == (blocks if 4 <= rows <= 256 and inner >= 10 else [])
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """Products by oneDNN, whatever this machine's calibration says; counts them."""
+    if not onednn.available():
+        pytest.skip("this build of torch lacks oneDNN's products")
+    gained = replace(machine("cpu"), onednn=1.2)
+    monkeypatch.setattr(onednn, "machine", lambda device_type: gained)
+    calls = []
+    product = onednn.product
+    monkeypatch.setattr(onednn, "product", lambda X, Y: calls.append(X.shape) or product(X, Y))
+    return calls
+
+
+@pytest.mark.parametrize("layout_X", ["dense", "transposed", "spaced"])
+@pytest.mark.parametrize("layout_Y", ["dense", "transposed", "spaced"])
+@pytest.mark.parametrize(
+    ("a", "n", "b"), [(5, 300, 7), (1, 1, 1), (0, 4, 3), (3, 0, 4), (64, 9, 0)]
+)
+def test_products_by_onednn(a, n, b, layout_X, layout_Y, by_onednn):
+    def matrix(rows, columns, layout, seed):
+        if layout == "transposed":
+            return random((1, columns, rows), torch.float32, seed=seed).mT
+        wide = random((1, rows, columns + 3), torch.float32, seed=seed)
+        return wide[..., :columns] if layout == "spaced" else wide[..., :columns].contiguous()
+
+    X, Y = matrix(a, n, layout_X, 0), matrix(n, b, layout_Y, 1)
+    exact = X.double() @ Y.double()
+    found = matmul.matmul(X, Y)
+    assert found.shape == exact.shape
+    assert by_onednn
+    if exact.numel():
+        assert error(found, exact) <= 2 * error(X @ Y, exact) + 1e-6
+
+
+@pytest.mark.parametrize("n", [7, 300, 900])
+@pytest.mark.parametrize("plan", ["gram", "direct", "samples"])
+@pytest.mark.parametrize("kappa", [0.5, 1.0])
+def test_updates_by_onednn(plan, n, kappa, by_onednn):
+    dim = 400
+    Z = random((1, n, dim), torch.float32)
+    R = torch.eye(dim)[None] + 0.05 * random((1, dim, dim), torch.float32, seed=1)
+    S = Z.mT @ Z / n
+    before = R.clone(), S.clone(), Z.clone()
+    call = {
+        "gram": lambda z, s, r: plans.update_from_gram(s, r, 1e-2, kappa),
+        "direct": lambda z, s, r: plans.update_direct(z, r, 1e-2, kappa),
+        "samples": lambda z, s, r: plans.update_from_samples(z, r, 1e-2, kappa),
+    }[plan]
+    if plan == "samples" and n > dim:
+        return
+    exact_R, exact_loss = call(Z.double(), S.double(), R.double())
+    assert not by_onednn  # float64 is not its business
+    R_new, loss = call(Z, S, R)
+    assert by_onednn
+    by_onednn.clear()
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain_R, plain_loss = call(Z, S, R)
+    assert not by_onednn
+    assert error(R_new, exact_R) <= 2 * error(plain_R, exact_R) + 1e-6
+    assert error(loss, exact_loss) <= 2 * error(plain_loss, exact_loss) + 1e-6
+    assert all(map(torch.equal, before, (R, S, Z)))
+
+
+def test_onednn_multiplies_float32_where_the_calibration_says_so(by_onednn, monkeypatch):
+    X, Y = random((1, 4, 5), torch.float32), random((1, 5, 6), torch.float32)
+    assert onednn.faster(X, Y)
+    assert not onednn.faster(X.double(), Y.double())
+    assert not onednn.faster(X.to("meta"), Y.to("meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn.faster(X, Y)
+    monkeypatch.setattr(onednn, "_AVAILABLE", False)
+    assert not onednn.faster(X, Y)
+    monkeypatch.setattr(onednn, "_AVAILABLE", True)
+    for gain in (0.0, 0.9, 1.01):
+        slower = replace(machine("cpu"), onednn=gain)
+        monkeypatch.setattr(onednn, "machine", lambda device_type, slower=slower: slower)
+        assert not onednn.faster(X, Y)
 
 
 # --------------------------------------------------------------------------- precision settings

@@ -1,12 +1,13 @@
-"""Matrix products with a long inner dimension: X^T Y and the symmetric X^T X, batched over groups."""
+"""Matrix products, batched over groups: X^T Y with a long inner dimension, and those with R."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import onednn
 
 # X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
 # need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many
@@ -14,30 +15,46 @@ from torch import Tensor
 _PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
-# CPU libraries multiply by so many columns at a time, and what is left over far slower. Up to so many
-# columns of a matrix of at least so many elements, that shows.
-_LANES, _FEW_COLUMNS, _LARGE = 16, 64, 1 << 22
+# BLAS leaves threads idle where it multiplies few rows by a large matrix. So many rows, by so large a
+# matrix, are multiplied in so many columns at a time, by all threads.
+_FEW, _LARGE, _COLUMNS = (4, 256), 1024, (256, 128)
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X Y for X (G, a, n), Y (G, n, b); one matrix by mm, which libraries run faster than bmm."""
-    return torch.mm(X[0], Y[0]).unsqueeze(0) if X.shape[0] == 1 else torch.bmm(X, Y)
+    if X.shape[0] > 1:
+        return torch.bmm(X, Y)
+    multiply = onednn.product if onednn.faster(X, Y) else blas
+    return multiply(X[0], Y[0]).unsqueeze(0)
 
 
-def few_columns_product(R: Tensor, Z: Tensor) -> Tensor:
-    """R Z^T (G, D, n) for R (G, D, E), Z (G, n, E): on CPUs with some columns of zeros meanwhile."""
-    n = Z.shape[1]
-    padding = -n % _LANES
-    worth = n <= _FEW_COLUMNS and 4 * padding <= n and R[0].numel() >= _LARGE
-    if R.is_cpu and worth:
-        Z = F.pad(Z, (0, 0, 0, padding))
-    return matmul(R, Z.mT)[..., :n]
+def blas(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y for X (a, n), Y (n, b)."""
+    columns = _columns_at_a_time(X, Y)
+    return _in_columns(X, Y, columns) if columns else torch.mm(X, Y)
+
+
+def _columns_at_a_time(X: Tensor, Y: Tensor) -> int:
+    """How many columns of Y to multiply at a time by X; 0: all of them."""
+    if X.is_cpu and _FEW[0] <= X.shape[0] <= _FEW[1] and min(Y.shape) >= _LARGE:
+        return next((columns for columns in _COLUMNS if Y.shape[1] % columns == 0), 0)
+    return 0
+
+
+def _in_columns(X: Tensor, Y: Tensor, columns: int) -> Tensor:
+    """X Y for X (a, n), Y (n, b), as one batched product."""
+    blocks = Y.unflatten(1, (-1, columns)).transpose(0, 1)  # (blocks, n, columns)
+    found = torch.bmm(X.expand(blocks.shape[0], -1, -1), blocks)
+    return found.transpose(0, 1).flatten(1)
 
 
 def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
     """R + alpha X Y for R (G, a, b), X (G, a, n), Y (G, n, b); into ``out`` (may be R) if given."""
     if X.shape[0] > 1:
         return torch.baddbmm(R, X, Y, alpha=alpha, out=out)
+    if out is None and onednn.faster(X, Y):
+        XY = onednn.product(X[0], Y[0]).unsqueeze(0)
+        return torch.add(R, XY, alpha=alpha, out=XY)
     one = None if out is None else out[0]
     return torch.addmm(R[0], X[0], Y[0], alpha=alpha, out=one).unsqueeze(0)
 
@@ -96,10 +113,18 @@ def upper_product(
 def symmetric_product(
     X: Tensor, Y: Tensor, alpha: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric; into ``out`` if given."""
+    """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric; into ``out`` if given.
+
+    Fastest on X and Y whose columns are dense in memory.
+    """
     count = panels(X.shape[-1], X.shape[1])
     out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1]) if out is None else out
-    upper_product(X, Y, out, False, count, alpha)
+    if X.shape[0] == 1 and onednn.faster(X, Y):
+        for start, stop in _edges(X.shape[-1], count):
+            panel = onednn.product(X[0, :, :stop].mT, Y[0, :, start:stop])
+            torch.mul(panel, alpha, out=out[0, :stop, start:stop])
+    else:
+        upper_product(X, Y, out, False, count, alpha)
     mirror(out, count)
     return out
 
