@@ -73,6 +73,8 @@ def figures(meter: Meter) -> dict:
         max(1.0, cost / cost_at(plain, elements))
         for [[elements, cost]], plain in zip(measured["aliased"], measured["pack"])
     ]
+    if "onednn" in measured:
+        _faster_library(measured)
     if meter.device.type == "cuda":
         measured.update(_gpu_figures(meter))
     return _rounded(measured)
@@ -82,7 +84,7 @@ def _pass(meter: Meter) -> dict:
     return {
         "product": _products(meter, 1, SIDES),
         "grouped": _products(meter, GROUPS, GROUPED_SIDES),
-        **_narrow(meter),
+        **_libraries(meter),
         "wgrad": _weight_gradients(meter),
         "wgrad_weight": _small_weight_gradients(meter),
         "gbytes": _bandwidth(meter),
@@ -128,31 +130,34 @@ def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
     return points
 
 
-def _narrow(meter: Meter) -> dict:
-    """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R; what oneDNN gains at it.
-
-    The rates are those of the faster library, as in updates.
-    """
-    from dbp_kernels.backends.eager import matmul, onednn
-
+def _narrow(meter: Meter, multiply: Callable) -> list:
+    """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R."""
     dim = max(32, NARROW_DIM // meter.shrink)
     R = meter.random(dim, dim)
-    sizes = [n for n in NARROW if n <= dim]
+    points = []
+    for n in (n for n in NARROW if n <= dim):
+        Z = meter.random(n, dim)
+        seconds = meter.seconds(lambda Z=Z: multiply(Z, R.mT))
+        seconds += meter.seconds(lambda Z=Z: multiply(Z, R))
+        points.append([n, 4 * n * dim**2 / seconds / 1e9])
+    return points
 
-    def both_ways(multiply: Callable) -> list[float]:
-        """Seconds by n."""
-        matrices = [meter.random(n, dim) for n in sizes]
-        return [
-            meter.seconds(lambda Z=Z: multiply(Z, R.mT)) + meter.seconds(lambda Z=Z: multiply(Z, R))
-            for Z in matrices
-        ]
 
-    seconds, gain = both_ways(matmul.blas), {}
+def _libraries(meter: Meter) -> dict:
+    """The same by BLAS, and by oneDNN where torch has it for float32."""
+    from dbp_kernels.backends.eager import matmul, onednn
+
+    measured = {"narrow": _narrow(meter, matmul.blas)}
     if meter.device.type == "cpu" and onednn.available():
-        by_onednn = both_ways(onednn.product)
-        gain["onednn"] = _mean(blas / own for blas, own in zip(seconds, by_onednn))
-        seconds = list(map(min, seconds, by_onednn))
-    return {"narrow": [[n, 4 * n * dim**2 / s / 1e9] for n, s in zip(sizes, seconds)], **gain}
+        measured["onednn"] = _narrow(meter, onednn.product)
+    return measured
+
+
+def _faster_library(measured: dict) -> None:
+    """Leaves of both libraries' rates the better ones, and how oneDNN's compare."""
+    blas, own = (dict(measured[key]) for key in ("narrow", "onednn"))
+    measured["narrow"] = [[n, max(blas[n], own[n])] for n in blas]
+    measured["onednn"] = _mean(own[n] / blas[n] for n in blas)
 
 
 def _weight_gradients(meter: Meter) -> list:
