@@ -189,6 +189,8 @@ def nearest(
 ) -> Calibration:
     """The device's own calibration, else the most similar of its type, else the type's default.
 
+    How libraries compare is taken from the same maker's processors only.
+
     Similar is: the same device with another number of threads, then the same capability; among
     equals the nearest number of threads.
     """
@@ -199,7 +201,14 @@ def nearest(
         last = similar == (c.source == DEFAULT)
         return c.device != device, not similar, last, abs(math.log2(c.threads / threads)), c.source
 
-    return min((c for c in known if c.type == type), key=distance)
+    found = min((c for c in known if c.type == type), key=distance)
+    if _maker(found.device) != _maker(device):  # BLAS has paths of their own for makers' processors
+        return replace(found, machine=replace(found.machine, onednn=0.0))
+    return found
+
+
+def _maker(device: str) -> str:
+    return device.partition(" ")[0]
 
 
 @lru_cache

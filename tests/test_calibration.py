@@ -92,6 +92,16 @@ def test_the_nearest_calibration():
     assert chosen("cuda", "", "", 1) == calibration.DEFAULT
 
 
+def test_how_libraries_compare_is_known_of_the_same_maker_only():
+    one = known(device="AMD EPYC")
+    files = (replace(one, machine=replace(one.machine, onednn=1.3)),)
+    for device, gain in (("AMD EPYC", 1.3), ("AMD Ryzen 9", 1.3), ("Intel(R) Xeon(R)", 0), ("", 0)):
+        found = calibration.nearest(files, "cpu", device, "AVX2", 2)
+        assert found.machine.onednn == gain
+        assert found.machine.onednn_pays == (gain > 0)
+        assert found.machine.product == one.machine.product
+
+
 def test_every_device_type_is_answered():
     threads = torch.get_num_threads()
     assert calibration.present("cpu")[3] == threads
