@@ -145,9 +145,9 @@ def _narrow(meter: Meter, multiply: Callable) -> list:
 
 def _libraries(meter: Meter) -> dict:
     """The same by BLAS, and by oneDNN where torch has it for float32."""
-    from dbp_kernels.backends.eager import matmul, onednn
+    from dbp_kernels.backends.eager import onednn
 
-    measured = {"narrow": _narrow(meter, matmul.blas)}
+    measured = {"narrow": _narrow(meter, torch.mm)}
     if meter.device.type == "cpu" and onednn.available():
         measured["onednn"] = _narrow(meter, onednn.product)
     return measured

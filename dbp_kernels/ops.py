@@ -20,6 +20,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import backends
+from .backends.eager.matmul import rows_times
 from .geometry import ConvGeometry, make_geometry
 from .plans import UpdateRule
 from .precision import INPUT_DTYPES, statistics_dtype, without_autocast
@@ -341,7 +342,8 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
         # one matrix as such: libraries run mm faster than bmm of one, both ways
         batch = () if groups == 1 else (groups,)
         W = weight.to(dtype).reshape(*batch, weight.shape[0] // groups, R.shape[-1])
-        A = W @ R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
+        R = R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
+        A = rows_times(W, R) if groups == 1 else W @ R
         return A.reshape(weight.shape).to(weight.dtype)
 
 

@@ -544,21 +544,17 @@ def test_wide_and_tall_products_are_cut_in_panels():
     assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
 
 
-@pytest.mark.parametrize("rows", [0, 3, 4, 13, 256, 257])
-@pytest.mark.parametrize(("inner", "columns"), [(16, 512), (16, 384), (16, 300), (8, 512)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_few_rows_are_multiplied_some_columns_at_a_time(
-    rows, inner, columns, transposed, monkeypatch
-):
-    monkeypatch.setattr(matmul, "_LARGE", 10)
-    X = random((rows, inner), F64)
-    Y = random((columns, inner), F64).mT if transposed else random((inner, columns), F64)
+@pytest.mark.parametrize("rows", [0, 1, 10, 64, 65])
+@pytest.mark.parametrize("dim", [16, 24, 20])
+def test_few_rows_times_a_large_matrix(rows, dim, monkeypatch):
+    monkeypatch.setattr(matmul, "_LARGE", 20)
+    monkeypatch.setattr(matmul, "_PART", 8)
+    X, R = random((rows, dim), F64), random((dim, dim), F64)
     used = []
     plain = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: used.append(len(x)) or plain(x, y))
-    torch.testing.assert_close(matmul.blas(X, Y), X @ Y)
-    blocks = {512: [2], 384: [3], 300: []}[columns]
-    assert used == (blocks if 4 <= rows <= 256 and inner >= 10 else [])
+    torch.testing.assert_close(matmul.rows_times(X, R), X @ R)
+    assert used == ([3] if rows <= 64 and dim == 24 else [])
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import dbp_kernels as dbp
 from dbp_kernels import reference
+from dbp_kernels.backends.eager import matmul
 
 F64 = torch.float64
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -247,6 +248,26 @@ def test_composites_gradcheck(function, inputs):
     inputs = leaves(*inputs)
     torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
     torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_few_rows_times_a_large_R(monkeypatch):
+    """What libraries multiply in parts has all the derivatives, transforms and graphs of one product."""
+    x, weight, R, b = random((3, 8)), random((2, 8), seed=2), near_identity(1, 8), random((2,))
+    expected = dbp.decor_linear(x, weight, R, b)
+    monkeypatch.setattr(matmul, "_LARGE", 8)
+    monkeypatch.setattr(matmul, "_PART", 4)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.testing.assert_close(dbp.decor_linear(x, weight, R, b), expected)
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    assert shapes == [[[2, 2, 4], [2, 4, 8]]]
+    test_composites_gradcheck(dbp.decor_linear, (x, weight, R, b))
+    torch.library.opcheck(torch.ops.dbp.decor_linear.default, (*leaves(x, weight, R), b))
+    many = torch.stack([weight, 2 * weight])
+    found = torch.func.vmap(lambda w: dbp.decor_linear(x, w, R))(many)
+    torch.testing.assert_close(found, torch.stack([x @ (w @ R).mT for w in many]))
+    torch._dynamo.reset()
+    compiled = torch.compile(dbp.decor_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, R, b), expected)
 
 
 # --------------------------------------------------------------------------- padding

@@ -15,37 +15,26 @@ from . import onednn
 _PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
-# BLAS leaves threads idle where it multiplies few rows by a large matrix. So many rows, by so large a
-# matrix, are multiplied in so many columns at a time, by all threads.
-_FEW, _LARGE, _COLUMNS = (4, 256), 1024, (256, 128)
+# BLAS leaves threads idle where it multiplies up to so many rows by a square matrix of at least this side.
+# Parts of the inner dimension, of this size each, occupy them.
+_THREADED_ROWS, _LARGE, _PART = 64, 2048, 256
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X Y for X (G, a, n), Y (G, n, b); one matrix by mm, which libraries run faster than bmm."""
     if X.shape[0] > 1:
         return torch.bmm(X, Y)
-    multiply = onednn.product if onednn.faster(X, Y) else blas
+    multiply = onednn.product if onednn.faster(X, Y) else torch.mm
     return multiply(X[0], Y[0]).unsqueeze(0)
 
 
-def blas(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y for X (a, n), Y (n, b)."""
-    columns = _columns_at_a_time(X, Y)
-    return _in_columns(X, Y, columns) if columns else torch.mm(X, Y)
-
-
-def _columns_at_a_time(X: Tensor, Y: Tensor) -> int:
-    """How many columns of Y to multiply at a time by X; 0: all of them."""
-    if X.is_cpu and _FEW[0] <= X.shape[0] <= _FEW[1] and min(Y.shape) >= _LARGE:
-        return next((columns for columns in _COLUMNS if Y.shape[1] % columns == 0), 0)
-    return 0
-
-
-def _in_columns(X: Tensor, Y: Tensor, columns: int) -> Tensor:
-    """X Y for X (a, n), Y (n, b), as one batched product."""
-    blocks = Y.unflatten(1, (-1, columns)).transpose(0, 1)  # (blocks, n, columns)
-    found = torch.bmm(X.expand(blocks.shape[0], -1, -1), blocks)
-    return found.transpose(0, 1).flatten(1)
+def rows_times(X: Tensor, R: Tensor) -> Tensor:
+    """X R for X (a, D), R (D, D), differentiable; for few rows and a large R on a CPU in parts."""
+    dim = R.shape[0]
+    if not (R.is_cpu and X.shape[0] <= _THREADED_ROWS and dim >= _LARGE and dim % _PART == 0):
+        return X @ R
+    parts = (dim // _PART, _PART)
+    return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
 
 
 def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
