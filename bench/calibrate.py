@@ -73,8 +73,6 @@ def figures(meter: Meter) -> dict:
         max(1.0, cost / cost_at(plain, elements))
         for [[elements, cost]], plain in zip(measured["aliased"], measured["pack"])
     ]
-    if "onednn" in measured:
-        _faster_library(measured)
     if meter.device.type == "cuda":
         measured.update(_gpu_figures(meter))
     return _rounded(measured)
@@ -151,13 +149,6 @@ def _libraries(meter: Meter) -> dict:
     if meter.device.type == "cpu" and onednn.available():
         measured["onednn"] = _narrow(meter, onednn.product)
     return measured
-
-
-def _faster_library(measured: dict) -> None:
-    """Leaves of both libraries' rates the better ones, and how oneDNN's compare."""
-    blas, own = (dict(measured[key]) for key in ("narrow", "onednn"))
-    measured["narrow"] = [[n, max(blas[n], own[n])] for n in blas]
-    measured["onednn"] = _mean(own[n] / blas[n] for n in blas)
 
 
 def _weight_gradients(meter: Meter) -> list:

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ class Machine:
     Attributes:
         product: points (side, rate) of X^T Y with a long inner dimension, by the result's side.
         grouped: the same for several products in one batched call.
-        narrow: points (n, rate) of a large square matrix times n columns.
+        narrow: points (n, rate) of a large square matrix times n columns, by BLAS.
+        onednn: the same by oneDNN, float32 on CPUs. Empty where not measured, or not on this maker's
+            processors.
         wgrad: points (channels of a group, rate) of weight-gradient convolutions.
         gbytes: copy bandwidth in GB/s, bytes read and written both counted.
         fresh: cost of writing a large result to new memory, beside memory used before.
@@ -56,7 +58,6 @@ class Machine:
         assemble: cost of S from its blocks, by element of S; cases as of ``pack``.
         wgrad_weight: cost of weight-gradient convolutions around their operations, by element of
             the weights: of their results, and of adding up S from these. 0 where not measured.
-        onednn: rate of oneDNN's float32 products with R over BLAS's. 0 where not measured.
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
         gather: what gathering taps leaves of that rate.
@@ -83,16 +84,17 @@ class Machine:
     im2col_strided: Points
     assemble: tuple[float, float, float]
     wgrad_weight: float = 0.0
-    onednn: float = 0.0
+    onednn: Points = ()
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
     gather: float = 1.0
     speed: float = 1.0
 
-    @property
+    @cached_property
     def onednn_pays(self) -> bool:
-        """Whether oneDNN multiplies float32 faster than BLAS by more than timing's noise."""
-        return self.onednn >= 1.05
+        """Whether oneDNN multiplies faster than BLAS by more than timing's noise, in the mean."""
+        gains = [math.log(rate / interpolate(self.narrow, n)) for n, rate in self.onednn]
+        return bool(gains) and sum(gains) / len(gains) > math.log(1.05)
 
     @property
     def peak(self) -> float:
@@ -104,9 +106,10 @@ class Machine:
         table = self.product if groups == 1 else self.grouped
         return self.speed * 1e9 * interpolate(table, side)
 
-    def narrow_rate(self, columns: int) -> float:
-        """Operations per second of a large matrix times so many columns."""
-        return self.speed * 1e9 * interpolate(self.narrow, columns)
+    def narrow_rate(self, columns: int, blas: bool = False) -> float:
+        """Operations per second of a large matrix times so many columns, by BLAS or what is faster."""
+        table = self.onednn if self.onednn_pays and not blas else self.narrow
+        return self.speed * 1e9 * interpolate(table, columns)
 
     def wgrad_rate(self, channels: int) -> float:
         """Operations per second of a weight-gradient convolution."""
@@ -165,7 +168,7 @@ def machine(device_type: str, precision: str = "ieee", itemsize: int = 4) -> Mac
     """The figures for "cuda", or the CPU's for any other device type, at an operand precision."""
     m = calibration("cuda" if device_type == "cuda" else "cpu").machine
     if itemsize == 8:
-        return replace(m, speed=0.5)
+        return replace(m, speed=0.5, onednn=())
     special = dict(m.tensor_cores).get(precision)
     return replace(m, speed=special * 1e9 / m.peak) if special else m
 
@@ -191,19 +194,21 @@ def nearest(
 
     How libraries compare is taken from the same maker's processors only.
 
-    Similar is: the same device with another number of threads, then the same capability; among
-    equals the nearest number of threads.
+    Similar is: the same device with another number of threads, then a CPU of the same maker, then
+    the same capability; among equals the nearest number of threads.
     """
 
     def distance(c: Calibration) -> tuple:
         similar = c.capability == capability
         # a GPU of another generation tells less than the default does
         last = similar == (c.source == DEFAULT)
-        return c.device != device, not similar, last, abs(math.log2(c.threads / threads)), c.source
+        other = type == "cpu" and _maker(c.device) != _maker(device)
+        nearness = abs(math.log2(c.threads / threads)), c.source
+        return c.device != device, other, not similar, last, *nearness
 
     found = min((c for c in known if c.type == type), key=distance)
     if _maker(found.device) != _maker(device):  # BLAS has paths of their own for makers' processors
-        return replace(found, machine=replace(found.machine, onednn=0.0))
+        return replace(found, machine=replace(found.machine, onednn=()))
     return found
 
 
@@ -343,7 +348,7 @@ _PARSERS = {
     "im2col_strided": _points,
     "assemble": _three,
     "wgrad_weight": _number,
-    "onednn": _number,
+    "onednn": _points,
     "tensor_cores": _rates,
     "kernels": _points,
     "gather": _number,

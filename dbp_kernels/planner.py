@@ -260,10 +260,10 @@ def gram_choices(
 _SQUARE = 128
 
 
-def _dense_rate(m: Machine, side: int, dim: int, groups: int) -> float:
+def _dense_rate(m: Machine, side: int, dim: int, groups: int, blas: bool = False) -> float:
     """Operations per second of products with R (dim x dim), their shorter side given."""
-    narrow = groups == 1 and (side < dim or (m.onednn_pays and side >= _SQUARE))
-    return m.narrow_rate(side) if narrow else m.product_rate(side, groups)
+    narrow = groups == 1 and (side < dim or (m.onednn_pays and side >= _SQUARE and not blas))
+    return m.narrow_rate(side, blas) if narrow else m.product_rate(side, groups)
 
 
 @lru_cache(maxsize=4096)
@@ -286,9 +286,12 @@ def update_choices(
     bandwidth = m.bytes_per_second()
     square = itemsize * g * d * d
 
-    def plan(name: str, products: list[tuple[float, int]], squares: float) -> Choice:
-        flop = sum(f for f, _ in products)
+    def plan(
+        name: str, products: list[tuple[float, int]], squares: float, blas: float = 0
+    ) -> Choice:
+        flop = sum(f for f, _ in products) + blas
         seconds = sum(f / _dense_rate(m, side, d, g) for f, side in products)
+        seconds += blas / _dense_rate(m, few, d, g, blas=True)
         seconds += squares * square / bandwidth + m.plan_call[PLANS.index(name)]
         return Choice(name, flop / 1e9, seconds)
 
@@ -299,7 +302,8 @@ def update_choices(
     base = plan("gram", [(2.0 * g * d**3 * (2 + upper), d)], 8)
     last = (2.0 * g * d**3, d)
     direct = plan("direct", [(2.0 * g * n * d**2 * (1 + upper), few), last], 6)
-    samples = plan("samples", [(g * (6.0 * n * d**2 + 2.0 * n**2 * d), few)], 4)
+    in_place = 2.0 * g * n * d**2  # to R, by BLAS
+    samples = plan("samples", [(g * (4.0 * n * d**2 + 2.0 * n**2 * d), few)], 4, in_place)
     choices = [
         Choice("gram", base.gflop + gram.gflop, base.seconds + gram.seconds, gram=gram),
         Choice("direct", direct.gflop, direct.seconds + copied),

@@ -15,14 +15,14 @@ from . import onednn
 _PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
-# BLAS leaves threads idle where it multiplies up to so many rows by a square matrix of at least this side.
+# BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
 # Parts of the inner dimension, of this size each, occupy them.
-_THREADED_ROWS, _LARGE, _PART = 64, 2048, 256
+_THREADED_ROWS, _LARGE, _PART = 32, 2048, 256
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X Y for X (G, a, n), Y (G, n, b); one matrix by mm, which libraries run faster than bmm."""
-    if X.shape[0] > 1:
+    if X.shape[0] != 1:
         return torch.bmm(X, Y)
     multiply = onednn.product if onednn.faster(X, Y) else torch.mm
     return multiply(X[0], Y[0]).unsqueeze(0)
@@ -30,8 +30,12 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 
 def rows_times(X: Tensor, R: Tensor) -> Tensor:
     """X R for X (a, D), R (D, D), differentiable; for few rows and a large R on a CPU in parts."""
-    dim = R.shape[0]
-    if not (R.is_cpu and X.shape[0] <= _THREADED_ROWS and dim >= _LARGE and dim % _PART == 0):
+    rows, dim = X.shape[0], R.shape[0]
+    known = type(rows) is type(dim) is int  # to ask a symbol would make it a constant
+    precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
+    if not (R.is_cpu and known and precise and rows <= _THREADED_ROWS and dim >= _LARGE):
+        return X @ R
+    if dim % _PART:
         return X @ R
     parts = (dim // _PART, _PART)
     return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
@@ -41,7 +45,8 @@ def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | Non
     """R + alpha X Y for R (G, a, b), X (G, a, n), Y (G, n, b); into ``out`` (may be R) if given."""
     if X.shape[0] > 1:
         return torch.baddbmm(R, X, Y, alpha=alpha, out=out)
-    if out is None and onednn.faster(X, Y):
+    # into memory that is there, BLAS adds: oneDNN would need as much again. alpha 0 ignores X Y
+    if out is None and alpha != 0 and onednn.faster(X, Y):
         XY = onednn.product(X[0], Y[0]).unsqueeze(0)
         return torch.add(R, XY, alpha=alpha, out=XY)
     one = None if out is None else out[0]
@@ -104,11 +109,11 @@ def symmetric_product(
 ) -> Tensor:
     """alpha X^T Y (G, D, D) for X, Y (G, n, D) whose product is symmetric; into ``out`` if given.
 
-    Fastest on X and Y whose columns are dense in memory.
+    On CPUs fastest where columns of X and Y are dense in memory.
     """
     count = panels(X.shape[-1], X.shape[1])
     out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1]) if out is None else out
-    if X.shape[0] == 1 and onednn.faster(X, Y):
+    if onednn.faster(X, Y):
         for start, stop in _edges(X.shape[-1], count):
             panel = onednn.product(X[0, :, :stop].mT, Y[0, :, start:stop])
             torch.mul(panel, alpha, out=out[0, :stop, start:stop])

@@ -1,8 +1,8 @@
 """Products of float32 by oneDNN, on CPUs that multiply faster with it than with torch's BLAS.
 
-torch.mm goes to BLAS on every CPU; torch's operator of compiled linear layers goes to oneDNN, which
-runs e.g. AMD processors faster than MKL does. It adds up one after the other where BLAS adds up
-parts, so it rounds up to twice as much: for the update's products, not for statistics' long sums.
+torch.mm takes BLAS for float32 of full precision; torch's operator of compiled linear layers takes
+oneDNN, which runs AMD processors faster than MKL does. It sums one after the other where BLAS sums
+parts, and rounds two to three times as much: still below 1e-6 of the result at 8192 terms.
 """
 
 from __future__ import annotations
@@ -12,28 +12,44 @@ from torch import Tensor
 
 from ...calibration import machine
 
+_ARGUMENTS = "Tensor Tensor Optional[Tensor] str List[Optional[number]] Optional[str]".split()
+
 
 def available() -> bool:
-    """Whether this build of torch has the operator, which is not part of its public interface."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this torch has the operator, as we know it: it is no part of the public interface."""
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return False
+    schema = torch.ops.mkldnn._linear_pointwise.default._schema
+    return [str(argument.type) for argument in schema.arguments] == _ARGUMENTS
 
 
 _AVAILABLE = available()
 
 
 def faster(X: Tensor, Y: Tensor) -> bool:
-    """Whether ``product`` is the way to multiply these: by the calibration of this CPU."""
+    """Whether ``product`` is the way to multiply X (1, a, n) and Y (1, n, b), on this very CPU.
+
+    Not where autograd is to follow. Forward-mode and functorch's derivatives are not looked for:
+    what multiplies this way runs below them.
+    """
     return (
-        X.is_cpu
+        X.shape[0] == 1
+        and X.is_cpu
         and X.dtype == Y.dtype == torch.float32
         and _AVAILABLE
         and machine("cpu").onednn_pays
         and torch.backends.mkldnn.enabled
+        and not (torch.is_grad_enabled() and (X.requires_grad or Y.requires_grad))
     )
 
 
 def product(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y for X (a, n), Y (n, b), float32 on a CPU; rows of X and rows or columns of Y best dense."""
+    """X Y for X (a, n), Y (n, b), float32 on a CPU. Fastest where rows of X are dense in memory."""
     if 0 in X.shape or 0 in Y.shape:
         return torch.mm(X, Y)
+    (n, b), (down, right) = Y.shape, Y.stride()
+    if not ((right == 1 and down >= b) or (down == 1 and right >= n)):  # oneDNN knows no other
+        Y = Y.contiguous()
     return torch.ops.mkldnn._linear_pointwise(X, Y.mT, None, "none", [], "")
