@@ -94,12 +94,27 @@ def test_the_nearest_calibration():
 
 def test_how_libraries_compare_is_known_of_the_same_maker_only():
     one = known(device="AMD EPYC")
-    files = (replace(one, machine=replace(one.machine, onednn=1.3)),)
-    for device, gain in (("AMD EPYC", 1.3), ("AMD Ryzen 9", 1.3), ("Intel(R) Xeon(R)", 0), ("", 0)):
-        found = calibration.nearest(files, "cpu", device, "AVX2", 2)
-        assert found.machine.onednn == gain
-        assert found.machine.onednn_pays == (gain > 0)
-        assert found.machine.product == one.machine.product
+    own = replace(one.machine, narrow=((4, 10.0), (64, 100.0)), onednn=((4, 20.0), (64, 90.0)))
+    files = (replace(one, machine=own),)
+    for device in ("AMD EPYC", "AMD Ryzen 9", "Intel(R) Xeon(R)", ""):
+        found = calibration.nearest(files, "cpu", device, "AVX2", 2).machine
+        assert found.onednn_pays == device.startswith("AMD")  # sqrt(2 * 0.9) = 1.34 in the mean
+        assert found.narrow_rate(4) == (20e9 if found.onednn_pays else 10e9)
+        assert found.narrow_rate(4, blas=True) == 10e9
+        assert found.product == own.product
+
+
+def test_a_cpu_takes_its_makers_figures_before_others_of_its_capability():
+    files = (
+        known(device="AMD EPYC", capability="AVX512", source="a"),
+        known(device="Intel(R) Xeon(R) 8175M", capability="AVX2", threads=16, source="i"),
+    )
+    for device, source in (("Intel(R) Core(TM) i7", "i"), ("AMD Ryzen", "a"), ("Neoverse", "a")):
+        assert calibration.nearest(files, "cpu", device, "AVX512", 2).source == source
+
+
+def test_float64_is_not_multiplied_by_onednn():
+    assert not calibration.machine("cpu", itemsize=8).onednn_pays
 
 
 def test_every_device_type_is_answered():
@@ -137,6 +152,7 @@ WRONG = {
     "no tables": ({"pack": [1, 2, 3]}, r"figures.pack=\[1, 2, 3\]: expected a list of pairs"),
     "two tables": ({"pack": [[[1, 2]], [[1, 2]]]}, "expected three lists of pairs"),
     "no pairs": ({"product": [1, 2]}, "figures.product"),
+    "oneDNN": ({"onednn": 1.3}, "figures.onednn=1.3: expected a list of pairs|figures.onednn"),
     "unordered": ({"wgrad": [[16, 1.0], [4, 2.0]]}, "figures.wgrad.*ascending"),
     "unknown": ({"flops": 1}, "figures.flops: no such figure"),
 }

@@ -544,7 +544,7 @@ def test_wide_and_tall_products_are_cut_in_panels():
     assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
 
 
-@pytest.mark.parametrize("rows", [0, 1, 10, 64, 65])
+@pytest.mark.parametrize("rows", [0, 1, 10, 32, 33])
 @pytest.mark.parametrize("dim", [16, 24, 20])
 def test_few_rows_times_a_large_matrix(rows, dim, monkeypatch):
     monkeypatch.setattr(matmul, "_LARGE", 20)
@@ -554,50 +554,90 @@ def test_few_rows_times_a_large_matrix(rows, dim, monkeypatch):
     plain = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: used.append(len(x)) or plain(x, y))
     torch.testing.assert_close(matmul.rows_times(X, R), X @ R)
-    assert used == ([3] if rows <= 64 and dim == 24 else [])
+    assert used == ([3] if rows <= 32 and dim == 24 else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_are_not_rounded(dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "_LARGE", 64)
+    monkeypatch.setattr(matmul, "_PART", 8)
+    X, R = random((10, 1024), dtype), 1 + 0.1 * random((1024, 1024), dtype, seed=1)
+    X = X - X.mean(1, keepdim=True)
+    exact = X.double() @ R.double()
+    assert error(matmul.rows_times(X, R), exact) <= 2 * error(X @ R, exact) + 1e-6
+
+
+GAIN = ((16, 100.0),), ((16, 130.0),)  # BLAS's and oneDNN's rates
 
 
 @pytest.fixture
 def by_onednn(monkeypatch):
-    """Products by oneDNN, whatever this machine's calibration says; counts them."""
+    """Products by oneDNN, whatever this machine's calibration says; lists their shapes."""
     if not onednn.available():
         pytest.skip("this build of torch lacks oneDNN's products")
-    gained = replace(machine("cpu"), onednn=1.2)
+    gained = replace(machine("cpu"), narrow=GAIN[0], onednn=GAIN[1])
     monkeypatch.setattr(onednn, "machine", lambda device_type: gained)
     calls = []
     product = onednn.product
-    monkeypatch.setattr(onednn, "product", lambda X, Y: calls.append(X.shape) or product(X, Y))
+
+    def listed(X, Y):
+        calls.append((*X.shape, Y.shape[1]))
+        return product(X, Y)
+
+    monkeypatch.setattr(onednn, "product", listed)
     return calls
 
 
-@pytest.mark.parametrize("layout_X", ["dense", "transposed", "spaced"])
-@pytest.mark.parametrize("layout_Y", ["dense", "transposed", "spaced"])
-@pytest.mark.parametrize(
-    ("a", "n", "b"), [(5, 300, 7), (1, 1, 1), (0, 4, 3), (3, 0, 4), (64, 9, 0)]
-)
-def test_products_by_onednn(a, n, b, layout_X, layout_Y, by_onednn):
-    def matrix(rows, columns, layout, seed):
-        if layout == "transposed":
-            return random((1, columns, rows), torch.float32, seed=seed).mT
-        wide = random((1, rows, columns + 3), torch.float32, seed=seed)
-        return wide[..., :columns] if layout == "spaced" else wide[..., :columns].contiguous()
+def matrix(rows, columns, layout, seed):
+    """(1, rows, columns) of float32."""
+    if layout == "transposed":
+        return random((1, columns, rows), torch.float32, seed=seed).mT
+    if layout == "overlapping":
+        values = random((2 * rows + columns + 1,), torch.float32, seed=seed)
+        return values.as_strided((1, rows, columns), (1, 2, 1))
+    if layout == "expanded":
+        return random((1, 1, columns), torch.float32, seed=seed).expand(1, rows, columns)
+    wide = random((1, rows, 2 * columns), torch.float32, seed=seed)
+    parts = {"dense": wide[..., :columns].contiguous(), "cut": wide[..., :columns]}
+    return parts.get(layout, wide[..., ::2])
 
-    X, Y = matrix(a, n, layout_X, 0), matrix(n, b, layout_Y, 1)
+
+MATRIX_LAYOUTS = ("dense", "transposed", "cut", "spaced", "overlapping", "expanded")
+
+
+@pytest.mark.parametrize("layout_X", MATRIX_LAYOUTS)
+@pytest.mark.parametrize("layout_Y", MATRIX_LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(5, 40, 7), (9, 3000, 12), (1, 1, 1), (0, 4, 3), (3, 0, 4)])
+def test_products_by_onednn(sizes, layout_X, layout_Y, transposed, by_onednn):
+    a, n, b = sizes
+    X = matrix(a, n, layout_X, 0)
+    Y = matrix(b, n, layout_Y, 1).mT if transposed else matrix(n, b, layout_Y, 1)
     exact = X.double() @ Y.double()
     found = matmul.matmul(X, Y)
     assert found.shape == exact.shape
-    assert by_onednn
-    if exact.numel():
-        assert error(found, exact) <= 2 * error(X @ Y, exact) + 1e-6
+    assert by_onednn == [sizes]
+    assert error(found, exact) <= 2 * error(X @ Y, exact) + 1e-6
 
 
-@pytest.mark.parametrize("n", [7, 300, 900])
-@pytest.mark.parametrize("plan", ["gram", "direct", "samples"])
+@pytest.mark.parametrize(
+    ("plan", "n", "shapes"),
+    [
+        # the products of R S, the panels of (R S) R^T, and M' R
+        ("gram", 9, [(400, 400, 400)] + [(k, 400, 200) for k in (200, 400)] + [(400, 400, 400)]),
+        # R Z^T, X^T X, M' R
+        ("direct", 9, [(400, 400, 9), (400, 9, 400), (400, 400, 400)]),
+        ("direct", 700, [(400, 400, 700)] + [(k, 700, 200) for k in (200, 400)] + [(400,) * 3]),
+        # Z R^T, X X^T, X R; R itself is changed in place
+        ("samples", 9, [(9, 400, 400), (9, 400, 9), (9, 400, 400)]),
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kappa", [0.5, 1.0])
-def test_updates_by_onednn(plan, n, kappa, by_onednn):
+def test_updates_by_onednn(plan, n, shapes, groups, kappa, by_onednn):
     dim = 400
-    Z = random((1, n, dim), torch.float32)
-    R = torch.eye(dim)[None] + 0.05 * random((1, dim, dim), torch.float32, seed=1)
+    Z = random((groups, n, dim), torch.float32)
+    R = torch.eye(dim) + 0.05 * random((groups, dim, dim), torch.float32, seed=1)
     S = Z.mT @ Z / n
     before = R.clone(), S.clone(), Z.clone()
     call = {
@@ -605,19 +645,33 @@ def test_updates_by_onednn(plan, n, kappa, by_onednn):
         "direct": lambda z, s, r: plans.update_direct(z, r, 1e-2, kappa),
         "samples": lambda z, s, r: plans.update_from_samples(z, r, 1e-2, kappa),
     }[plan]
-    if plan == "samples" and n > dim:
-        return
-    exact_R, exact_loss = call(Z.double(), S.double(), R.double())
+    exact = call(Z.double(), S.double(), R.double())
     assert not by_onednn  # float64 is not its business
-    R_new, loss = call(Z, S, R)
-    assert by_onednn
+    found = call(Z, S, R)
+    assert by_onednn == (shapes if groups == 1 else [])
     by_onednn.clear()
     with torch.backends.mkldnn.flags(enabled=False):
-        plain_R, plain_loss = call(Z, S, R)
+        plain = call(Z, S, R)
     assert not by_onednn
-    assert error(R_new, exact_R) <= 2 * error(plain_R, exact_R) + 1e-6
-    assert error(loss, exact_loss) <= 2 * error(plain_loss, exact_loss) + 1e-6
+    for ours, theirs, oracle in zip(found, plain, exact):
+        assert error(ours, oracle) <= 2 * error(theirs, oracle) + 1e-6
     assert all(map(torch.equal, before, (R, S, Z)))
+    if plan == "gram":
+        overwritten = plans.update_from_gram(S, R, 1e-2, kappa, overwrite=True)
+        assert all(map(torch.equal, overwritten, found))
+        assert torch.equal(R, before[0])
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_updates_by_onednn_of_overlapping_windows_and_without_a_step():
+    x = random((4000,), torch.float32).unfold(0, 32, 2)[:200]
+    R = torch.eye(32)
+    found = dbp.decor_update(x, R, (), lr=1e-2)
+    expected = dbp.decor_update(x.contiguous().double(), R.double(), (), lr=1e-2)
+    assert error(found[0], expected[0]) < 1e-6
+    x = x.clone()
+    x[0, 0] = float("inf")
+    assert torch.equal(dbp.decor_update(x, R, (), lr=0.0)[0], R)
 
 
 def test_onednn_multiplies_float32_where_the_calibration_says_so(by_onednn, monkeypatch):
@@ -625,15 +679,27 @@ def test_onednn_multiplies_float32_where_the_calibration_says_so(by_onednn, monk
     assert onednn.faster(X, Y)
     assert not onednn.faster(X.double(), Y.double())
     assert not onednn.faster(X.to("meta"), Y.to("meta"))
+    assert not onednn.faster(X.expand(2, -1, -1), Y.expand(2, -1, -1))
+    asking = Y.clone().requires_grad_()
+    assert not onednn.faster(X, asking)
+    matmul.matmul(X, asking).sum().backward()
+    assert asking.grad is not None
+    with torch.no_grad():
+        assert onednn.faster(X, asking)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not onednn.faster(X, Y)
     monkeypatch.setattr(onednn, "_AVAILABLE", False)
     assert not onednn.faster(X, Y)
     monkeypatch.setattr(onednn, "_AVAILABLE", True)
-    for gain in (0.0, 0.9, 1.01):
-        slower = replace(machine("cpu"), onednn=gain)
+    for rates in ((), ((16, 90.0),), ((16, 101.0),)):
+        slower = replace(machine("cpu"), narrow=GAIN[0], onednn=rates)
         monkeypatch.setattr(onednn, "machine", lambda device_type, slower=slower: slower)
         assert not onednn.faster(X, Y)
+
+
+def test_another_signature_of_the_operator_is_no_signature(monkeypatch):
+    monkeypatch.setattr(onednn, "_ARGUMENTS", ["Tensor"])
+    assert not onednn.available()
 
 
 # --------------------------------------------------------------------------- precision settings

@@ -270,6 +270,19 @@ def test_few_rows_times_a_large_R(monkeypatch):
     torch.testing.assert_close(compiled(x, weight, R, b), expected)
 
 
+@pytest.mark.parametrize("dims", [{"weight": [0]}, {"weight": [1], "x": [1], "R": [0, 1]}], ids=str)
+def test_sizes_of_layers_may_stay_dynamic_in_an_export(dims):
+    class Model(torch.nn.Module):
+        def forward(self, x, weight, R):
+            return torch.ops.dbp.decor_linear(x, weight, R, None)
+
+    arguments = {"x": random((3, 16)), "weight": random((5, 16)), "R": near_identity(1, 16)}
+    size = torch.export.Dim("size", min=2)
+    dynamic = {k: dict.fromkeys(dims.get(k, ()), size) for k in arguments}
+    program = torch.export.export(Model(), (), arguments, dynamic_shapes=dynamic)
+    torch.testing.assert_close(program.module()(**arguments), Model()(**arguments))
+
+
 # --------------------------------------------------------------------------- padding
 
 
