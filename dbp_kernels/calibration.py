@@ -207,7 +207,7 @@ def nearest(
         return c.device != device, other, not similar, last, *nearness
 
     found = min((c for c in known if c.type == type), key=distance)
-    if _maker(found.device) != _maker(device):  # BLAS has paths of their own for makers' processors
+    if _maker(found.device) != _maker(device):  # BLAS treats makers apart
         return replace(found, machine=replace(found.machine, onednn=()))
     return found
 

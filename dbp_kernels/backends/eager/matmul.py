@@ -33,9 +33,8 @@ def rows_times(X: Tensor, R: Tensor) -> Tensor:
     rows, dim = X.shape[0], R.shape[0]
     known = type(rows) is type(dim) is int  # to ask a symbol would make it a constant
     precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
-    if not (R.is_cpu and known and precise and rows <= _THREADED_ROWS and dim >= _LARGE):
-        return X @ R
-    if dim % _PART:
+    few = known and rows <= _THREADED_ROWS and dim >= _LARGE and dim % _PART == 0
+    if not (R.is_cpu and precise and few):
         return X @ R
     parts = (dim // _PART, _PART)
     return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)

@@ -60,8 +60,6 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     if 0 in X.shape or 0 in Y.shape:
         return torch.mm(X, Y)
     parts = -(-len(Y) // _TERMS)
-    if parts == 1:
-        return _part(X, Y)
     first, *others = zip(X.tensor_split(parts, 1), Y.tensor_split(parts))
     total = _part(*first)
     for other in others:
