@@ -20,7 +20,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.eager.matmul import rows_times
+from .backends.eager.rows_times import rows_times
+from .dispatch import nothing_between, plain
 from .geometry import ConvGeometry, make_geometry
 from .plans import UpdateRule
 from .precision import INPUT_DTYPES, statistics_dtype, without_autocast
@@ -407,24 +408,7 @@ def direct(x: Tensor) -> bool:
 
     A linear layer of a few hundred features notices what the dispatcher takes (some 25 us).
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _nothing_between(x)
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def _nothing_between(x: Tensor) -> bool:
-    """Whether dispatching ``x`` further would go straight to the kernel: small layers notice."""
-    return (
-        type(x) is Tensor
-        and (x.is_cpu or x.is_cuda)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return plain(x) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _differentiable(
@@ -458,7 +442,7 @@ def _differentiable(
         rest = [named.get(a.name, a.default_value) for a in schema[len(args) :]]
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not wanted and forward_ad._current_level < 0:
-            if _nothing_between(args[0]):
+            if nothing_between(args[0]):
                 return implementation(*args, *rest)
             return OpaqueOp.forward(keyset, *args, *rest)
         with enable_single_level_autograd_function():

@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import dbp_kernels as dbp
 from dbp_kernels import reference
-from dbp_kernels.backends.eager import matmul
+from dbp_kernels.backends.eager import onednn, rows_times
 
 F64 = torch.float64
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -250,21 +250,40 @@ def test_composites_gradcheck(function, inputs):
     torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_few_rows_times_a_large_R(monkeypatch):
-    """What libraries multiply in parts has all the derivatives, transforms and graphs of one product."""
+def in_parts(monkeypatch):
+    monkeypatch.setattr(rows_times, "_LARGE", 8)
+    monkeypatch.setattr(rows_times, "_PART", 4)
+    return "aten::bmm", [[[2, 2, 4], [2, 4, 8]]]
+
+
+def by_onednn(monkeypatch):
+    """As on a CPU that it pays on, but in float64, which oneDNN does not have."""
+    monkeypatch.setattr(rows_times, "_WORTH", 0)
+    monkeypatch.setattr(onednn, "multiplies", lambda X, Y: True)
+    monkeypatch.setattr(onednn, "product", torch.mm)
+    return "_ByOneDNN", [[[2, 8], [8, 8]]]
+
+
+@pytest.mark.parametrize("way", [in_parts, by_onednn])
+def test_ways_to_multiply_by_a_large_R(way, monkeypatch):
+    """Every way has all the derivatives, transforms and graphs of one product."""
     x, weight, R, b = random((3, 8)), random((2, 8), seed=2), near_identity(1, 8), random((2,))
     expected = dbp.decor_linear(x, weight, R, b)
-    monkeypatch.setattr(matmul, "_LARGE", 8)
-    monkeypatch.setattr(matmul, "_PART", 4)
+    name, calls = way(monkeypatch)
     with torch.profiler.profile(record_shapes=True) as profile:
-        torch.testing.assert_close(dbp.decor_linear(x, weight, R, b), expected)
-    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
-    assert shapes == [[[2, 2, 4], [2, 4, 8]]]
+        found = dbp.decor_linear(x, weight.requires_grad_(), R, b)
+    torch.testing.assert_close(found, expected)
+    assert [event.input_shapes for event in profile.events() if event.name == name] == calls
+    weight = weight.detach()
     test_composites_gradcheck(dbp.decor_linear, (x, weight, R, b))
     torch.library.opcheck(torch.ops.dbp.decor_linear.default, (*leaves(x, weight, R), b))
     many = torch.stack([weight, 2 * weight])
     found = torch.func.vmap(lambda w: dbp.decor_linear(x, w, R))(many)
     torch.testing.assert_close(found, torch.stack([x @ (w @ R).mT for w in many]))
+    hessian = torch.func.hessian(lambda w: dbp.decor_linear(x, w, R).square().sum())(weight)
+    xR = x @ R.mT
+    expected_hessian = torch.einsum("ac,bd->abcd", torch.eye(2), 2 * xR.mT @ xR)
+    torch.testing.assert_close(hessian, expected_hessian.to(hessian))
     torch._dynamo.reset()
     compiled = torch.compile(dbp.decor_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, R, b), expected)

@@ -35,7 +35,18 @@ _AVAILABLE = available()
 
 # oneDNN sums one after the other, where BLAS sums parts: so many terms keep float32 within twice the
 # error of BLAS.
-_TERMS = 2048
+TERMS = 2048
+
+
+def multiplies(X: Tensor, Y: Tensor) -> bool:
+    """Whether ``product`` is the way to multiply X (..., a, n) and Y (..., n, b), on this very CPU."""
+    return (
+        X.is_cpu
+        and X.dtype == Y.dtype == torch.float32
+        and _AVAILABLE
+        and machine("cpu").onednn_pays
+        and torch.backends.mkldnn.enabled
+    )
 
 
 def faster(X: Tensor, Y: Tensor) -> bool:
@@ -46,11 +57,7 @@ def faster(X: Tensor, Y: Tensor) -> bool:
     """
     return (
         X.shape[0] == 1
-        and X.is_cpu
-        and X.dtype == Y.dtype == torch.float32
-        and _AVAILABLE
-        and machine("cpu").onednn_pays
-        and torch.backends.mkldnn.enabled
+        and multiplies(X, Y)
         and not (torch.is_grad_enabled() and (X.requires_grad or Y.requires_grad))
     )
 
@@ -59,7 +66,7 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     """X Y for X (a, n), Y (n, b), float32 on a CPU. Fastest where rows of X are dense in memory."""
     if 0 in X.shape or 0 in Y.shape:
         return torch.mm(X, Y)
-    parts = -(-len(Y) // _TERMS)
+    parts = -(-len(Y) // TERMS)
     first, *others = zip(X.tensor_split(parts, 1), Y.tensor_split(parts))
     total = _part(*first)
     for other in others:
