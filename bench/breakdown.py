@@ -44,6 +44,8 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
         (plans, "update_from_gram", PRODUCTS),
         (plans, "update_direct", PRODUCTS),
         (plans, "update_from_samples", PRODUCTS),
+        (plans, "gram_update", PRODUCTS),
+        (plans, "direct_update", PRODUCTS),
         (plans, "low_rank_update", PRODUCTS),
         (backend, "update_from_gram", PRODUCTS),
         (backend, "update_direct", PRODUCTS),

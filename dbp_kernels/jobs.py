@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import backends, distributed, functional, plans
+from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.choices import update_choices
 from dbp_kernels.geometry import ConvGeometry
@@ -70,7 +71,7 @@ class Job:
 
 
 # R_new, or what is to be done to R: either way, R itself has not changed yet.
-Update = Tensor | plans.LowRankUpdate
+Update = Tensor | plans.Update
 
 
 def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
@@ -153,10 +154,13 @@ def _bucket(job: Job, plan: str | None, geometry: ConvGeometry) -> tuple | None:
 def _update_alone(
     job: Job, plan: str | None, x: Tensor, geometry: ConvGeometry, arguments: tuple
 ) -> tuple[Update, Tensor]:
-    if plan != "samples":
+    R = job.grouped_R
+    if plan == "samples":
+        update, loss = plans.low_rank_update(_patches(job, x, geometry), R, **job.rule)
+    elif plan is not None and backends.selected(R.device.type) == "eager":
+        update, loss = eager.work_out(x, R, geometry, **job.rule, demean=job.demean)
+    else:
         return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
-    Z = _patches(job, x, geometry)
-    update, loss = plans.low_rank_update(Z, job.grouped_R, **job.rule)
     return update, loss.mean()
 
 

@@ -6,10 +6,11 @@ With n patches Z (n x D), second moment S = Z^T Z / n and x = R z:
     direct    X = Z R^T; M = X^T X / n; then R - lr M' R                3 n D^2 + 2 D^3
     samples   X = Z R^T; U = X R;  R - lr [c/n X^T U + diag(d) R]       6 n D^2 (+ 2 n^2 D: the loss)
 
-multiply-adds counted twice, and half of the symmetric M (large D come near it); M' is M with its diagonal replaced (``UpdateRule``). All tensors are
-batched over a leading dimension G (groups of one layer, or layers of equal shape). Functions are
-pure: no host synchronisation, nothing changed in place but their own temporaries. Plan "samples"
-can also stop short of changing R: see ``LowRankUpdate``.
+multiply-adds counted twice, and half of the symmetric M (large D come near it); M' is M with its
+diagonal replaced (``UpdateRule``). All tensors are batched over a leading dimension G (groups of one
+layer, or layers of equal shape). Functions are pure: no host synchronisation, nothing changed in
+place but their own temporaries. Every plan can also stop short of changing R: see ``ProductUpdate``
+and ``LowRankUpdate``.
 
 Source: DBP paper (arXiv 2405.02385) eq. 3 and section 2.1; <x x^T> = R S R^T makes them equal.
 """
@@ -21,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.eager import onednn
-from .backends.eager.matmul import add_product, matmul, symmetric_product
+from .backends.eager.matmul import add_product_, matmul, symmetric_product
 
 RULES = ("standard", "normalized")
 
@@ -51,10 +51,43 @@ class UpdateRule:
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
 
 
-def _apply(
-    M: Tensor, R: Tensor, lr: float, rule: UpdateRule, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The update from M = <x x^T>, which is overwritten; R_new goes to ``out`` if given."""
+@dataclass(frozen=True)
+class ProductUpdate:
+    """R <- R + factor M' R, which plan "gram" or "direct" has worked out and not yet carried out.
+
+    Attributes:
+        MR: (G, D, D), the product M' R.
+        factor: a number.
+    """
+
+    MR: Tensor
+    factor: float
+
+    def new(self, R: Tensor) -> Tensor:
+        """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
+        return torch.add(R, self.MR, alpha=self.factor)
+
+    def apply_(self, R: Tensor) -> None:
+        """Change R (G, D, D) in place, in one pass over it and MR."""
+        R.add_(self.MR, alpha=self.factor)
+
+    def finite(self) -> Tensor:
+        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
+
+        A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN. A sum
+        is one pass without D x D temporaries.
+        """
+        return self.MR.sum().isfinite()
+
+    def cancel_unless_(self, ok: Tensor) -> None:
+        """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
+        self.MR.masked_fill_(~ok, 0)
+
+
+def _product_update(
+    M: Tensor, R: Tensor, lr: float, rule: UpdateRule
+) -> tuple[ProductUpdate, Tensor]:
+    """The update from M = <x x^T>, which is overwritten, and the loss (G,)."""
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     v = diagonal - 1
     diagonal.zero_()
@@ -62,10 +95,23 @@ def _apply(
     loss = (rule.c_weight * off + rule.kappa * v.square().sum(-1)) / rule.loss_scale
     if rule.c_weight == 0:
         M.zero_()
-    # c_weight goes into the product's factor: multiplying M by it would be a pass over M
+    # c_weight goes into the factor: multiplying M by it would be a pass over M
     weight = rule.c_weight or 1.0
     diagonal.copy_(v * (rule.v_weight / weight))
-    return add_product(R, M, R, -lr * weight, out), loss
+    # at lr = 0 an Inf in M' R would still make R NaN
+    MR = matmul(M, R) if lr else torch.zeros_like(R)
+    return ProductUpdate(MR, -lr * weight), loss
+
+
+def gram_update(
+    S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard", overwrite: bool = False
+) -> tuple[ProductUpdate, Tensor]:
+    """Plan "gram" up to its change of R. Arguments as `update_from_gram`; loss (G,)."""
+    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+    P = matmul(R, S)  # rows of both P and R are dense, as the next product likes them
+    M = symmetric_product(P.mT, R.mT, out=S if overwrite else None)
+    del P
+    return _product_update(M, R, lr, weights)
 
 
 def update_from_gram(
@@ -78,24 +124,28 @@ def update_from_gram(
 ) -> tuple[Tensor, Tensor]:
     """Plan "gram". S, R (G, D, D) of one dtype -> R_new (G, D, D), loss (G,).
 
-    With ``overwrite`` S serves as workspace: one D x D buffer instead of three. Raises ValueError
-    for an unknown rule or a kappa outside [0, 1].
+    With ``overwrite`` S serves as workspace: one D x D buffer fewer. Raises ValueError for an
+    unknown rule or a kappa outside [0, 1].
     """
+    update, loss = gram_update(S, R, lr, kappa, rule, overwrite)
+    return update.new(R), loss
+
+
+def direct_update(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[ProductUpdate, Tensor]:
+    """Plan "direct" up to its change of R. Arguments as `update_direct`; loss (G,)."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    P = matmul(R, S)  # rows of both P and R are dense, as the next product likes them
-    M = symmetric_product(P.mT, R.mT, out=S if overwrite else None)
-    spare = None if onednn.faster(M, R) else P  # oneDNN brings memory of its own
-    del P
-    return _apply(M, R, lr, weights, out=spare)
+    X = matmul(R, Z.mT).mT  # its columns are dense, as the next product likes them
+    return _product_update(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
     """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    X = matmul(R, Z.mT).mT  # its columns are dense, as the next product likes them
-    return _apply(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
+    update, loss = direct_update(Z, R, lr, kappa, rule)
+    return update.new(R), loss
 
 
 @dataclass(frozen=True)
@@ -116,12 +166,13 @@ class LowRankUpdate:
     def new(self, R: Tensor) -> Tensor:
         """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
         R_new = R * self.scale
-        return add_product(R_new, self.X.mT, self.U, -self.weight, R_new)
+        add_product_(R_new, self.X.mT, self.U, -self.weight)
+        return R_new
 
     def apply_(self, R: Tensor) -> None:
         """Change R (G, D, D) in place: two passes over it, and no other D x D memory for a dense R."""
         R.mul_(self.scale)
-        add_product(R, self.X.mT, self.U, -self.weight, R)
+        add_product_(R, self.X.mT, self.U, -self.weight)
 
     def finite(self) -> Tensor:
         """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
@@ -136,6 +187,10 @@ class LowRankUpdate:
         self.scale.masked_fill_(~ok, 1)
         self.X.masked_fill_(~ok, 0)
         self.U.masked_fill_(~ok, 0)
+
+
+# What plans have worked out: R itself has not changed yet.
+Update = ProductUpdate | LowRankUpdate
 
 
 def low_rank_update(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.jobs import Job, Update
-from dbp_kernels.plans import LowRankUpdate
 
 
 def write_back(
@@ -58,9 +57,9 @@ def _to_device(
 
 
 def _finite(update: Update) -> Tensor:
-    if isinstance(update, LowRankUpdate):
-        return update.finite()
-    return update.sum().isfinite()  # not finite if an entry is not: one pass, no D x D temporary
+    if isinstance(update, Tensor):
+        return update.sum().isfinite()  # not finite if an entry is not: one pass, no temporary
+    return update.finite()
 
 
 def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
@@ -72,7 +71,7 @@ def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
     """Make the update of R (groups, D, D) if ``ok``."""
     if ok is False:
         return
-    if isinstance(update, LowRankUpdate):
+    if not isinstance(update, Tensor):
         if ok is not True:
             update.cancel_unless_(ok)
         update.apply_(R)

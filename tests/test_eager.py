@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import dbp_kernels as dbp
 from dbp_kernels import plans, reference
-from dbp_kernels.backends.eager import matmul, onednn, self_wgrad, unfold
+from dbp_kernels.backends.eager import matmul, onednn, rows_times, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager import shift as shift_form
 from dbp_kernels.calibration import machine
@@ -547,24 +547,24 @@ def test_wide_and_tall_products_are_cut_in_panels():
 @pytest.mark.parametrize("rows", [0, 1, 10, 32, 33])
 @pytest.mark.parametrize("dim", [16, 24, 20])
 def test_few_rows_times_a_large_matrix(rows, dim, monkeypatch):
-    monkeypatch.setattr(matmul, "_LARGE", 20)
-    monkeypatch.setattr(matmul, "_PART", 8)
+    monkeypatch.setattr(rows_times, "_LARGE", 20)
+    monkeypatch.setattr(rows_times, "_PART", 8)
     X, R = random((rows, dim), F64), random((dim, dim), F64)
     used = []
     plain = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: used.append(len(x)) or plain(x, y))
-    torch.testing.assert_close(matmul.rows_times(X, R), X @ R)
+    torch.testing.assert_close(rows_times.rows_times(X, R), X @ R)
     assert used == ([3] if rows <= 32 and dim == 24 else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parts_are_not_rounded(dtype, monkeypatch):
-    monkeypatch.setattr(matmul, "_LARGE", 64)
-    monkeypatch.setattr(matmul, "_PART", 8)
+    monkeypatch.setattr(rows_times, "_LARGE", 64)
+    monkeypatch.setattr(rows_times, "_PART", 8)
     X, R = random((10, 1024), dtype), 1 + 0.1 * random((1024, 1024), dtype, seed=1)
     X = X - X.mean(1, keepdim=True)
     exact = X.double() @ R.double()
-    assert error(matmul.rows_times(X, R), exact) <= 2 * error(X @ R, exact) + 1e-6
+    assert error(rows_times.rows_times(X, R), exact) <= 2 * error(X @ R, exact) + 1e-6
 
 
 GAIN = ((16, 100.0),), ((16, 130.0),)  # BLAS's and oneDNN's rates
@@ -620,6 +620,44 @@ def test_products_by_onednn(sizes, layout_X, layout_Y, transposed, by_onednn):
     assert found.shape == exact.shape
     assert by_onednn == [sizes]
     assert error(found, exact) <= 2 * error(X @ Y, exact) + 1e-6
+
+
+@pytest.mark.parametrize("rows", [3, 32, 33, 300])
+@pytest.mark.parametrize("dim", [1024, 2049])
+def test_rows_times_R_by_onednn(rows, dim, by_onednn, monkeypatch):
+    """A = W R and its gradients, with the error of BLAS; where copies would not pay, by BLAS."""
+    X, R = random((rows, dim), torch.float32), random((dim, dim), torch.float32, seed=1)
+    few, one_part = rows <= 32, dim <= 2048
+    forward, backward = (rows, dim, dim), (dim, dim, rows) if few else (rows, dim, dim)
+    worth = rows * dim * dim >= 1 << 24 and (one_part or not few)
+    products = [forward] * worth + [backward] * (worth and (one_part or rows == 300))
+
+    def results(multiply, X, R):
+        X, R = X.clone().requires_grad_(), R.clone().requires_grad_()
+        out = multiply(X, R)
+        return out, *torch.autograd.grad(out.square().sum(), (X, R))
+
+    found = results(rows_times.rows_times, X, R)
+    assert by_onednn == products
+    exact = results(torch.mm, X.double(), R.double())
+    for ours, blas, oracle in zip(found, results(torch.mm, X, R), exact):
+        assert ours.shape == oracle.shape
+        assert error(ours, oracle) <= 2 * error(blas, oracle) + 1e-6
+
+
+def test_a_batch_of_gradients_is_not_for_onednn(by_onednn):
+    X, R = (random((300, 300), torch.float32, seed=seed) for seed in (0, 1))
+    gradients = random((2, 300, 300), torch.float32, seed=2)
+    X.requires_grad_()
+    out = rows_times.rows_times(X, R)
+    (found,) = torch.autograd.grad(out, X, gradients, is_grads_batched=True)
+    torch.testing.assert_close(found, gradients @ R.mT)
+    assert len(by_onednn) == 1
+
+
+def test_small_products_with_R_are_not_worth_onednn(by_onednn):
+    rows_times.rows_times(random((4, 64), torch.float32), random((64, 64), torch.float32))
+    assert not by_onednn
 
 
 @pytest.mark.parametrize(

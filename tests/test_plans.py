@@ -66,11 +66,21 @@ def test_all_plans_agree(groups, n, dim, kappa, rule, demean, seed):
         assert torch.equal(r, before[1]), name
 
 
+# Every plan up to its change of R, from Z.
+UPDATES = {
+    "gram": lambda z, *rest: plans.gram_update(second_moment(z), *rest),
+    "direct": plans.direct_update,
+    "samples": plans.low_rank_update,
+}
+every_update = pytest.mark.parametrize("name", UPDATES)
+
+
+@every_update
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_low_rank_update_in_place(groups):
+def test_an_update_in_place(name, groups):
     z, r = random((groups, 3, 7)), random((groups, 7, 7), seed=1)
-    update, _ = plans.low_rank_update(z, r, 0.1, 0.3)
-    expected, _ = plans.update_from_samples(z, r, 0.1, 0.3)
+    update, _ = UPDATES[name](z, r, 0.1, 0.3)
+    expected, _ = PLANS[name](z, r, 0.1, 0.3)
     assert update.finite()
     before = r.clone()
     update.cancel_unless_(torch.tensor(True))
@@ -82,13 +92,14 @@ def test_a_low_rank_update_in_place(groups):
     assert not torch.equal(r, before)
 
 
+@every_update
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e160])
 @pytest.mark.parametrize("where", ["z", "r"])
-def test_a_low_rank_update_that_is_not_finite(where, bad):
+def test_an_update_that_is_not_finite(name, where, bad):
     z, r = random((1, 3, 7)), random((1, 7, 7), seed=1)
     (z if where == "z" else r)[0, 2, 4] = bad
     before = r.clone()
-    update, _ = plans.low_rank_update(z, r, 0.1, 0.3)
+    update, _ = UPDATES[name](z, r, 0.1, 0.3)
     assert not update.finite()
     update.cancel_unless_(update.finite())
     update.apply_(r)

@@ -395,25 +395,33 @@ LARGE = [
 @pytest.mark.parametrize("decided", [None, lambda accept: accept.unbind()], ids=["CPU", "GPU"])
 @pytest.mark.parametrize("dtype", [torch.float32, D64])
 @pytest.mark.parametrize("demean", [False, True])
-def test_large_layers_in_place(dtype, demean, decided, monkeypatch):
-    """As on a CPU, and by tensors that decide, as on a GPU; one of the layers is poisoned."""
+@pytest.mark.parametrize("batches", [1, 100])
+def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
+    """As on a CPU, and by tensors that decide, as on a GPU; one of the layers is poisoned.
+
+    One batch has fewer patches than D, a hundred have more, which is for other plans.
+    """
     if decided:
         monkeypatch.setattr(write_back, "_decided", decided)
     used = []
-    original = plans.low_rank_update
-    monkeypatch.setattr(
-        plans, "low_rank_update", lambda *a, **k: used.append(1) or original(*a, **k)
-    )
+    names = ["low_rank_update"] if batches == 1 else ["gram_update", "direct_update"]
+    for plan in (getattr(plans, name) for name in names):
+        monkeypatch.setattr(
+            plans, plan.__name__, lambda *a, plan=plan, **k: used.append(plan) or plan(*a, **k)
+        )
     net = nn.ModuleList(fresh(layer, dtype) for layer, _ in [*LARGE, LARGE[0]])
     update = dbp.DecorUpdate(net, lr=1e-2, kappa=0.3, sample=1.0, demean=demean)
     before = [layer.R.clone() for layer in net]
-    inputs = [torch.randn(shape, dtype=dtype) for _, shape in [*LARGE, LARGE[0]]]
+    storages = [layer.R.data_ptr() for layer in net]
+    shapes = [(batches * images, *rest) for _, (images, *rest) in [*LARGE, LARGE[0]]]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
     inputs[-1][0, 0] = float("nan")
     with torch.autocast("cpu", torch.bfloat16):
         for layer, x in zip(net, inputs):
             layer(x)
         update.step()
     assert len(used) == len(net)
+    assert [layer.R.data_ptr() for layer in net] == storages
     assert [int(v) for v in update.skipped().values()] == [0, 0, 0, 1]
     assert torch.equal(net[-1].R, before[-1])
     tolerance = 1e-12 if dtype == D64 else 1e-5

@@ -15,9 +15,6 @@ from . import onednn
 _PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
-# BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
-# Parts of the inner dimension, of this size each, occupy them.
-_THREADED_ROWS, _LARGE, _PART = 32, 2048, 256
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
@@ -28,28 +25,12 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     return multiply(X[0], Y[0]).unsqueeze(0)
 
 
-def rows_times(X: Tensor, R: Tensor) -> Tensor:
-    """X R for X (a, D), R (D, D), differentiable; for few rows and a large R on a CPU in parts."""
-    rows, dim = X.shape[0], R.shape[0]
-    known = type(rows) is type(dim) is int  # to ask a symbol would make it a constant
-    precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
-    few = known and rows <= _THREADED_ROWS and dim >= _LARGE and dim % _PART == 0
-    if not (R.is_cpu and precise and few):
-        return X @ R
-    parts = (dim // _PART, _PART)
-    return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
-
-
-def add_product(R: Tensor, X: Tensor, Y: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
-    """R + alpha X Y for R (G, a, b), X (G, a, n), Y (G, n, b); into ``out`` (may be R) if given."""
-    if X.shape[0] > 1:
-        return torch.baddbmm(R, X, Y, alpha=alpha, out=out)
-    # into memory that is there, BLAS adds: oneDNN would need as much again. alpha 0 ignores X Y
-    if out is None and alpha != 0 and onednn.faster(X, Y):
-        XY = onednn.product(X[0], Y[0]).unsqueeze(0)
-        return torch.add(R, XY, alpha=alpha, out=XY)
-    one = None if out is None else out[0]
-    return torch.addmm(R[0], X[0], Y[0], alpha=alpha, out=one).unsqueeze(0)
+def add_product_(R: Tensor, X: Tensor, Y: Tensor, alpha: float) -> None:
+    """R += alpha X Y in place, for R (G, a, b), X (G, a, n), Y (G, n, b)."""
+    if X.shape[0] == 1:
+        R[0].addmm_(X[0], Y[0], alpha=alpha)
+    else:
+        R.baddbmm_(X, Y, alpha=alpha)
 
 
 def product(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, alpha: float = 1.0) -> None:

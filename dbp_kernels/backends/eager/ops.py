@@ -67,7 +67,7 @@ update_from_gram = plans.update_from_gram
 update_direct = plans.update_direct
 
 
-def decor_update(
+def work_out(
     x: Tensor,
     R: Tensor,
     geometry: ConvGeometry,
@@ -76,17 +76,23 @@ def decor_update(
     rule: str,
     demean: bool,
     choice: Choice | None = None,
-) -> tuple[Tensor, Tensor]:
-    """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
+) -> tuple[plans.Update, Tensor]:
+    """The update that R is due, and loss (groups,), by the planner's choice of plan unless given."""
     choice = choice or update_choices(geometry, x.device.type, _itemsize(x))[0]
     if choice.name == "gram":
         S = _centred_gram(x, geometry, demean, choice.gram)
-        return plans.update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+        return plans.gram_update(S, R, lr, kappa, rule, overwrite=True)
     Z = rows(x, geometry, R.dtype)
     if demean:
         Z = Z - Z.mean(1, keepdim=True)
-    plan = plans.update_direct if choice.name == "direct" else plans.update_from_samples
+    plan = plans.direct_update if choice.name == "direct" else plans.low_rank_update
     return plan(Z, R, lr, kappa, rule)
+
+
+def decor_update(x: Tensor, R: Tensor, *arguments, **options) -> tuple[Tensor, Tensor]:
+    """R_new (groups, D, D) and loss (groups,). Arguments as ``work_out``."""
+    update, loss = work_out(x, R, *arguments, **options)
+    return update.new(R), loss
 
 
 def unusable(device_type: str) -> str | None:
