@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .backends.eager import self_wgrad
+from .backends.eager import onednn, self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
 from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion, strided
@@ -255,14 +255,11 @@ def gram_choices(
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
-# From this side on a square product runs at the rate of a larger matrix times as many columns. The
-# other table, of products with a long inner dimension, is BLAS's.
-_SQUARE = 128
-
-
 def _dense_rate(m: Machine, side: int, dim: int, groups: int, blas: bool = False) -> float:
     """Operations per second of products with R (dim x dim), their shorter side given."""
-    narrow = groups == 1 and (side < dim or (m.onednn_pays and side >= _SQUARE and not blas))
+    blas = blas or not m.onednn_pays or side * dim**2 < onednn.WORTH
+    # square products by BLAS run at the rate of those with a long inner dimension
+    narrow = groups == 1 and (side < dim or not blas)
     return m.narrow_rate(side, blas) if narrow else m.product_rate(side, groups)
 
 

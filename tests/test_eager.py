@@ -577,6 +577,7 @@ def by_onednn(monkeypatch):
         pytest.skip("this build of torch lacks oneDNN's products")
     gained = replace(machine("cpu"), narrow=GAIN[0], onednn=GAIN[1])
     monkeypatch.setattr(onednn, "machine", lambda device_type: gained)
+    monkeypatch.setattr(onednn, "WORTH", 0)
     calls = []
     product = onednn.product
 
@@ -629,8 +630,8 @@ def test_rows_times_R_by_onednn(rows, dim, by_onednn, monkeypatch):
     X, R = random((rows, dim), torch.float32), random((dim, dim), torch.float32, seed=1)
     few, one_part = rows <= 32, dim <= 2048
     forward, backward = (rows, dim, dim), (dim, dim, rows) if few else (rows, dim, dim)
-    worth = rows * dim * dim >= 1 << 24 and (one_part or not few)
-    products = [forward] * worth + [backward] * (worth and (one_part or rows == 300))
+    chosen = one_part or not few
+    products = [forward] * chosen + [backward] * (chosen and (one_part or rows == 300))
 
     def results(multiply, X, R):
         X, R = X.clone().requires_grad_(), R.clone().requires_grad_()
@@ -655,9 +656,13 @@ def test_a_batch_of_gradients_is_not_for_onednn(by_onednn):
     assert len(by_onednn) == 1
 
 
-def test_small_products_with_R_are_not_worth_onednn(by_onednn):
-    rows_times.rows_times(random((4, 64), torch.float32), random((64, 64), torch.float32))
-    assert not by_onednn
+def test_small_products_are_not_worth_onednn(by_onednn, monkeypatch):
+    monkeypatch.setattr(onednn, "WORTH", 4 * 64 * 64)
+    X, R = random((1, 4, 64), torch.float32), random((1, 64, 64), torch.float32)
+    for count in (3, 4):
+        matmul.matmul(X[:, :count], R)
+        rows_times.rows_times(X[0, :count], R[0])
+    assert by_onednn == [(4, 64, 64)] * 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from . import onednn
 # BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
 # Parts of the inner dimension, of this size each, occupy them.
 _THREADED_ROWS, _LARGE, _PART = 32, 2048, 256
-# Fewer multiply-adds are not worth oneDNN's calls. So many rows are worth the copies that it makes of
-# R^T in parts.
-_WORTH, _COPIED_ROWS = 1 << 24, 256
+# So many rows are worth the copies that oneDNN makes of R^T in parts.
+_COPIED_ROWS = 256
 
 
 def rows_times(X: Tensor, R: Tensor) -> Tensor:
@@ -24,12 +23,7 @@ def rows_times(X: Tensor, R: Tensor) -> Tensor:
         return X @ R
     few = rows <= _THREADED_ROWS
     one_part = dim <= onednn.TERMS
-    if (
-        rows * dim * dim >= _WORTH
-        and (one_part or not few)
-        and plain(X, R)
-        and onednn.multiplies(X, R)
-    ):
+    if (one_part or not few) and plain(X, R) and onednn.multiplies(X, R):
         return _ByOneDNN.apply(X, R)
     precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
     if not (few and dim >= _LARGE and dim % _PART == 0 and precise):
