@@ -16,6 +16,7 @@ from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
 from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
+from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
 from dbp_kernels.streams import SideStreams
@@ -207,7 +208,8 @@ class DecorUpdate(torch.optim.Optimizer):
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
         samples or result are not finite (see `skipped`). Nothing waits for the device (but see
         `costs`). If an error is raised, no R has changed (but for the first step's broadcast,
-        below). Small layers of equal shape and options are computed together.
+        below); a KeyboardInterrupt comes before or after all of the changes. Small layers of equal
+        shape and options are computed together.
 
         With several ranks, the first step (also after ``load_state_dict()``, and in a copy) sets
         every R to that of the group's first rank, then updates it from all ranks' samples. These
@@ -327,9 +329,9 @@ class DecorUpdate(torch.optim.Optimizer):
         self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
     ) -> None:
         """All were worked out before any R changes, so that an error leaves every R as it was."""
-        with self._own_precision(jobs):
+        with self._own_precision(jobs), uninterrupted():
             write_back(jobs, updates, self._state_of)
-        self._steps += 1
+            self._steps += 1
 
     @contextmanager
     def _own_precision(self, jobs: list[Job]) -> Iterator[None]:
