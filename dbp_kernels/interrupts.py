@@ -12,15 +12,16 @@ from contextlib import contextmanager
 def uninterrupted() -> Iterator[None]:
     """Within it SIGINT, which would raise KeyboardInterrupt anywhere, waits for the end of the block.
 
-    Only the main thread is interrupted that way, so in other threads there is nothing to do.
+    Only the main thread is interrupted that way, so in other threads there is nothing to do. A handler
+    of C code that was set behind Python's back is replaced by Python's, for good.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     received: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
     try:
+        signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
         yield
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -1,7 +1,8 @@
 """The operators of ``torch.ops.dbp``: definitions, fake kernels, autograd, dispatch to a backend.
 
 Two kinds, never mixed in one. *Composites* (decorrelate, decor_conv*, decor_linear) are aten calls
-without a kernel of their own, so that autograd and every torch.func transform see through them.
+without a kernel of their own, so that autograd and every torch.func transform see through them (where
+nobody but autograd looks, one may be an autograd.Function: see `rows_times`).
 *Opaque* ops (patch_gram, patch_mean, decor_stats, decor_update) have backend kernels; a composite
 with a kernel of its own would lose its gradient silently.
 """

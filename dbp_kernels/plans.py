@@ -74,10 +74,10 @@ class ProductUpdate:
     def finite(self) -> Tensor:
         """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
 
-        A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN. A sum
-        is one pass without D x D temporaries.
+        A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN.
         """
-        return self.MR.sum().isfinite()
+        low, high = torch.aminmax(self.MR)  # one pass without D x D temporaries; passes NaN on
+        return (self.factor * (low.abs() + high.abs())).isfinite()
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
@@ -179,7 +179,7 @@ class LowRankUpdate:
 
         X = R Z^T has shown every NaN and Inf in R; X^T U is at most n max|X| max|U|.
         """
-        n = self.X.shape[1]
+        n = max(1.0, self.weight) * self.X.shape[1]
         return torch.isfinite(self.scale.sum() + n * self.X.abs().amax() * self.U.abs().amax())
 
     def cancel_unless_(self, ok: Tensor) -> None:
@@ -210,7 +210,7 @@ def low_rank_update(
     off = (total - second.square().sum(-1)).clamp_min(0)
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
-    scale = (1 - lr * d).unsqueeze(-1)
+    scale = (1 - lr * d if lr else torch.ones_like(d)).unsqueeze(-1)
     return LowRankUpdate(scale, X, matmul(X, R), lr * weights.c_weight / n), loss
 
 

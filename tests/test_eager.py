@@ -577,7 +577,8 @@ def by_onednn(monkeypatch):
         pytest.skip("this build of torch lacks oneDNN's products")
     gained = replace(machine("cpu"), narrow=GAIN[0], onednn=GAIN[1])
     monkeypatch.setattr(onednn, "machine", lambda device_type: gained)
-    monkeypatch.setattr(onednn, "WORTH", 0)
+    for floor in ("WORTH", "_ROWS", "_COPIED_FOR"):
+        monkeypatch.setattr(onednn, floor, 0)
     calls = []
     product = onednn.product
 
@@ -623,27 +624,51 @@ def test_products_by_onednn(sizes, layout_X, layout_Y, transposed, by_onednn):
     assert error(found, exact) <= 2 * error(X @ Y, exact) + 1e-6
 
 
-@pytest.mark.parametrize("rows", [3, 32, 33, 300])
-@pytest.mark.parametrize("dim", [1024, 2049])
+@pytest.mark.parametrize("rows", [3, 4, 32, 33, 300])
+@pytest.mark.parametrize("dim", [64, 2048, 2049])
 def test_rows_times_R_by_onednn(rows, dim, by_onednn, monkeypatch):
-    """A = W R and its gradients, with the error of BLAS; where copies would not pay, by BLAS."""
+    """A = W R and its gradients, the second ones too; where copies would not pay, by BLAS."""
+    monkeypatch.setattr(onednn, "_ROWS", 4)
+    monkeypatch.setattr(onednn, "_COPIED_FOR", 256)
     X, R = random((rows, dim), torch.float32), random((dim, dim), torch.float32, seed=1)
-    few, one_part = rows <= 32, dim <= 2048
-    forward, backward = (rows, dim, dim), (dim, dim, rows) if few else (rows, dim, dim)
-    chosen = one_part or not few
-    products = [forward] * chosen + [backward] * (chosen and (one_part or rows == 300))
+    one_part = dim <= 2048
+    forward = rows >= 4 and (one_part or rows > 32)
+    backward = forward and (one_part or rows >= 256)
 
     def results(multiply, X, R):
         X, R = X.clone().requires_grad_(), R.clone().requires_grad_()
         out = multiply(X, R)
-        return out, *torch.autograd.grad(out.square().sum(), (X, R))
+        first = torch.autograd.grad(out.square().sum(), X, retain_graph=True)
+        seen = len(by_onednn)
+        gradients = torch.autograd.grad(out.square().sum(), (X, R), create_graph=True)
+        return out, *first, *torch.autograd.grad(gradients[0].square().sum(), (X, R)), seen
 
-    found = results(rows_times.rows_times, X, R)
-    assert by_onednn == products
-    exact = results(torch.mm, X.double(), R.double())
-    for ours, blas, oracle in zip(found, results(torch.mm, X, R), exact):
+    *found, seen = results(rows_times.rows_times, X, R)
+    assert by_onednn[:seen] == [(rows, dim, dim)] * (forward + backward)
+    *exact, _ = results(torch.mm, X.double(), R.double())
+    *blas, _ = results(torch.mm, X, R)
+    for ours, plain, oracle in zip(found, blas, exact):
         assert ours.shape == oracle.shape
-        assert error(ours, oracle) <= 2 * error(blas, oracle) + 1e-6
+        assert ours.is_contiguous()
+        assert error(ours, oracle) <= 2 * error(plain, oracle) + 1e-6
+
+
+@pytest.mark.parametrize("of_X", [False, True])
+@pytest.mark.parametrize("of_R", [False, True])
+def test_rows_times_R_keeps_what_mm_keeps(of_X, of_R, by_onednn):
+    """Whatever may be done to a weight between the passes, memory and checkpoints depend on it."""
+    X, R = random((4, 8), torch.float32), random((8, 8), torch.float32, seed=1)
+    X.requires_grad_(of_X), R.requires_grad_(of_R)
+
+    def kept(multiply):
+        tensors = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(tensors.append, lambda packed: packed)
+        with hooks:
+            multiply(X, R)
+        return [id(tensor) for tensor in tensors]
+
+    assert kept(rows_times.rows_times) == kept(torch.mm)
+    assert by_onednn == [(4, 8, 8)]
 
 
 def test_a_batch_of_gradients_is_not_for_onednn(by_onednn):
@@ -663,6 +688,29 @@ def test_small_products_are_not_worth_onednn(by_onednn, monkeypatch):
         matmul.matmul(X[:, :count], R)
         rows_times.rows_times(X[0, :count], R[0])
     assert by_onednn == [(4, 64, 64)] * 2
+
+
+@pytest.mark.parametrize(
+    ("shape_X", "shape_Y", "transposed", "pays"),
+    [
+        ((3, 64), (64, 64), False, False),
+        ((64, 64), (64, 3), False, False),
+        ((4, 64), (64, 4), False, True),
+        # parts of more than 2048 terms: of X always, of Y where its columns are dense
+        ((4, 2048), (2048, 300), True, True),
+        ((4, 2049), (2049, 300), True, False),
+        ((4, 2049), (2049, 300), False, True),
+        ((300, 2049), (2049, 300), True, True),
+        ((300, 2049), (2049, 4), False, False),
+    ],
+)
+@pytest.mark.usefixtures("by_onednn")
+def test_what_onednn_multiplies(shape_X, shape_Y, transposed, pays, monkeypatch):
+    monkeypatch.setattr(onednn, "_ROWS", 4)
+    monkeypatch.setattr(onednn, "_COPIED_FOR", 256)
+    X, Y = random(shape_X, torch.float32), random(shape_Y, torch.float32)
+    Y = Y.mT.contiguous().mT if transposed else Y
+    assert onednn.multiplies(X, Y) == pays
 
 
 @pytest.mark.parametrize(

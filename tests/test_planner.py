@@ -245,6 +245,17 @@ def test_without_the_cost_of_calls_and_copies_the_fewest_operations_win(machines
         assert choices[0].gflop == min(choice.gflop for choice in choices)
 
 
+@pytest.mark.parametrize(("features", "pays"), [(512, False), (1024, True)])
+def test_only_large_products_have_the_rates_of_onednn(features, pays, machines):
+    """16 x 512 x 512 multiply-adds are too few for it."""
+    g = rows((16, features)).geometry
+    seconds = []
+    for rate in (200.0, 400.0):
+        machines(narrow=((4, 50.0),), onednn=((4, rate),))
+        seconds.append({choice.name: choice.seconds for choice in update_choices(g)}["samples"])
+    assert (seconds[1] < seconds[0]) == pays
+
+
 def test_strides_and_cache_conflicts_make_packing_dearer(machines):
     plain, aliased = (case(16, 64, (s, s), 3, padding=1).geometry for s in (31, 32))
     strided = case(16, 64, (31, 31), 3, stride=2, padding=1).geometry

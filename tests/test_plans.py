@@ -107,6 +107,14 @@ def test_an_update_that_is_not_finite(name, where, bad):
 
 
 @every_plan
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_of_size_0_changes_nothing(plan, bad):
+    z, r = random((2, 3, 7)), random((2, 7, 7), seed=1)
+    z[0, 2, 4] = bad
+    assert torch.equal(plan(z, r, 0.0, 0.3)[0], r)
+
+
+@every_plan
 def test_white_samples_are_a_fixed_point(plan):
     z = 2 * torch.eye(4, dtype=F64)[None]  # n = 4: <z z^T> = I
     eye = torch.eye(4, dtype=F64)[None]

@@ -403,16 +403,12 @@ def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
     """
     if decided:
         monkeypatch.setattr(write_back, "_decided", decided)
-    used = []
-    names = ["low_rank_update"] if batches == 1 else ["gram_update", "direct_update"]
-    for plan in (getattr(plans, name) for name in names):
-        monkeypatch.setattr(
-            plans, plan.__name__, lambda *a, plan=plan, **k: used.append(plan) or plan(*a, **k)
-        )
+    kind = plans.LowRankUpdate if batches == 1 else plans.ProductUpdate
+    used, apply_ = [], kind.apply_
+    monkeypatch.setattr(kind, "apply_", lambda self, R: used.append(R) or apply_(self, R))
     net = nn.ModuleList(fresh(layer, dtype) for layer, _ in [*LARGE, LARGE[0]])
     update = dbp.DecorUpdate(net, lr=1e-2, kappa=0.3, sample=1.0, demean=demean)
     before = [layer.R.clone() for layer in net]
-    storages = [layer.R.data_ptr() for layer in net]
     shapes = [(batches * images, *rest) for _, (images, *rest) in [*LARGE, LARGE[0]]]
     inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
     inputs[-1][0, 0] = float("nan")
@@ -420,8 +416,8 @@ def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
         for layer, x in zip(net, inputs):
             layer(x)
         update.step()
-    assert len(used) == len(net)
-    assert [layer.R.data_ptr() for layer in net] == storages
+    changed = net if decided else net[:-1]  # a GPU's poisoned update changes R by nothing
+    assert [R.data_ptr() for R in used] == [layer.R.data_ptr() for layer in changed]
     assert [int(v) for v in update.skipped().values()] == [0, 0, 0, 1]
     assert torch.equal(net[-1].R, before[-1])
     tolerance = 1e-12 if dtype == D64 else 1e-5
@@ -429,6 +425,17 @@ def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
         R_new, expected_loss = expected(patches(layer, x), R, 1e-2, 0.3, demean=demean)
         torch.testing.assert_close(layer.R.to(D64), R_new, rtol=0, atol=tolerance)
         torch.testing.assert_close(loss.to(D64), expected_loss, rtol=10 * tolerance, atol=0)
+
+
+@pytest.mark.parametrize("images", [4, 280, 700], ids=["samples", "direct", "gram"])
+def test_a_step_size_beyond_all_numbers_is_skipped(images):
+    """Statistics, loss and M' R are finite, but not their product with it."""
+    layer = dnn.DecorLinear(300, 2)
+    update = dbp.DecorUpdate(layer, lr=1e36, sample=1.0)
+    layer(30 * torch.randn(images, 300))
+    update.step()
+    assert [int(v) for v in update.skipped().values()] == [1]
+    assert torch.equal(layer.R, torch.eye(300))
 
 
 @pytest.mark.parametrize("size", [3, 300])

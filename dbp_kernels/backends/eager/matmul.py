@@ -26,7 +26,9 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def add_product_(R: Tensor, X: Tensor, Y: Tensor, alpha: float) -> None:
-    """R += alpha X Y in place, for R (G, a, b), X (G, a, n), Y (G, n, b)."""
+    """R += alpha X Y in place, for R (G, a, b), X (G, a, n), Y (G, n, b); alpha 0 ignores X Y."""
+    if alpha == 0:
+        return
     if X.shape[0] == 1:
         R[0].addmm_(X[0], Y[0], alpha=alpha)
     else:

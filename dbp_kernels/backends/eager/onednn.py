@@ -33,20 +33,25 @@ def available() -> bool:
 
 _AVAILABLE = available()
 
-# oneDNN sums one after the other, where BLAS sums parts: so many terms keep float32 within twice the
-# error of BLAS.
+# oneDNN sums one after the other, where BLAS sums parts: over so many terms its error is 2 to 5 times
+# that of BLAS, some 1e-6 of the largest result.
 TERMS = 2048
-
-
-# Fewer multiply-adds are not worth its calls, which take 0.1 ms with cold caches.
-WORTH = 1 << 23
+# Fewer multiply-adds are not worth its calls, which take 0.1 ms with cold caches; and matrices with
+# less than so many rows or columns are no work for it.
+WORTH, _ROWS = 1 << 23, 4
+# What is cut into parts of so many terms has gaps then, and is copied; many operations make up for it.
+_COPIED_FOR = 256
 
 
 def multiplies(X: Tensor, Y: Tensor) -> bool:
     """Whether ``product`` is the way to multiply X (..., a, n) and Y (..., n, b), on this very CPU."""
+    (a, n), b = X.shape[-2:], Y.shape[-1]
+    Y_copied = Y.stride(-2) == 1
     return (
         X.is_cpu
-        and X.shape[-2] * X.shape[-1] * Y.shape[-1] >= WORTH
+        and a * n * b >= WORTH
+        and min(a, b) >= _ROWS
+        and (n <= TERMS or (b >= _COPIED_FOR and (a >= _COPIED_FOR or not Y_copied)))
         and X.dtype == Y.dtype == torch.float32
         and _AVAILABLE
         and machine("cpu").onednn_pays
