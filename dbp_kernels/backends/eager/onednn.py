@@ -40,7 +40,7 @@ TERMS = 2048
 # less than so many rows or columns are no work for it.
 WORTH, _ROWS = 1 << 23, 4
 # What is cut into parts of so many terms has gaps then, and is copied; many operations make up for it.
-_COPIED_FOR = 256
+_COPIED_FOR = 192
 
 
 def multiplies(X: Tensor, Y: Tensor) -> bool:
