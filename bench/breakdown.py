@@ -33,14 +33,16 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
     """(object, attribute, part) of the functions that do the parts."""
     import dbp_kernels as dbp
     from dbp_kernels import backends, capture, jobs, ops, plans, update
+    from dbp_kernels.backends.eager import ops as eager
 
     backend = backends.select(device_type)
-    found = [
+    return [
         (capture.Recorder, "record", COPY),
         (ops, "condensed_weight", CONDENSE),
         (ops, "condensed_weight_transposed", CONDENSE),
         (backend, "patch_gram", MOMENTS),
         (jobs, "rows", PATCHES),
+        (eager, "patches", PATCHES),
         (plans, "update_from_gram", PRODUCTS),
         (plans, "update_direct", PRODUCTS),
         (plans, "update_from_samples", PRODUCTS),
@@ -52,9 +54,6 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
         (update, "write_back", WRITE),
         (dbp.DecorUpdate, "step", STEP),
     ]
-    if hasattr(backend, "rows"):
-        found.append((backend, "rows", PATCHES))
-    return found
 
 
 @contextmanager

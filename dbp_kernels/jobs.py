@@ -156,18 +156,13 @@ def _update_alone(
 ) -> tuple[Update, Tensor]:
     R = job.grouped_R
     if plan == "samples":
-        update, loss = plans.low_rank_update(_patches(job, x, geometry), R, **job.rule)
+        Z = eager.patches(x, geometry, R.dtype, job.demean)
+        update, loss = plans.low_rank_update(Z, R, **job.rule)
     elif plan is not None and backends.selected(R.device.type) == "eager":
         update, loss = eager.work_out(x, R, geometry, **job.rule, demean=job.demean)
     else:
         return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
     return update, loss.mean()
-
-
-def _patches(job: Job, x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Z (groups, n, D) in R's dtype, without its mean if the job says so."""
-    Z = rows(x, geometry, job.R.dtype)
-    return Z - Z.mean(1, keepdim=True) if job.demean else Z
 
 
 def _update_together(
@@ -187,7 +182,8 @@ def _update_together(
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         R_new, loss = backend.update_from_gram(S, R, **jobs[0].rule, overwrite=True)
     else:
-        Z = torch.cat([_patches(*one) for one in zip(jobs, xs, geometries)])
+        demean = jobs[0].demean
+        Z = torch.cat([eager.patches(x, g, R.dtype, demean) for x, g in zip(xs, geometries)])
         update = backend.update_direct if plan == "direct" else plans.update_from_samples
         R_new, loss = update(Z, R, **jobs[0].rule)
     return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())

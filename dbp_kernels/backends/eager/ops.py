@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import plans
@@ -67,6 +68,12 @@ update_from_gram = plans.update_from_gram
 update_direct = plans.update_direct
 
 
+def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool) -> Tensor:
+    """Z (groups, n, D) of a dtype, without its mean if ``demean``."""
+    Z = rows(x, geometry, dtype)
+    return Z - Z.mean(1, keepdim=True) if demean else Z
+
+
 def work_out(
     x: Tensor,
     R: Tensor,
@@ -82,9 +89,7 @@ def work_out(
     if choice.name == "gram":
         S = _centred_gram(x, geometry, demean, choice.gram)
         return plans.gram_update(S, R, lr, kappa, rule, overwrite=True)
-    Z = rows(x, geometry, R.dtype)
-    if demean:
-        Z = Z - Z.mean(1, keepdim=True)
+    Z = patches(x, geometry, R.dtype, demean)
     plan = plans.direct_update if choice.name == "direct" else plans.low_rank_update
     return plan(Z, R, lr, kappa, rule)
 
