@@ -184,6 +184,17 @@ def test_the_deadline_ends_everything(toy):
     assert found["pass"]["status"] == "not run"
 
 
+def test_what_there_is_a_reason_to_skip_is_not_run(toy):
+    def skip(name):
+        hung = any(record["status"] == "hung" for record in toy.found)
+        return "one hung already" if hung and name.startswith("hang") else None
+
+    found = toy("hang#1", "hang#2", "pass", "hang#3", limit=0.5, skip=skip)
+    assert [found[f"hang#{n}"]["status"] for n in (1, 2, 3)] == ["hung", "not run", "not run"]
+    assert found["hang#3"]["reason"] == "one hung already"
+    assert found["pass"]["status"] == "passed"
+
+
 def test_a_record_that_raises_ends_everything(toy):
     def refuse(record):
         raise OSError("the disk is full")
