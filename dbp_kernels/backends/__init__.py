@@ -95,10 +95,20 @@ def _automatic(name: str, device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return verdict.allowed(name, index)
+    return verdict.allowed(name, _index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def select(device: torch.device | str) -> ModuleType:
     """The backend module to run on. Raises RuntimeError if the requested one is not usable."""
     return _load(_MODULES[selected(device)])
+
+
+def give_up(device: torch.device, reason: str) -> None:
+    """From now on "auto" is "eager" on this GPU, in this process; one warning tells why."""
+    name = selected(device)
+    if name != "eager" and requested() == "auto":
+        verdict.withdraw(name, _index(device), reason)

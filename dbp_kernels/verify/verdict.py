@@ -128,6 +128,14 @@ def _advice(verdict: Verdict) -> str:
     )
 
 
+def withdraw(family: str, index: int, reason: str) -> None:
+    """From now on this process does not take a family's kernels unasked; one warning tells why."""
+    where = identity.describe(family, index)
+    verdict = Verdict(family, UNVERIFIED, reason, where=where, when=time.time())
+    _known[family, index] = verdict
+    warnings.warn(_advice(verdict), RuntimeWarning, stacklevel=2)
+
+
 def known(family: str, index: int) -> Verdict | None:
     """This process's or a kept verdict; never checks anything."""
     return _known.get((family, index)) or kept(family, index)

@@ -213,6 +213,21 @@ def test_auto_takes_kernels_only_after_they_passed(gpu, monkeypatch):
     assert backends.selected("cpu") == "eager"
 
 
+def test_a_backend_given_up_is_taken_no_more(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "unusable", lambda name, device_type: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu("right")
+    device = torch.device("cuda", 0)
+    assert backends.selected(device) == "triton"
+    with backends.backend("triton"):  # it was asked for
+        backends.give_up(device, "other ranks run on another backend")
+    assert backends.selected(device) == "triton"
+    with pytest.warns(RuntimeWarning, match="other ranks run on another backend"):
+        backends.give_up(device, "other ranks run on another backend")
+    assert backends.selected(device) == "eager"
+    assert verdict.kept("triton", 0).status == "passed"  # of other processes
+
+
 # ------------------------------------------------------------------------------- the command
 
 
