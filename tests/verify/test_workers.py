@@ -132,8 +132,8 @@ def test_processes_that_a_case_left_behind_are_ended(toy):
 
 
 def test_cases_are_shared_by_the_workers(toy):
-    names = [f"slow#{n}" for n in range(6)] + ["abort", "hang", "raise"] + ["pid#1", "pid#2"]
-    found = toy(*names, workers=3, limit=1.0)
+    lost = ["abort", Case("hang", 0.5), "raise"]
+    found = toy(*(f"slow#{n}" for n in range(6)), *lost, "pid#1", "pid#2", workers=3)
     assert sum(record["status"] == "passed" for record in found.values()) == 8
     assert len(toy.starts()) in (4, 5)  # three, and one for each that was lost and still needed
 
