@@ -27,4 +27,4 @@ def run(name: str, setting: Setting) -> dict:
     return {RESULT: {"calibration": {**content, "figures": figures}}}
 
 
-CALIBRATION = Stage("calibration", 30, cases, run)
+CALIBRATION = Stage("calibration", 20, cases, run)

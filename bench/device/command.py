@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.installed:
         return _start_beside_the_source([a for a in arguments if a != "--installed"])
-    deadline = time.monotonic() + options.budget
+    begin = time.monotonic()
+    deadline = begin + options.budget
     stages = options.stages.split(",") if options.stages else []
     try:
         chosen = groups.chosen(options.groups, stages)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result.add(DESCRIBE.name, line)
     passed = result.close_stage(DESCRIBE.name, sum(d["seconds"] for d in described)) == PASSED
     try:
-        passed = run_groups(chosen, setting, result, deadline) and passed
+        passed = run_groups(chosen, setting, result, begin, deadline) and passed
     finally:
         result.content["bars"] = bars.as_records(bars.evaluate(result.content))
         result.save()

@@ -6,7 +6,7 @@ from dbp_kernels.verify.workers import Case
 
 from .stage import Setting, Stage
 
-_LIMIT = 30.0  # seconds, compilation included
+_LIMIT = 20.0  # seconds, compilation included
 _REHEARSED = 6  # checks: the interpreter takes its time
 # a wrong address is reported by the launch that it belongs to
 _ENV = {"CUDA_LAUNCH_BLOCKING": "1"}
@@ -46,5 +46,5 @@ def run(name: str, setting: Setting) -> dict:
     return cases.run(name, setting.torch_device)
 
 
-CHECKS = Stage("checks", 60, planned, run, workers=8, env=_ENV, family=kernel_of)
+CHECKS = Stage("checks", 50, planned, run, workers=8, env=_ENV, family=kernel_of)
 CONFIGURATIONS = Stage("configurations", 150, others, run, workers=8, env=_ENV, family=kernel_of)

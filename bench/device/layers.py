@@ -95,5 +95,5 @@ def _told(found: dict) -> dict:
     return told
 
 
-TIMES = Stage("times", 45, main_cases, run)
-LAYERS = Stage("layers", 110, all_cases, run)
+TIMES = Stage("times", 30, main_cases, run)
+LAYERS = Stage("layers", 90, all_cases, run)

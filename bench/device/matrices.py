@@ -101,4 +101,4 @@ def run(name: str, setting: Setting) -> dict:
     return {**found, RESULT: {"matrices": [{"name": what, "methods": methods}]}}
 
 
-TIMES = Stage("matrices", 25, cases, run)
+TIMES = Stage("matrices", 15, cases, run)

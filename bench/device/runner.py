@@ -45,10 +45,12 @@ def run_stage(
     if setting.rehearse:
         cases = faults.among(cases)
     command = [sys.executable, "-m", "bench.device.child", stage.name, setting.to_text()]
+    # kernels are measured whatever a verification on this machine has said of them
+    env = {"DBP_VERIFY": "off"}
     if setting.device == "cpu":
-        env = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        env |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     else:
-        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.workers))}
+        env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.workers))}
     run_cases(
         command,
         cases,
@@ -64,12 +66,14 @@ def run_groups(
     groups: Sequence[Group],
     setting: Setting,
     result: Result,
+    begin: float,
     deadline: float,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Runs all stages of all groups; True if all passed. SIGTERM and Ctrl-C end the run early.
 
-    A failing stage does not keep the next from running.
+    A failing stage does not keep the next from running. The first group's time counts from
+    ``begin``, every other's from its start.
     """
     statuses = []
     names = [stage.name for group in groups for stage in group.stages]
@@ -78,9 +82,10 @@ def run_groups(
     try:
         with terminated():
             for group in groups:
-                end = min(deadline, time.monotonic() + group.seconds)
+                end = min(deadline, begin + group.seconds)
                 for stage in group.stages:
                     statuses.append(_run(stage, setting, result, end, say))
+                begin = time.monotonic()
     except KeyboardInterrupt:
         say("interrupted")
     done = len(statuses) == len(names)

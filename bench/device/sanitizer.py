@@ -13,7 +13,7 @@ from dbp_kernels.verify.workers import Case
 from .stage import SKIPPED, Setting, Stage
 
 TOOLS = ("memcheck", "racecheck")
-_LIMIT, _ERROR = 75.0, 9
+_LIMIT, _ERROR = 60.0, 9
 _CODE = """
 import sys
 import torch
@@ -62,4 +62,4 @@ def run(name: str, setting: Setting) -> dict:
     return {"status": "failed", "reason": found, "output": done.stdout[-4000:]}
 
 
-SANITIZER = Stage("sanitizer", 80, cases, run, workers=4, bare=True)
+SANITIZER = Stage("sanitizer", 45, cases, run, workers=4, bare=True)

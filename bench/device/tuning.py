@@ -68,5 +68,5 @@ def time_all(name: str, setting: Setting) -> dict:
     return {"kernel": problem.kernel, "configuration": fastest, RESULT: {"tuned": tuned}}
 
 
-COMPILATION = Stage("compilation", 25, to_compile, compile_all, workers=8, family=kernel_of)
-TUNING = Stage("tuning", 35, to_time, time_all, family=kernel_of)
+COMPILATION = Stage("compilation", 20, to_compile, compile_all, workers=8, family=kernel_of)
+TUNING = Stage("tuning", 30, to_time, time_all, family=kernel_of)

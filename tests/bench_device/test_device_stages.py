@@ -90,13 +90,20 @@ def test_steps_hold_what_the_bars_need():
     assert needed <= {case.named() for case in measured}
     assert all(case.batch == 256 for case in measured)
     assert {n.split(":")[0] for n in names(steps.STEPS)} == {
-        *("dbp", "dbp high", "dbp overlap", "dbp triton", "dbp cuda", "dbp eager")
+        *("dbp", "dbp high", "dbp high overlap", "dbp overlap"),
+        *("dbp triton", "dbp cuda", "dbp eager"),
     }
 
 
 def test_calibration_measures_every_figure():
     parts = {c.name for c in groups.find("calibration").cases(ON_A_GPU)}
     assert parts == set(calibrate.parts("cuda"))
+
+
+def test_every_stage_but_the_last_leaves_time_for_the_next():
+    for group in groups.GROUPS.values():
+        needed = sum(stage.seconds for stage in group.stages[:-1])
+        assert needed + 10 <= group.seconds  # 10 s to describe the machine
 
 
 def test_each_variant_of_the_code_is_compiled_once():
