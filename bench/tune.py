@@ -60,7 +60,6 @@ class Shape:
         return f"{self.kernel} {self.precision}: {self.label}"
 
 
-# Autocast's and float32's first.
 PRECISIONS = {
     "bf16": torch.bfloat16,
     "tf32": torch.float32,
@@ -71,18 +70,21 @@ _GRAMS = ("gram_shift", "gram_direct", "gram_shift_tma")  # modules of the Trito
 _DIMS, _GROUPS = (576, 1152, 2304, 256, 128, 64), (1, 4)
 
 
-def shapes() -> Iterator[Shape]:
+def shapes() -> list[Shape]:
     """The sizes of ResNet layers at a training batch's sampled tenth and the whole of it.
 
-    The most telling first. Asking needs no GPU.
+    The most telling first, should the time not do for all. Asking needs no GPU.
     """
+    ranked: list[tuple[int, Shape]] = [(1, shape) for shape in _matrix_shapes()]
     for n in (26, 256):
-        cases = sorted(registry.select("resnet", n), key=lambda c: c.kernel != (3, 3))
-        for precision in PRECISIONS:
-            for case in cases:
-                yield from gram_shapes(case, precision)
-        if n == 26:
-            yield from _matrix_shapes()
+        cases = registry.select(registry.RESNETS, n)
+        for case in sorted(cases, key=lambda case: case.kernel != (3, 3)):
+            main = case.kernel == (7, 7) or (case.kernel == (3, 3) and case.stride == (1, 1))
+            for precision in PRECISIONS:
+                rank = (0 if main else 2) + (3 if n == 256 else 0)
+                rank += 6 if precision in ("ieee", "fp16") else 0
+                ranked += [(rank, shape) for shape in gram_shapes(case, precision)]
+    return [shape for _, shape in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def gram_shapes(case: registry.Case, precision: str) -> Iterator[Shape]:
@@ -159,7 +161,7 @@ def _geometry(case: registry.Case):
 def _stats_problem(precision: str, case: registry.Case, device: torch.device) -> Problem | None:
     """Of the fused statistics; None where D is too large for every tile."""
     from dbp_kernels import reference
-    from dbp_kernels.backends.triton import configs, runtime, stats
+    from dbp_kernels.backends.triton import configs, gram_direct, runtime, stats
 
     settings = Settings(device, torch.bfloat16, channels_last=True)
     x, geometry = make_input(case, settings), _geometry(case)
@@ -173,7 +175,7 @@ def _stats_problem(precision: str, case: registry.Case, device: torch.device) ->
     return Problem(
         stats.KERNEL,
         precision,
-        {"dim": dim, "groups": geometry.groups, "samples": geometry.samples},
+        gram_direct.sizes(geometry),
         fit,
         _in(precision, lambda config: stats.decor_stats(x, R, geometry, config=config)[0]),
         lambda: reference.decor_stats(x.double(), R.double(), *window)[0],

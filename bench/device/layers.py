@@ -33,7 +33,7 @@ def all_layers(setting: Setting) -> list[registry.Case]:
     """Of the ResNets, at both batches."""
     if setting.rehearse:
         return list(_REHEARSED)
-    return sorted((c for n in BATCHES for c in registry.select("resnet", n)), key=_key)
+    return sorted((c for n in BATCHES for c in registry.select(registry.RESNETS, n)), key=_key)
 
 
 def _cases(layers: list[registry.Case], setting: Setting) -> list[Case]:

@@ -22,7 +22,7 @@ def _shapes(setting: Setting) -> list[tune.Shape]:
     if setting.rehearse:
         precisions = ("bf16", "tf32")
         return [s for c in _REHEARSED for p in precisions for s in tune.gram_shapes(c, p)]
-    return list(tune.shapes())
+    return tune.shapes()
 
 
 def to_compile(setting: Setting) -> list[Case]:

@@ -71,7 +71,10 @@ def test_layers_hold_what_the_bars_need():
     for bar in bars.GPU_BARS:
         if bar.suite == "kernels":
             needed = [
-                c for n in layers.BATCHES for c in registry.select("resnet", n) if _in(bar, c)
+                c
+                for n in layers.BATCHES
+                for c in registry.select(registry.RESNETS, n)
+                if _in(bar, c)
             ]
             assert len(needed) >= 5
             assert {f"dbp: {case.name}" for case in needed} <= set(found)
