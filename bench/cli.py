@@ -136,7 +136,13 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
 
 
 def save(result: dict, path: Path) -> None:
-    """Writes a result as JSON, one case a line; raises FileExistsError rather than overwrite."""
+    """Writes a result as JSON; raises FileExistsError rather than overwrite."""
+    with path.open("x") as file:
+        file.write(to_text(result))
+
+
+def to_text(result: dict) -> str:
+    """A result as JSON, one case a line."""
     lines = []
     for key, value in result.items():
         if isinstance(value, list):
@@ -144,8 +150,7 @@ def save(result: dict, path: Path) -> None:
             lines.append(f'"{key}": [\n  {items}\n]' if value else f'"{key}": []')
         else:
             lines.append(f'"{key}": {json.dumps(value)}')
-    with path.open("x") as file:
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _report(arguments: Sequence[str]) -> int:
