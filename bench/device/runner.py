@@ -48,7 +48,7 @@ def run_stage(
     run_cases(
         command,
         cases,
-        workers=stage.workers,
+        workers=_workers(stage),
         deadline=min(deadline, time.monotonic() + stage.seconds),
         record=heard,
         env={**_environment(stage, setting), **stage.env},
@@ -56,9 +56,14 @@ def run_stage(
     )
 
 
+def _workers(stage: Stage) -> int:
+    """At most one a core: they compile."""
+    return min(stage.workers, os.cpu_count() or 1)
+
+
 def _environment(stage: Stage, setting: Setting) -> dict[str, str]:
     on_cpu = setting.device == "cpu"
-    threads = 1 if on_cpu else max(1, (os.cpu_count() or 1) // stage.workers)
+    threads = 1 if on_cpu else (os.cpu_count() or 1) // _workers(stage)
     return {
         "OMP_NUM_THREADS": str(threads),
         "TRITON_INTERPRET": "1" if on_cpu else "0",
