@@ -17,6 +17,7 @@ from .backends.eager import onednn, self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
 from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion, strided
+from .backends.prepared import forget
 from .calibration import Machine, calibration, cost_at, machine
 from .geometry import Axis, ConvGeometry
 
@@ -351,3 +352,4 @@ def reset() -> None:
     """Forgets all answers and calibrations, so that the next question reads DBP_CALIBRATION anew."""
     for cached in (gram_choices, update_choices, stats_choices, machine, calibration):
         cached.cache_clear()
+    forget()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..prepared import forget
+
 LIBRARY = Path(__file__).with_name("libdbp_cuda.so")
 
 # A stand-in for the GPU: called with a kernel's name and arguments, it writes the results.
@@ -25,6 +27,7 @@ def simulate(simulator: Simulator | None) -> None:
     """From now on launches go to ``simulator`` and the backend takes CPU tensors; None ends it."""
     global _simulator
     _simulator = simulator
+    forget()
 
 
 def simulated() -> bool:
@@ -86,4 +89,9 @@ def launch(kernel: str, /, **arguments: Any) -> None:
     if _simulator is not None:
         _simulator(kernel, arguments)
     else:
-        getattr(torch.ops.dbp_cuda, kernel)(**arguments)
+        _op(kernel)(**arguments)
+
+
+@lru_cache
+def _op(kernel: str) -> Callable[..., None]:
+    return getattr(torch.ops.dbp_cuda, kernel).default  # which overload is not asked at every call
