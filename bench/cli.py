@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import tune
 
         return tune.main(arguments[1:])
+    if arguments[:1] == ["host-time"]:
+        from . import host_time
+
+        return host_time.main(arguments[1:])
     if arguments[:1] == ["calibrate"]:
         from . import calibrate
 

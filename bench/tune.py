@@ -94,7 +94,7 @@ def _geometry(case: registry.Case):
 def _stats_problem(case: registry.Case, settings: Settings) -> Iterator[Problem]:
     """Of the fused statistics; none where D is too large for every tile."""
     from dbp_kernels import reference
-    from dbp_kernels.backends.triton import configs, runtime, stats
+    from dbp_kernels.backends.triton import configs, gram_direct, runtime, stats
 
     x, geometry = make_input(case, settings), _geometry(case)
     precision, target = configs.precision_key(torch.float32), runtime.target(x.device)
@@ -107,7 +107,7 @@ def _stats_problem(case: registry.Case, settings: Settings) -> Iterator[Problem]
     yield Problem(
         stats.KERNEL,
         precision,
-        {"dim": dim, "groups": geometry.groups, "samples": geometry.samples},
+        gram_direct.sizes(geometry),
         fit,
         lambda config: stats.decor_stats(x, R, geometry, config=config)[0],
         lambda: reference.decor_stats(x.double(), R.double(), *window)[0],

@@ -1,9 +1,11 @@
 """The cuda backend behind the opaque ops, every kernel emulated, against the float64 definitions."""
 
+import weakref
+
 import pytest
 import torch
 from emulation import record
-from helpers import LAYOUTS, case, cases, error, moment_error, random, rows
+from helpers import LAYOUTS, case, cases, error, moment_error, random, rows, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_in import array, emulated
@@ -94,6 +96,39 @@ def test_packed_input_is_not_copied(dtype):
     with emulated() as launched:
         gram.patch_gram_shift(x[:, :, 1:], case(2, 16, (5, 7), 3).geometry)
     assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
+
+
+@pytest.mark.parametrize(
+    "c",
+    [case(2, 8, (6, 5), 3, padding=1), case(3, 3, (9, 9), 5, stride=2), case(2, 24, (4, 4), 1)],
+    ids=str,
+)
+def test_one_shape_in_many_layouts(c):
+    """Each of them prepared once, whichever came before; nothing keeps an input alive."""
+    x, R = c.input(torch.bfloat16), c.R(torch.float32)
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+    inputs = [*(strided(x, layout) for layout in LAYOUTS), moved]
+    with emulated():
+        for _ in range(2):
+            for one in inputs:
+                S = torch.ops.dbp.patch_gram(one, *c.arguments)
+                assert moment_error(S, reference.patch_gram(one.double(), *c.arguments)) < 1e-5
+                torch.ops.dbp.decor_stats(one, R, *c.arguments)
+        alive = weakref.ref(moved)
+        del inputs, moved, one
+        assert alive() is None
+
+
+def test_prepared_in_inference_mode_and_used_outside():
+    c = case(2, 8, (5, 7), 3, padding=1)
+    x = c.input(torch.float32)
+    with emulated():
+        with torch.inference_mode():
+            first = torch.ops.dbp.patch_gram(x, *c.arguments)
+        second = torch.ops.dbp.patch_gram(x.requires_grad_(), *c.arguments)
+        second.sum().backward()
+    assert torch.equal(first, second)
+    assert not second.is_inference()
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

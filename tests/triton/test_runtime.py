@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from helpers import DEVICE
 
+from bench.host_time import StubDriver
 from dbp_kernels.backends.triton import runtime
 
 
@@ -68,3 +69,42 @@ def test_the_child_reports_what_goes_wrong(compiled):
 def test_the_interpreter_takes_cpu_tensors():
     assert runtime.unusable("cpu") is None
     assert runtime.target(torch.device("cpu")) == 90
+
+
+def started_without_a_gpu() -> tuple[list, list[int]]:
+    """The launches of one Launch under a stub of Triton's driver; how often Triton looked at it."""
+    from triton.runtime import driver
+
+    started, looked = [], []
+    find = scale_kernel.run
+    scale_kernel.run = lambda *args, **options: (
+        looked.append(len(started)) or find(*args, **options)
+    )
+    driver.set_active(StubDriver(lambda *launch: started.append(launch)))
+    runtime.simulate(runtime.Simulator(90, None))
+    try:
+        launch = runtime.Launch(scale_kernel, (2,), 99, 3, 2.5, BLOCK=64, num_warps=1, num_stages=1)
+        memory = torch.zeros(1000)
+        for x in (memory, memory[4:], memory[1:], memory[1:], memory.half(), memory, memory.half()):
+            launch(x=x, out=memory)
+    finally:
+        runtime.simulate(None)
+        scale_kernel.run = find
+    offsets = [
+        (name, grid, (x.data_ptr() - out.data_ptr(), x.dtype), *rest)
+        for name, grid, (x, out, *rest) in started
+    ]
+    return offsets, looked
+
+
+@pytest.mark.aot
+def test_triton_looks_once_for_the_variant_of_a_prepared_launch(compiled):
+    """Tensors begin at multiples of 16 bytes or not, and differ in dtype: each has its own code."""
+    started, looked = compiled(started_without_a_gpu)
+    assert looked == [0, 2, 4]
+    inputs = [(launch[2][0], launch[2][1]) for launch in started]
+    full = torch.float32
+    assert inputs[:4] == [(0, full), (16, full), (4, full), (4, full)]
+    assert [dtype for _, dtype in inputs[4:]] == [torch.float16, full, torch.float16]
+    for name, grid, _, *rest in started:
+        assert (name, grid, rest) == ("scale_kernel", (2, 1, 1), [99, 3, 2.5, 64])
