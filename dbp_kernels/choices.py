@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends, planner
+from .backends.cuda import library
 from .geometry import ConvGeometry
 from .precision import statistics_dtype, tf32
 
@@ -15,7 +16,8 @@ def gram_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The algorithms for S of an input of this dtype, cheapest first."""
-    return planner.gram_choices(geometry, *_where(device_type, dtype, backend)[:4])
+    where = _where(device_type, dtype, backend)  # all but the precision of other products
+    return planner.gram_choices(geometry, *where[:4], *where[5:])
 
 
 def update_choices(
@@ -40,4 +42,5 @@ def _where(device_type: str, dtype: torch.dtype, backend: str | None) -> tuple:
         return device_type, itemsize
     float32 = "tf32" if tf32() else "ieee"
     # interpreted kernels make the choices of a GPU
-    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32
+    sm90 = backend == "cuda" and library.sm90_problem() is None
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, sm90

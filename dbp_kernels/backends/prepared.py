@@ -33,7 +33,7 @@ def prepared(make: Callable[..., T]) -> Callable[..., T]:
     """Calls ``make(x, *arguments)`` once per layout of x and arguments, and keeps what it returns.
 
     A layout is shape, strides, dtype, device and alignment; torch's tf32 setting counts as well.
-    ``make`` may look at nothing else of x, and must not keep it.
+    ``make`` may look at nothing else of x, and must not keep it; x's device is the current one.
     """
 
     @wraps(make)
@@ -42,7 +42,8 @@ def prepared(make: Callable[..., T]) -> Callable[..., T]:
         key = (make, x.shape, x.stride(), x.dtype, x.device, aligned, tf32(), *arguments)
         found = _kept.get(key)
         if found is None:
-            found = make(x, *arguments)
+            with torch.cuda.device_of(x):
+                found = make(x, *arguments)
             with _lock:
                 _kept[key] = found
                 while len(_kept) > KEPT:

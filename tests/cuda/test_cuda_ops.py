@@ -1,5 +1,6 @@
 """The cuda backend behind the opaque ops, every kernel emulated, against the float64 definitions."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from stand_in import array, emulated
 
 import dbp_kernels as dbp
-from dbp_kernels import backends, plans, reference
+from dbp_kernels import backends, planner, plans, reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.backends.triton.work import shift_program
 from dbp_kernels.choices import gram_choices
@@ -206,6 +207,55 @@ def test_planner_offers_the_kernels():
         names = [choice.name for choice in gram_choices(first, "cuda", torch.bfloat16)]
     assert {"cuda_direct", "cuda_shift", "self_wgrad", "unfold"} <= set(names)
     assert not [name for name in names if name.startswith("triton")]
+
+
+@pytest.mark.parametrize(
+    ("c", "kernel"),
+    [
+        (case(2, 64, (6, 5), 3, padding=1), "gram_shift_sm90"),
+        (rows((300, 128)), "gram_matrix_sm90"),
+        (case(2, 64, (6, 5), 3, stride=2), None),
+    ],
+    ids=str,
+)
+def test_planner_offers_the_kernels_of_a_device_of_capability_9_0(c, kernel, monkeypatch):
+    monkeypatch.setattr(library, "sm90_problem", lambda device=None: None)
+    # so fast that they are the choice wherever they are offered
+    free = {"sm90": ((64, 1e6), (128, 1e6)), "call": 1e-12, "gbytes": 1e9}
+    fast = dataclasses.replace(planner.machine("cuda", "bf16"), **free)
+    planner.reset()
+    monkeypatch.setattr(planner, "machine", lambda *arguments: fast)
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = c.input(dtype)
+            with emulated() as launched:
+                S = torch.ops.dbp.patch_gram(x, *c.arguments)
+                layer = torch.nn.Conv2d(64, 2, 3, dtype=dtype)
+                table = str(dbp.explain(layer, random((8, 64, 28, 28), dtype), sample=1.0))
+            wanted = {kernel} if kernel and dtype == torch.bfloat16 else set()
+            assert {name for name in launched if "sm90" in name} == wanted
+            assert ("cuda_sm90" in table) == (dtype == torch.bfloat16)
+            assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+    finally:
+        monkeypatch.undo()
+        planner.reset()
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "runs"),
+    [
+        ((9, 0), "nvcc 13.0, targets 8.0 9.0a", True),
+        ((9, 0), "nvcc 13.0, targets 8.0 9.0", False),
+        ((9, 0), None, False),
+        ((10, 0), "nvcc 13.0, targets 8.0 9.0a", False),
+    ],
+)
+def test_where_the_kernels_of_capability_9_0_run(capability, build, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(library, "build_text", lambda: build)
+    assert (library.sm90_problem() is None) == runs
 
 
 @settings(max_examples=60)

@@ -2,8 +2,8 @@
 
 ``gram_shift`` computes the main boxes of a stride-1 convolution and ``gram_box`` all others; of a
 strided or pointwise one ``gram_box`` computes all. ``gram_direct`` gathers patches (few channels).
-``gram_shift_sm90`` and ``gram_matrix_sm90`` are for bf16 and fp16 on compute capability 9.0; the planner
-does not offer them before they have been measured.
+``gram_shift_sm90`` and ``gram_matrix_sm90`` are for bf16 and fp16 without strides, on compute
+capability 9.0.
 """
 
 from __future__ import annotations
@@ -62,11 +62,7 @@ def sm90_problem(x: Tensor, geometry: ConvGeometry) -> str | None:
         return f"they multiply float16 and bfloat16, not {x.dtype}"
     if any(a.stride != 1 for a in geometry.axes):
         return "they do not cover strided convolutions"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has another compute capability"
-    if x.is_cuda and "9.0a" not in library.build_text():
-        return "the library was not built for 9.0a"
-    return None
+    return library.sm90_problem(x.device) if x.is_cuda else None  # emulated
 
 
 # --------------------------------------------------------------------------- the input

@@ -73,6 +73,17 @@ def unusable(device_type: str) -> str | None:
     return load() or _device_problem(torch.cuda.current_device())
 
 
+def sm90_problem(device: torch.device | None = None) -> str | None:
+    """None if the kernels for compute capability 9.0 run on a GPU (None: the current one), else why not."""
+    if simulated() or not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has another compute capability"
+    if "9.0a" not in (build_text() or ""):
+        return "the library was not built for 9.0a"
+    return None
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of this GPU; few where a simulator stands in for it."""

@@ -24,8 +24,7 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample.
 
-    Beside what the planner offers there is "cuda_sm90": TMA and wgmma, not measured yet. Raises
-    RuntimeError where these kernels do not apply.
+    Raises RuntimeError if that is "cuda_sm90" and its kernels do not cover this input or device.
     """
     return _gram(x, geometry, choice)(x)
 
@@ -81,6 +80,11 @@ def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
     return next(c for c in offered if fused or c.name != "fused")
 
 
+@prepared
+def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
+    return update_choices(geometry, x.device.type, x.dtype, "cuda")[0]
+
+
 def decor_update(
     x: Tensor,
     R: Tensor,
@@ -92,7 +96,7 @@ def decor_update(
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or update_choices(geometry, x.device.type, x.dtype, "cuda")[0]
+    choice = choice or _update_choice(x, geometry)
     if choice.name == "samples":
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
     if choice.name == "direct":

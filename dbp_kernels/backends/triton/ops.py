@@ -96,7 +96,7 @@ def decor_update(
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
     if R.dtype != torch.float32:
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
-    choice = choice or update_choices(geometry, x.device.type, x.dtype, "triton")[0]
+    choice = choice or _update_choice(x, geometry)
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.gram)
         if demean:
@@ -109,6 +109,11 @@ def decor_update(
             Z = Z - Z.mean(1, keepdim=True)
         return update_direct(Z, R, lr, kappa, rule)
     return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+
+
+@prepared
+def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
+    return update_choices(geometry, x.device.type, x.dtype, "triton")[0]
 
 
 def update_from_gram(
