@@ -323,9 +323,12 @@ def _gpu_figures(meter: Meter) -> dict:
     peaks = _tensor_cores(meter)
     measured: dict = {"tensor_cores": peaks}
     from dbp_kernels import backends
+    from dbp_kernels.backends.cuda import library
 
     if backends.unusable("triton", "cuda") is None:
         measured.update(_kernels(meter, peaks["bf16"]))
+    if backends.unusable("cuda", "cuda") is None and library.sm90_problem() is None:
+        measured.update(_sm90(meter, peaks["bf16"]))
     return measured
 
 
@@ -362,6 +365,23 @@ def _kernels(meter: Meter, peak: float) -> dict:
 
     points = [[side, rate(side, 1)] for side in (16, 32, 64, 128)]
     return {"kernels": points, "gather": min(1.0, rate(128, 3) / rate(1152, 1))}
+
+
+def _sm90(meter: Meter, peak: float) -> dict:
+    """Fractions of the bfloat16 peak, by padded side, of the form for compute capability 9.0."""
+    from dbp_kernels.backends.cuda import ops
+    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planner import gram_choices
+
+    def rate(channels: int) -> float:
+        x = meter.random(64, channels, 56, 56).bfloat16()
+        x = x.contiguous(memory_format=torch.channels_last)
+        geometry = make_geometry(x.shape, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+        offered = gram_choices(geometry, "cuda", 4, "cuda", "bf16", sm90=True)
+        choice = next(c for c in offered if c.name == "cuda_sm90")
+        return choice.gflop / meter.seconds(lambda: ops.patch_gram(x, geometry, choice)) / peak
+
+    return {"sm90": [[side, rate(side)] for side in (64, 128)]}
 
 
 # --------------------------------------------------------------------------- the command

@@ -101,7 +101,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
     from tqdm import tqdm
 
     begin = time.perf_counter()
-    whole = not (options.filter or options.batch or options.quick)
+    whole = not (options.filter or options.batch or options.quick or options.methods)
     whole = whole and (options.suite == "kernels" or options.sample == bars.SAMPLE)
     result: dict = {
         "format": 1,

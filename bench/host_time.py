@@ -94,10 +94,11 @@ def stubbed(backend: str, started: Callable[[str], object]) -> Iterator[None]:
 
 
 def measure(backend: str, case: registry.Case, pairs: int = PAIRS) -> dict:
-    """The record of one case: us of the backend's function, of the op around it, and what is in them.
+    """The record of one case: us of the backend's function, of the torch op, of the public function.
 
-    "dispatcher" is a torch op with the same schema that does nothing, "memory" the allocations of
-    workspace and result on this CPU; both are part of "op", "memory" also of "function".
+    Part of the two last is "dispatcher", a torch op with the same schema that does nothing. Part of
+    all is "memory", the workspace and the result: large ones are dear on a CPU, not with torch's CUDA
+    allocator, so the bar is for a call without it.
     """
     import dbp_kernels as dbp
     from dbp_kernels import backends
@@ -181,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for backend in options.backend or BACKENDS
             for case in registry.select(options.filter, BATCH)
         ]
+    except RuntimeError as error:  # no Triton, or one that interprets
+        print(error, file=sys.stderr)
+        return 2
     finally:
         torch.set_num_threads(threads)
     if not records:
@@ -197,4 +201,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         save(result, options.save)
         print(f"saved {options.save}")
-    return 1 if any(r["us"]["public"] > BAR for r in records) else 0
+    slow = [r for r in records if r["us"]["public"] - r["us"]["memory"] > BAR]
+    return 1 if slow else 0

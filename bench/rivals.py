@@ -28,11 +28,13 @@ class Rival:
         label: for tables.
         compute: (input, case) -> S.
         why_not: case -> a sentence why the rival does not apply, or "".
+        ours: held to what ours may err, not to what a rival may.
     """
 
     label: str
     compute: Callable[[Tensor, Case], Tensor]
     why_not: Callable[[Case], str]
+    ours: bool = False
 
 
 def unfold_matmul(x: Tensor, case: Case) -> Tensor:

@@ -102,7 +102,7 @@ def _rows_of_channels(
 
 
 def _gram(
-    layout: tuple[Callable[[Tensor], Tensor], ...],
+    steps: tuple[Callable[[Tensor], Tensor], ...],
     products: tuple[Callable[..., None], ...],
     work: Work,
     geometry: ConvGeometry,
@@ -110,7 +110,7 @@ def _gram(
 ) -> Gram:
     shape = (geometry.groups, geometry.dim, geometry.dim)
     reduce = reduction(work, make_tables(work, device), geometry.samples)
-    return Gram(layout, products, work.workspace, reduce, shape)
+    return Gram(steps, products, work.workspace, reduce, shape)
 
 
 def _boxes(x: Tensor, geometry: ConvGeometry, work: Work) -> tuple[Callable[..., None], ...]:
@@ -165,7 +165,7 @@ def shift_gram(
     x: Tensor, geometry: ConvGeometry, block: int | None = None, sm90: bool = False
 ) -> Gram:
     """By products of shifted pixels. At least one axis and one sample."""
-    layout, rows = _rows_of_channels(x, geometry, even=True)
+    steps, rows = _rows_of_channels(x, geometry, even=True)
     if sm90:
         size, limit = 2, _SM90_SHARED
         plan = shift_plan(geometry, 64, size, _STEP, _parallel(x), shared_limit=limit, sm90=True)
@@ -176,13 +176,13 @@ def shift_gram(
         return box_gram(x, geometry)
     kernel = "gram_shift_sm90" if sm90 else "gram_shift"
     products = (_shifts(kernel, rows, plan), *_boxes(rows, geometry, plan.work))
-    return _gram(layout, products, plan.work, geometry, x.device)
+    return _gram(steps, products, plan.work, geometry, x.device)
 
 
 @prepared
 def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
     """Of pointwise patches without strides, or of rows, as X^T X."""
-    layout, x = _rows_of_channels(x, geometry, even=True)
+    steps, x = _rows_of_channels(x, geometry, even=True)
     rows = _as_rows(x)
     program = direct_program(geometry.samples)
     channels = geometry.channels, geometry.group_channels
@@ -197,16 +197,16 @@ def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
         item_count=len(work.items),
         dtype=dtype_number(x.dtype),
     )
-    return _gram(layout, (launch,), work, geometry, x.device)
+    return _gram(steps, (launch,), work, geometry, x.device)
 
 
 @prepared
 def box_gram(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Gram:
     """All boxes by one kernel: any stride, and 1x1 or no kernel as X^T X."""
-    layout, x = _rows_of_channels(x, geometry)
+    steps, x = _rows_of_channels(x, geometry)
     block = block or choose_block(geometry.channels, geometry.group_channels, BLOCKS)
     work = box_work(geometry, block, _STEP, _parallel(x))
-    return _gram(layout, _boxes(x, geometry, work), work, geometry, x.device)
+    return _gram(steps, _boxes(x, geometry, work), work, geometry, x.device)
 
 
 @prepared
@@ -254,3 +254,8 @@ def patch_gram_box(x: Tensor, geometry: ConvGeometry, block: int | None = None) 
 def patch_gram_direct(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
     """S (groups, D, D) by ``direct_gram``."""
     return direct_gram(x, geometry, block)(x)
+
+
+def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """S (groups, D, D) by ``matrix_gram_sm90``."""
+    return matrix_gram_sm90(x, geometry)(x)

@@ -107,7 +107,7 @@ def direct_gram(
             return gram_shift.shift_gram(x, geometry, config, parallel, index64)
         axis = replace(geometry, axes=(Axis(1, 1, 1, 0, 1),))
         gram = gram_shift.shift_gram(_as_images(x), axis, config, parallel, index64)
-        return replace(gram, layout=(_as_images, *gram.layout))
+        return replace(gram, steps=(_as_images, *gram.steps))
     target = runtime.target(x.device)
     groups, dim = geometry.groups, geometry.dim
     if config is None:

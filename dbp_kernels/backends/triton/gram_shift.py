@@ -208,11 +208,11 @@ def shift_gram(
     if parallel is None:
         parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
     work = shift_work(geometry, config.block_m, config.block_k, parallel)
-    layout, rows = ((), x) if packed_already(x) else ((pack,), empty_rows(x))
+    steps, rows = ((), x) if packed_already(x) else ((pack,), empty_rows(x))
     product = _product(rows, geometry, work, config, index64)
     reduce = reduction(work, make_tables(work, x.device), geometry.samples, index64)
     shape = (geometry.groups, geometry.dim, geometry.dim)
-    return Gram(layout, (product,), work.workspace, reduce, shape)
+    return Gram(steps, (product,), work.workspace, reduce, shape)
 
 
 def patch_gram_shift(

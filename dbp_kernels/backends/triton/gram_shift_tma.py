@@ -257,7 +257,7 @@ def tma_gram(
         launch(tiles=tiles, rows=x, workspace=workspace)
 
     return Gram(
-        layout=(partial(pack_rows, geometry=geometry, index64=index64),),
+        steps=(partial(pack_rows, geometry=geometry, index64=index64),),
         products=(product,),
         workspace=work.workspace,
         reduce=reduction(work, tables, geometry.samples, index64),
