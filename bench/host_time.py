@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,23 @@ class StubDriver:
 
 
 @contextmanager
+def stub_driver(start: Callable[[str, tuple, tuple], object]) -> Iterator[None]:
+    """Within it Triton's kernels take CPU tensors, are compiled, and call ``start`` of StubDriver."""
+    from triton.runtime import driver
+
+    from dbp_kernels.backends.triton import runtime
+
+    before = driver._active
+    driver.set_active(StubDriver(start))
+    runtime.simulate(runtime.Simulator(TARGET, None))
+    try:
+        yield
+    finally:
+        runtime.simulate(None)
+        driver.set_active(before)
+
+
+@contextmanager
 def stubbed(backend: str, started: Callable[[str], object]) -> Iterator[None]:
     """Within it the backend takes CPU tensors, and calls ``started(kernel)`` where one would start."""
     import dbp_kernels as dbp
@@ -77,20 +94,13 @@ def stubbed(backend: str, started: Callable[[str], object]) -> Iterator[None]:
     elif not jit:
         launch = lambda kernel, *rest: started(kernel.__name__)  # noqa: E731
         runtime.simulate(runtime.Simulator(TARGET, launch))
-    else:
-        from triton.runtime import driver
-
-        before = driver._active
-        driver.set_active(StubDriver(lambda kernel, *rest: started(kernel)))
-        runtime.simulate(runtime.Simulator(TARGET, None))
-    try:
-        with dbp.backend(name):
-            yield
-    finally:
-        if jit:
-            driver.set_active(before)
-        library.simulate(None)
-        runtime.simulate(None)
+    with stub_driver(lambda kernel, *rest: started(kernel)) if jit else nullcontext():
+        try:
+            with dbp.backend(name):
+                yield
+        finally:
+            library.simulate(None)
+            runtime.simulate(None)
 
 
 def measure(backend: str, case: registry.Case, pairs: int = PAIRS) -> dict:
