@@ -29,7 +29,7 @@ class Rival:
         compute: (input, case) -> S.
         why_not: case -> a sentence why the rival does not apply, or "". What only the input tells
             ``compute`` says, by raising NotApplicable.
-        ours: one of our own kernels, held to their bound.
+        ours: held to what ours may err, not to what a rival may.
     """
 
     label: str
