@@ -33,7 +33,7 @@ def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
 
     def compute(x: Tensor, case: Case) -> Tensor:
         ops = importlib.import_module(f"dbp_kernels.backends.{backend}.ops")
-        call = ops._gram(x, _geometry(case), choice)
+        call = ops._gram(x, geometry_of(case), choice)
         if not isinstance(call, Gram):
             raise RuntimeError(f"no kernel of {name} covers this input: torch would compute it")
         return call(x)
@@ -51,7 +51,8 @@ def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
 
 
 @lru_cache(maxsize=1024)
-def _geometry(case: Case):
+def geometry_of(case: Case):
+    """The library's geometry of a case."""
     from dbp_kernels.geometry import make_geometry
 
     lists = (case.kernel, case.stride, case.padding, case.dilation)

@@ -27,8 +27,7 @@ class Rival:
     Attributes:
         label: for tables.
         compute: (input, case) -> S.
-        why_not: case -> a sentence why the rival does not apply, or "". What only the input tells
-            ``compute`` says, by raising NotApplicable.
+        why_not: case -> a sentence why the rival does not apply, or "".
         ours: held to what ours may err, not to what a rival may.
     """
 
@@ -36,10 +35,6 @@ class Rival:
     compute: Callable[[Tensor, Case], Tensor]
     why_not: Callable[[Case], str]
     ours: bool = False
-
-
-class NotApplicable(Exception):
-    """A method is not for this input; says why."""
 
 
 def unfold_matmul(x: Tensor, case: Case) -> Tensor:

@@ -9,7 +9,7 @@ from .stage import RESULT, Setting, Stage
 
 _LIMIT = 30.0
 # what decides most between the planner's candidates
-_FIRST = ("product", "narrow", "tensor_cores", "kernels", "call", "gbytes", "im2col")
+_FIRST = ("product", "narrow", "tensor_cores", "kernels", "sm90", "call", "gbytes", "im2col")
 
 
 def cases(setting: Setting) -> list[Case]:

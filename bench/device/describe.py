@@ -51,11 +51,11 @@ def _free_bytes(setting: Setting) -> int | None:
 
 def _families(setting: Setting) -> dict:
     from dbp_kernels.backends import unusable
+    from dbp_kernels.backends.cuda import library
 
     families = {f: unusable(f, setting.torch_device.type) or "" for f in ("triton", "cuda")}
-    capability = _capability(setting)
-    families["cuda_sm90"] = families["cuda"] or _no_sm90(capability)
-    return {FOUND: {"families": families, "capability": capability}}
+    families["cuda_sm90"] = families["cuda"] or library.sm90_problem() or ""
+    return {FOUND: {"families": families, "capability": _capability(setting)}}
 
 
 def _capability(setting: Setting) -> int:
@@ -65,14 +65,6 @@ def _capability(setting: Setting) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(setting.torch_device)
     return 10 * major + minor
-
-
-def _no_sm90(capability: int) -> str:
-    from dbp_kernels.backends.cuda import library
-
-    if capability != 90:
-        return f"its kernels are for compute capability 9.0, not {capability / 10:.1f}"
-    return "" if "9.0a" in (library.build_text() or "") else "the library was not built for 9.0a"
 
 
 def _checks(setting: Setting) -> dict:
