@@ -41,6 +41,6 @@ def _where(device_type: str, dtype: torch.dtype, backend: str | None) -> tuple:
     if backend == "eager" or dtype == torch.float64:
         return device_type, itemsize
     float32 = "tf32" if tf32() else "ieee"
-    # interpreted kernels make the choices of a GPU
     sm90 = backend == "cuda" and library.sm90_problem() is None
+    # interpreted kernels make the choices of a GPU
     return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, sm90
