@@ -13,7 +13,7 @@ static Register gram_shift("gram_shift", [](Arguments& a) {
   a("pixels", p.pixels)("row_stride", p.row_stride)("channels", p.channels)("size", p.size);
   a("halo", p.halo)("item_count", p.item_count)("block", p.block)("dtype", p.dtype);
   a("slots", slots)("sets", sets);
-  a(gram_shift_sizes(p, slots, sets, gram_shift_set(p.block)));
+  if (!gram_shift_problem(p).found) a(gram_shift_sizes(p, slots, sets, gram_shift_set(p.block)));
   return launch_gram_shift(p, nullptr);
 });
 
@@ -24,7 +24,7 @@ static Register gram_box("gram_box", [](Arguments& a) {
   a("stride_n", p.stride_n)("stride", p.stride)("step", p.step)("channels", p.channels);
   a("item_count", p.item_count)("block", p.block)("dtype", p.dtype);
   a("slots", slots)("box_count", boxes);
-  a(gram_box_sizes(p, slots, boxes));
+  if (!gram_box_problem(p).found) a(gram_box_sizes(p, slots, boxes));
   return launch_gram_box(p, nullptr);
 });
 
@@ -36,7 +36,8 @@ static Register gram_direct("gram_direct", [](Arguments& a) {
   a("output", p.output)("kernel", p.kernel)("conv_stride", p.conv_stride)("padding", p.padding);
   a("dilation", p.dilation)("columns", p.columns)("item_count", p.item_count);
   a("block", p.block)("dtype", p.dtype);
-  a("slots", slots)(gram_direct_sizes(p, slots));
+  a("slots", slots);
+  if (!gram_direct_problem(p).found) a(gram_direct_sizes(p, slots));
   return launch_gram_direct(p, nullptr);
 });
 

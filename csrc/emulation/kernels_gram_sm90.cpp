@@ -12,7 +12,8 @@ static Register gram_shift_sm90("gram_shift_sm90", [](Arguments& a) {
   a("pixels", p.pixels)("row_stride", p.row_stride)("channels", p.channels)("size", p.size);
   a("halo", p.halo)("item_count", p.item_count)("block", p.block)("dtype", p.dtype);
   a("slots", slots)("sets", sets);
-  a(gram_shift_sizes(p, slots, sets, GramShiftSm90Shape::shifts()));
+  if (!gram_shift_sm90_problem(p).found)
+    a(gram_shift_sizes(p, slots, sets, GramShiftSm90Shape::shifts()));
   return launch_gram_shift_sm90(p, nullptr);
 });
 
@@ -22,7 +23,8 @@ static Register gram_matrix_sm90("gram_matrix_sm90", [](Arguments& a) {
   a("x", p.x)("workspace", p.workspace)("items", p.items)("rows", p.rows);
   a("row_stride", p.row_stride)("channels", p.channels)("item_count", p.item_count);
   a("dtype", p.dtype);
-  a("slots", slots)(gram_matrix_sm90_sizes(p, slots));
+  a("slots", slots);
+  if (!gram_matrix_sm90_problem(p).found) a(gram_matrix_sm90_sizes(p, slots));
   return launch_gram_matrix_sm90(p, nullptr);
 });
 
