@@ -78,7 +78,7 @@ cudaError_t check_sm90_code(void (*kernel)(Params), int threads) {
   if (major != 9 || minor != 0) return cudaErrorNoKernelImageForDevice;
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cudaGetLastError(), error;
   if (attributes.maxThreadsPerBlock < threads) return cudaErrorNoKernelImageForDevice;
   last_device = device, last_kernel = kernel;
   return cudaSuccess;

@@ -123,7 +123,11 @@ void launch(const char* kernel, Tensors tensors, Run&& run, const char* capabili
   for (const auto& [name, tensor] : tensors) {
     if (tensor) arguments << " " << name << " " << describe(*tensor);
   }
-  require(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error), ":", arguments.str());
+  require(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error),
+          error == cudaErrorInvalidConfiguration
+              ? " (more shared memory or more blocks than this GPU takes):"
+              : ":",
+          arguments.str());
 }
 
 // --- Arguments: tensors and integers to the fields of a kernel's parameters

@@ -6,6 +6,7 @@ compiled library (on CPU tensors: all checks come before the device) and under e
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from cuda_library import library as compiled
 from emulation import LaunchError, call
-from helpers import case, rows
+from helpers import LAYOUTS, case, rows
 from stand_in import array
 
 from dbp_kernels.backends.cuda import gram, library, pack, stats, update
@@ -164,6 +165,45 @@ def test_the_compiled_library_names_what_is_wrong(kernel, tmp_path):
             told,
             refusal,
         )
+
+
+@pytest.mark.aot
+def test_no_call_that_python_makes_is_refused(tmp_path):
+    """Over geometries, layouts and dtypes, every launch gets as far as the missing device."""
+    calls: list[tuple[str, Arguments]] = []
+    library.simulate(lambda kernel, arguments: calls.append((kernel, arguments)))
+    try:
+        for c, layout, dtype in itertools.product(
+            [
+                case(2, 5, (6, 7), 3, padding=1),
+                case(3, 24, (5, 9), (2, 3), stride=(2, 1), padding=(0, 1), groups=2),
+                case(1, 70, (8, 8), 1),
+                case(2, 3, (30,), 5, padding=2, dilation=3),
+                case(1, 8, (3, 4, 5), 2, padding=1),
+                case(1, 4, (1, 1), 3, padding=1),
+                rows((2, 9, 40)),
+                rows((1, 300), 2),
+            ],
+            LAYOUTS,
+            [torch.float32, torch.float16, torch.bfloat16],
+        ):
+            x, geometry = c.input(dtype, layout=layout), c.geometry
+            gram.patch_gram_box(x, geometry)
+            if geometry.axes:
+                gram.patch_gram_direct(x, geometry)
+            if not geometry.pointwise:
+                gram.patch_gram_shift(x, geometry)
+            if gram.sm90_problem(x, geometry) is None and geometry.pointwise:
+                gram.patch_gram_matrix_sm90(x, geometry)
+            elif gram.sm90_problem(x, geometry) is None:
+                gram.patch_gram_shift(x, geometry, sm90=True)
+            if stats.supported(x, geometry):
+                stats.decor_stats(x, c.R(torch.float32), geometry)
+    finally:
+        library.simulate(None)
+    assert {kernel for kernel, _ in calls} == set(KERNELS) - {"update"}
+    for (kernel, arguments), answer in zip(calls, answers(calls, tmp_path)):
+        assert re.fullmatch(NOT_THERE, answer), (kernel, answer, arguments)
 
 
 @pytest.mark.aot

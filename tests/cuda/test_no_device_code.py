@@ -95,7 +95,13 @@ def test_a_kernel_for_sm90_is_not_launched_elsewhere(stubbed):
 @pytest.mark.aot
 @pytest.mark.slow
 def test_without_code_for_the_gpu_every_launcher_says_so(stubbed):
-    (old,) = ask(stubbed, ((current(), 7, 5, 1024, 0), KERNELS))
+    old, hopper = ask(
+        stubbed,
+        ((current(), 7, 5, 1024, 0), KERNELS),
+        ((current(), 9, 0, 1024, 0), KERNELS[:2]),
+    )
+    for kernel in KERNELS[:2]:
+        assert hopper[kernel] == [NO_CODE, 0, 1, 0]
     for kernel in KERNELS:
         code, _, _, left = old[kernel]
         assert (code, left) == (NO_CODE, 0), kernel
