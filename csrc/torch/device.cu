@@ -20,10 +20,11 @@ std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// The oldest Linux driver that runs a library of this major version of CUDA, its machine code at
-// least: "minor version compatibility".
-constexpr int kDriver = CUDART_VERSION / 1000 == 12 ? 525 : CUDART_VERSION / 1000 == 13 ? 580 : 0;
-static_assert(kDriver != 0, "the driver that this version of CUDA needs is not known here");
+// The oldest Linux driver that runs machine code of this major version of CUDA ("minor version
+// compatibility"); PTX needs one as new as the compiler.
+constexpr const char* kDriver = CUDART_VERSION / 1000 == 12   ? "driver 525 or later"
+                                : CUDART_VERSION / 1000 == 13 ? "driver 580 or later"
+                                                              : "a newer driver";
 
 std::string driver_text() {
   int driver = 0;  // without a driver
@@ -40,7 +41,7 @@ std::string device_problem(int64_t device) {
       return "";
     case cudaErrorInsufficientDriver:
       return driver_text() + ", the library was built by CUDA " + version(CUDART_VERSION) +
-             " and needs driver " + std::to_string(kDriver) + " or later";
+             " and needs " + kDriver;
     case cudaErrorUnsupportedPtxVersion:
       return driver_text() + ", for this GPU the library has only PTX of CUDA " +
              version(CUDART_VERSION);
