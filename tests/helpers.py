@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbp_kernels import ops
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.geometry import ConvGeometry, make_geometry
 from dbp_kernels.planner import Choice, gram_choices
@@ -164,3 +166,22 @@ def error(result: Tensor, oracle: Tensor) -> float:
     difference = (result.double() - oracle.double()).abs().max()
     scale = oracle.double().abs().max()
     return (difference / scale if difference else difference).nan_to_num(nan=float("inf")).item()
+
+
+class Products(TorchDispatchMode):
+    """Within it ``seen`` collects the precision of float32 on CUDA at every matrix product."""
+
+    _NAMES = ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "dbp":  # opaque: to be looked into
+            with self:
+                return getattr(ops, name)(*args, **(kwargs or {}))
+        if name.rstrip("_") in self._NAMES:
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
