@@ -8,15 +8,15 @@ differs). Every plan of the update has three products,
     direct    X = Z R^T      M = X^T X / n    M' R
     samples   X = Z R^T      U = X R          X^T U
 
-of which the first two, or the first alone, form <x x^T> = R S R^T. R starts at I and learns until
-float64's loss has fallen to CONVERGED of its beginning, a variant beside float64 from the same
-samples: the same ones at every step ("fixed"), or new ones ("fresh"), where it ends in the noise
-of sampling. What counts is the decorrelation loss of R, by float64 and the exact second moment,
-over that of the R which learnt in float64.
+of which the first two, in plan "samples" the first, form <x x^T> = R S R^T. R starts at I and learns
+in every variant beside float64 from the same samples: the same ones at every step ("fixed"), until
+float64's loss has fallen to CONVERGED of its beginning, about where new ones at every step
+("fresh") end in the noise of sampling. What counts is the decorrelation loss of a variant's R, by
+float64 and the exact second moment, over that of the R which learnt in float64.
 
 S has condition number ``cond``, eigenvalues in equal ratios, a random basis and a mean diagonal of
-1. The step size is half of 1 / max(c ||M_0||, v max_i M_0ii), c and v the rule's weights of C and V:
-the largest one that keeps every factor R is multiplied by positive.
+1. The step size is 0.5 / max(c ||M_0||, v max_i M_0ii), c and v the rule's weights of C and V: half
+of the one at which a factor R is multiplied by could become negative.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _of_rounded(rounded: Callable[[Tensor], Tensor]) -> Product:
 
 
 def _in_three_terms(X: Tensor, Y: Tensor) -> Tensor:
-    """ "tf32x3": operands as sums of two tf32 numbers, all products but that of the small parts."""
+    """Operands as sums of two tf32 numbers; all products but that of their small parts."""
     x, y = tf32(X), tf32(Y)
     return x @ y + (x @ tf32(Y - y) + tf32(X - x) @ y)
 
@@ -113,9 +113,9 @@ VARIANTS: dict[str, tuple[str, str, str, str]] = {
 def update(
     plan: str, Z: Tensor, R: Tensor, lr: Tensor, weights: UpdateRule, products: Sequence[Product]
 ) -> Tensor:
-    """R after one update from samples Z (G, n, D) by a plan; lr (G, 1, 1). ``plans.py`` by the letter.
+    """R after one update from samples Z (G, n, D) by a plan, as in ``plans.py``; lr (G, 1, 1).
 
-    ``products`` are those of S = Z^T Z and of the plan.
+    ``products`` are those of S = Z^T Z and of the plan. Not for kappa = 1, which has no C.
     """
     of_samples, first, second, last = products
     n, c = Z.shape[1], weights.c_weight
@@ -129,10 +129,9 @@ def update(
     else:
         X = first(Z, R.mT)
         M = second(X.mT, X) / n
-    v = M.diagonal(dim1=1, dim2=2) - 1
-    step = c * M
-    step.diagonal(dim1=1, dim2=2).copy_(weights.v_weight * v)
-    return R - lr * last(step, R)
+    diagonal = M.diagonal(dim1=1, dim2=2)
+    diagonal.copy_((diagonal - 1) * (weights.v_weight / c))
+    return R - lr * c * last(M, R)
 
 
 def loss(R: Tensor, S: Tensor, weights: UpdateRule) -> Tensor:
