@@ -186,6 +186,6 @@ def _report(
     where = (geometry, input.device.type, computed_dtype(input))
     # multiply-adds count twice; forward, gradient of the input, gradient of the weight
     step_gflop = 6 * multiplied / 1e9
-    with update_precision(None, {input.device.type}):  # as a DecorUpdate does
+    with update_precision(None, input.is_cuda):  # as a DecorUpdate does
         plans, algorithms = update_choices(*where), gram_choices(*where)
     return LayerReport(name, geometry, plans, algorithms, step_gflop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -70,27 +70,26 @@ _change_in_tf32: ContextVar[bool] = ContextVar("dbp_change_in_tf32", default=Fal
 
 
 @contextmanager
-def update_precision(name: str | None, device_types: Collection[str]) -> Iterator[None]:
-    """An update's products on these devices have this one of MATMUL_PRECISIONS, or None's meaning."""
+def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
+    """An update's products, some on CUDA or none, have this one of MATMUL_PRECISIONS, or None's."""
     token = _change_in_tf32.set(name is None)
     try:
-        with _full_float32(device_types) if name is None else matmul_precision(name):
+        with _full_float32(cuda) if name is None else matmul_precision(name):
             yield
     finally:
         _change_in_tf32.reset(token)
 
 
-def _full_float32(device_types: Collection[str]) -> AbstractContextManager:
-    operations = [torch.backends.mkldnn.matmul]
-    if any(map(on_cuda, device_types)):
-        operations.append(torch.backends.cuda.matmul)
-    # "none": nobody has set anything; left as it is, for small CPU layers notice what setting takes
-    return _set({o: "ieee" for o in operations if o.fp32_precision not in ("ieee", "none")})
+def _full_float32(cuda: bool) -> AbstractContextManager:
+    used = [torch.backends.mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
+    # "none": nobody has set anything. Small layers on CPUs would notice what setting takes.
+    lower = [operation for operation in used if operation.fp32_precision not in ("ieee", "none")]
+    return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
 
 
 def products_of_change(R: Tensor) -> AbstractContextManager:
     """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
-    if _change_in_tf32.get() and on_cuda(R.device.type):
+    if _change_in_tf32.get() and on_cuda(R):
         return tf32_products()
     return nullcontext()
 
@@ -107,12 +106,12 @@ def tf32_products() -> AbstractContextManager:
 
 def computed_in_half(weight: Tensor) -> bool:
     """Whether a layer on CUDA rounds its weight to half precision before it uses it."""
-    return on_cuda(weight.device.type) and computed_dtype(weight) in (torch.float16, torch.bfloat16)
+    return on_cuda(weight) and computed_dtype(weight) in (torch.float16, torch.bfloat16)
 
 
-def on_cuda(device_type: str) -> bool:
-    """Whether it is CUDA. Tests have a CPU pass for it."""
-    return device_type == "cuda"
+def on_cuda(x: Tensor) -> bool:
+    """Whether x is on CUDA. Tests have tensors on a CPU pass for such."""
+    return x.is_cuda
 
 
 def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:

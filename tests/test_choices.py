@@ -33,9 +33,9 @@ def test_eager_on_cuda_is_planned_in_its_operands_precision(dtype, operands, geo
     where = geometry, "cuda", 4, "eager", operands, "ieee"
     assert choices.gram_choices(*asked) == planner.gram_choices(*where)
     assert choices.update_choices(*asked) == planner.update_choices(*where)
-    with precision.update_precision(None, {"cuda"}):
+    with precision.update_precision(None, True):
         assert choices.update_choices(*asked) == planner.update_choices(*where, "tf32")
-    with precision.update_precision("high", {"cuda"}):
+    with precision.update_precision("high", True):
         operands = "tf32" if operands == "ieee" else operands
         where = geometry, "cuda", 4, "eager", operands, "tf32"
         assert choices.update_choices(*asked) == planner.update_choices(*where)
@@ -69,7 +69,7 @@ def test_what_lower_precisions_save():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cpu_knows_no_precision(geometry, dtype, tf32):
     tf32()
-    with precision.update_precision(None, {"cpu"}):
+    with precision.update_precision(None, False):
         for question in ("gram_choices", "update_choices", "stats_choices"):
             found = getattr(choices, question)(geometry, "cpu", dtype)
             assert found == getattr(planner, question)(geometry, "cpu", max(4, dtype.itemsize))

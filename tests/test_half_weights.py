@@ -40,7 +40,7 @@ def as_cuda(monkeypatch):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
-    monkeypatch.setattr(precision, "on_cuda", lambda device_type: True)
+    monkeypatch.setattr(precision, "on_cuda", lambda x: True)
     yield
     matmul.fp32_precision = before
 
@@ -95,7 +95,7 @@ def test_gradients_are_the_same_and_their_products_as_torch_is_set(
 ):
     original, x, gradients = layer_of(make), random(shape, torch.float32), []
     for on_cuda in (True, False):
-        monkeypatch.setattr(precision, "on_cuda", lambda device_type, answer=on_cuda: answer)
+        monkeypatch.setattr(precision, "on_cuda", lambda x, answer=on_cuda: answer)
         layer = copy.deepcopy(original)
         layer.R.requires_grad_()
         with autocast():

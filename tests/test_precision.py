@@ -118,7 +118,7 @@ def test_a_low_precision_is_near_the_full_one(samples):
 def as_cuda(monkeypatch):
     """What asks whether it is on CUDA is told so; torch is set to TF32 there."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    monkeypatch.setattr(precision, "on_cuda", lambda device_type: True)
+    monkeypatch.setattr(precision, "on_cuda", lambda x: True)
 
 
 # {plan: (images that make it the planner's choice at D = 300, products that form M' R)}

@@ -236,7 +236,7 @@ def test_update_from_gram(shape, rule, kappa, seed):
 )
 def test_precision_of_each_product_of_an_update(images, last, monkeypatch):
     """By default what forms R S R^T, kernels and library calls, is float32 and M' R is TF32."""
-    monkeypatch.setattr(precision, "on_cuda", lambda device_type: True)
+    monkeypatch.setattr(precision, "on_cuda", lambda x: True)
     launch, products, kernels = library.launch, Products(), []
 
     def spy(kernel, **arguments):

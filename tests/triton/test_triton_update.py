@@ -104,7 +104,7 @@ def test_both_plans_match_the_oracle(groups, n, dim, kappa, rule, seed):
 )
 def test_precision_of_each_product(name, expected, source, precision, monkeypatch):
     """P or X, M by the kernel, M' R, as DecorUpdate sets them."""
-    monkeypatch.setattr(precision_module, "on_cuda", lambda device_type: True)
+    monkeypatch.setattr(precision_module, "on_cuda", lambda x: True)
     products = Products()
 
     def spy(*arguments, PRECISION, **named):
@@ -116,7 +116,7 @@ def test_precision_of_each_product(name, expected, source, precision, monkeypatc
     z, r = problem(2, 30, 20)
     ours, inputs = (update_from_gram, second_moment(z)) if source == "gram" else (update_direct, z)
     precision("tf32")
-    with precision_module.update_precision(name, {"cuda"}), products:
+    with precision_module.update_precision(name, True), products:
         ours(inputs, r, LR, 0.5)
     assert products.seen == expected
 
