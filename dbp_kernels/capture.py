@@ -138,7 +138,7 @@ def record(layer: nn.Module, input: Tensor) -> None:
         return
     # Traces run on example inputs, which are no samples, and their graphs are for use elsewhere.
     if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
+        if not _exporting():
             # cast here: autocast is a thing of the past when compiled code runs
             computed = input.detach().to(computed_dtype(input))
             torch.ops.dbp_nn.record(computed, layer._recorder_key)
@@ -148,6 +148,14 @@ def record(layer: nn.Module, input: Tensor) -> None:
     recorder = recorder_of(layer)
     if recorder is not None:
         recorder.record(input, computed_dtype(input))
+
+
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def _exporting() -> bool:
+    # torch 2.11 compiles is_exporting(), which returns this flag, to true: nothing would be learnt
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
 def _capturing(input: Tensor) -> bool:
