@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbp_kernels import ops
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.choices import update_choices
 from dbp_kernels.geometry import ConvGeometry, make_geometry
 from dbp_kernels.planner import Choice, gram_choices
 
@@ -166,6 +167,12 @@ def error(result: Tensor, oracle: Tensor) -> float:
     difference = (result.double() - oracle.double()).abs().max()
     scale = oracle.double().abs().max()
     return (difference / scale if difference else difference).nan_to_num(nan=float("inf")).item()
+
+
+def products_of_change(samples: int, dim: int) -> int:
+    """How many products form M' R in the plan chosen for a linear layer's float32 update."""
+    choice = update_choices(rows((samples, dim)).geometry, "cpu", torch.float32)[0]
+    return 2 if choice.name == "samples" else 1
 
 
 class Products(TorchDispatchMode):
