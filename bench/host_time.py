@@ -206,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "format": 1,
             "command": "python -m bench host-time",
             "machine": machine.describe("cpu"),
+            "settings": {"device": "cpu", "dtype": "bfloat16"},
             "bar_us": BAR,
             "host_time": records,
         }

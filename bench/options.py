@@ -18,6 +18,7 @@ python -m bench device-check               all that only a machine with a GPU ca
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 python -m bench calibrate                  measures the figures that the planner reckons with
 python -m bench host-time                  what Python takes for one call, with every launch stubbed
+python -m bench precision                  what tensor cores' roundings would do to the update
 """
 
 

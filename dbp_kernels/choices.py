@@ -1,4 +1,4 @@
-"""The planner asked on behalf of a backend, else the selected one, for tensors of a dtype."""
+"""The planner asked on behalf of a backend, the selected one unless named, for tensors of a dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from . import backends, planner
 from .backends.cuda import library
 from .geometry import ConvGeometry
-from .precision import statistics_dtype, tf32
+from .precision import change_in_tf32, statistics_dtype, tf32
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -16,8 +16,8 @@ def gram_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The algorithms for S of an input of this dtype, cheapest first."""
-    where = _where(device_type, dtype, backend)  # all but the precision of other products
-    return planner.gram_choices(geometry, *where[:4], *where[5:])
+    where = _where(device_type, dtype, backend)
+    return planner.gram_choices(geometry, *where[:5], *where[6:])
 
 
 def update_choices(
@@ -31,16 +31,17 @@ def stats_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The ways to C and V from samples of this dtype, cheapest first."""
-    return planner.stats_choices(geometry, *_where(device_type, dtype, backend))
+    where = _where(device_type, dtype, backend)
+    return planner.stats_choices(geometry, *where[:5], *where[6:])
 
 
-def _where(device_type: str, dtype: torch.dtype, backend: str | None) -> tuple:
-    """The planner's arguments, after the geometry."""
+def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
+    """The planner's arguments, after the geometry; the sixth is for updates only."""
     itemsize = statistics_dtype(dtype).itemsize
     backend = backend or backends.selected(device_type)
-    if backend == "eager" or dtype == torch.float64:
-        return device_type, itemsize
-    float32 = "tf32" if tf32() else "ieee"
-    # interpreted kernels make the choices of a GPU
+    if dtype == torch.float64 or (backend == "eager" and device_type != "cuda"):
+        return device_type, itemsize  # products of float32 or float64
+    float32, change = ("tf32" if allowed else "ieee" for allowed in (tf32(), change_in_tf32()))
     sm90 = backend == "cuda" and library.sm90_problem() is None
-    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, sm90
+    # interpreted kernels make the choices of a GPU
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, change, sm90

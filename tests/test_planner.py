@@ -138,7 +138,7 @@ def test_each_backend_has_its_own_algorithms(c):
     st.booleans(),
 )
 def test_kernels_of_capability_9_0_are_offered_where_they_run(c, backend, precision, sm90):
-    offered = gram_choices(c.geometry, "cuda", 4, backend, precision, sm90)
+    offered = gram_choices(c.geometry, "cuda", 4, backend, precision, sm90=sm90)
     covered = precision in ("bf16", "fp16") and set(c.stride) <= {1}
     names = [choice.name for choice in offered]
     assert names.count("cuda_sm90") == (backend == "cuda" and sm90 and covered)
@@ -149,7 +149,8 @@ def test_kernels_of_capability_9_0_have_a_figure_of_their_own(c, machines):
     def seconds(**figures) -> dict[str, float]:
         machines(**figures)
         return {
-            x.name: x.seconds for x in gram_choices(c.geometry, "cuda", 4, "cuda", "bf16", True)
+            x.name: x.seconds
+            for x in gram_choices(c.geometry, "cuda", 4, "cuda", "bf16", sm90=True)
         }
 
     kernels = ((64, 0.3), (128, 0.3))

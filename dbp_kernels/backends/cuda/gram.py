@@ -132,6 +132,8 @@ def _boxes(x: Tensor, geometry: ConvGeometry, work: Work) -> tuple[Callable[...,
         item_count=len(work.items),
         block=work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=work.slots,
+        box_count=len(work.program.boxes),
     )
     return (launch,)
 
@@ -154,6 +156,8 @@ def _shifts(kernel: str, x: Tensor, plan: ShiftPlan) -> Callable[..., None]:
         item_count=len(plan.items),
         block=plan.work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=plan.work.slots,
+        sets=len(plan.masks),
     )
 
 
@@ -196,6 +200,7 @@ def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
         channels=x.shape[1],
         item_count=len(work.items),
         dtype=dtype_number(x.dtype),
+        slots=work.slots,
     )
     return _gram(steps, (launch,), work, geometry, x.device)
 
@@ -235,6 +240,7 @@ def direct_gram(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> 
         item_count=len(work.items),
         block=work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=work.slots,
     )
     return _gram((), (launch,), work, geometry, x.device)
 

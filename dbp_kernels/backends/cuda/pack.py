@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..prepared import prepared
 from . import library
-from .arguments import aligned_rows, dtype_number, four, padded
+from .arguments import dtype_number, four, padded
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,8 +46,3 @@ def pack(x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None
     out = empty_rows(x, dtype)
     _launch(x, dtype)(x=x, out=out, mean=mean)
     return out
-
-
-def rows_of_channels(x: Tensor) -> Tensor:
-    """x itself if its channels lie together at multiples of 16 bytes, else a packed copy."""
-    return x if aligned_rows(x) else pack(x)

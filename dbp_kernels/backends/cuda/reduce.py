@@ -28,5 +28,6 @@ def reduction(work: Work, tables: Tables, samples: int) -> Callable[..., None]:
         straight=work.straight,
         symmetric=work.symmetric,
         symmetric_base=work.symmetric_base,
+        entries=work.entries,
         scale=1 / samples,
     )

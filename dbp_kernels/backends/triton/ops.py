@@ -13,6 +13,7 @@ from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
 from ...plans import UpdateRule
+from ...precision import change_in_tf32
 from ..eager import ops as eager
 from ..eager.unfold import rows
 from ..prepared import Gram, prepared
@@ -96,7 +97,7 @@ def decor_update(
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
     if R.dtype != torch.float32:
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
-    choice = choice or _update_choice(x, geometry)
+    choice = choice or _update_choice(x, geometry, change_in_tf32())
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.gram)
         if demean:
@@ -112,7 +113,8 @@ def decor_update(
 
 
 @prepared
-def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
+def _update_choice(x: Tensor, geometry: ConvGeometry, change: bool) -> Choice:
+    """``change``: of what it depends on, the one thing that others do not."""
     return update_choices(geometry, x.device.type, x.dtype, "triton")[0]
 
 
