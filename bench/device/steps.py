@@ -51,7 +51,7 @@ def run(name: str, setting: Setting) -> dict:
         method: lambda model: _ours(model, how, settings.dtype),
     }
     case = _networks(setting)[network]
-    with matmul_precision("high" if "high" in how else None):
+    with matmul_precision("high") if "high" in how else nullcontext():
         record = run_step_case(case, settings, sample=_SAMPLE, makers=makers, ours=method)
     found, plain = (record["methods"][key] for key in (method, BP))
     told = {}

@@ -159,3 +159,22 @@ def test_nothing_is_overwritten(tmp_path):
 def test_an_unknown_group_is_a_sentence(capsys):
     assert cli.main(["device-check", "second"]) == 2
     assert "no group 'second'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dbp", "dbp high overlap", "dbp eager"])
+def test_a_step_is_measured_beside_plain_backpropagation(method):
+    record = steps.run(f"{method}: convnet", Setting("cpu", rehearse=True))
+    assert record["status"] == "passed", record
+    (step,) = record["result"]["step"]
+    assert set(step["methods"]) == {"bp", method}
+    assert step["methods"][method]["ratio"] == record["ratio"] > 0
+    parts = step["breakdown"] if method == "dbp" else step["breakdowns"][method]
+    assert parts["extra"] == pytest.approx(sum(parts.values()) - parts["extra"], rel=0.01, abs=1e-6)
+
+
+def test_figures_of_a_part_are_a_piece_of_a_calibration_file():
+    record = groups.find("calibration").run("gbytes", Setting("cpu", rehearse=True))
+    content = record["result"]["calibration"]
+    assert content["device"] == machine.describe("cpu")["cpu"]
+    assert content["measured"]
+    assert content["figures"]["gbytes"] > 0
