@@ -151,7 +151,8 @@ def write_ninja(directory: Path, architectures: str) -> Path:
     nvcc, torch = find_nvcc(), find_torch()
     gencode = gencode_flags(architectures)
     # file names in error messages say nothing of the machine that compiled them
-    names = f"-Xcompiler -ffile-prefix-map={CSRC.parent}/=,-ffile-prefix-map={torch.parent}/="
+    folders = (CSRC.parent, torch.parent, torch.resolve().parent)
+    names = "-Xcompiler " + ",".join(f"-ffile-prefix-map={folder}/=" for folder in folders)
     kernel_flags = f"{_NVCC_FLAGS} {names} {' '.join(gencode)}"
     targets = " ".join(_entries(architectures))
     binding_flags = (
@@ -163,7 +164,7 @@ def write_ninja(directory: Path, architectures: str) -> Path:
     # runtime is linked in statically, so that the file does not ask for one version of it.
     text = _NINJA.format(
         nvcc=nvcc,
-        link=f"{nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL",
+        link=f"{nvcc} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL",
         libraries=f"-L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu",
     )
     objects = []
