@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,15 +192,11 @@ class Training:
             return None
         return torch.stack([loss.float() for loss in self.decor.losses().values()]).mean().item()
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """That the device and all before it took."""
+    def clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        begin = time.perf_counter()
-        call()
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - begin
+        return time.perf_counter()
 
 
 def steps_per_epoch(images: Images, recipe: Recipe) -> int:
@@ -211,17 +207,15 @@ def speed(method: str, images: Images, recipe: Recipe, warmup: int, steps: int) 
     """Images per second of a method's steps, after as many to warm up."""
     training = Training(method, images, warmup + steps, recipe)
     batches = training.batches()
-
-    def run(count: int) -> None:
-        for order in itertools.islice(batches, count):
-            training.step(order)
-
-    run(warmup)
-    size = min(recipe.batch, len(images.train))
-    return steps * size / training.seconds(lambda: run(steps))
+    for order in itertools.islice(batches, warmup):
+        training.step(order)
+    begin = training.clock()
+    for order in itertools.islice(batches, steps):
+        training.step(order)
+    return steps * min(recipe.batch, len(images.train)) / (training.clock() - begin)
 
 
-def epochs_within(seconds: float, images: Images, speeds: Iterator[float]) -> int:
+def epochs_within(seconds: float, images: Images, speeds: Iterable[float]) -> int:
     """The most of ``EPOCHS`` that the slowest method trains and tests in so many seconds.
 
     A forward pass is reckoned as a third of a step.
@@ -237,10 +231,9 @@ def train(method: str, images: Images, epochs: int, recipe: Recipe) -> Iterator[
     training = Training(method, images, epochs * count, recipe)
     batches, total = training.batches(), 0.0
     for epoch in range(1, epochs + 1):
-        losses: list[Tensor] = []
-        seconds = training.seconds(
-            lambda: losses.extend(map(training.step, itertools.islice(batches, count)))
-        )
+        begin = training.clock()
+        losses = [training.step(order) for order in itertools.islice(batches, count)]
+        seconds = training.clock() - begin
         total += seconds
         test_loss, accuracy = training.test()
         size = min(recipe.batch, len(images.train))
