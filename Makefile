@@ -2,7 +2,7 @@
 # make test   the test suite          make bench  speed against the alternatives
 # make bench-check   in three minutes: has anything become slower than the committed results?
 # make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
-# make device-check   on a machine with a GPU: its tests and benchmarks, in under ten minutes
+# make device-check   on a machine with a GPU: everything about every kernel, in under ten minutes
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
 PYTHON ?= python3
 VENV ?= .venv

@@ -276,7 +276,7 @@ def figure_of(record: dict, bar: Bar) -> float | str:
 
 def _fastest_rival(methods: dict, but: str) -> str:
     others = {
-        name: method["seconds"]["median"]
+        name: method.get("replay", method["seconds"])["median"]
         for name, method in methods.items()
         if name not in (OURS, but) and "seconds" in method
     }
@@ -289,11 +289,15 @@ def memory_allowance(record: dict) -> int:
 
 
 def speedup(record: dict, rival: str, ours: str = OURS) -> float | None:
-    """The rival's median over ours; None unless both were measured."""
-    pair = [record["methods"].get(name, {}).get("seconds") for name in (rival, ours)]
-    if None in pair:
-        return None
-    return pair[0]["median"] / pair[1]["median"]
+    """The rival's median over ours, of replayed CUDA graphs where there are such times of both.
+
+    None unless both were measured.
+    """
+    pair = [record["methods"].get(name, {}) for name in (rival, ours)]
+    for key in ("replay", "seconds"):
+        if all(key in method for method in pair):
+            return pair[0][key]["median"] / pair[1][key]["median"]
+    return None
 
 
 def thresholds(case: str, rival: str) -> Iterator[Bar]:

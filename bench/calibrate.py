@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from dbp_kernels.precision import matmul_precision
+
 from . import machine
 from .timing import cpu_time, time_once
 
@@ -62,40 +64,52 @@ class Meter:
         return torch.randn(shape, device=self.device)
 
 
-def figures(meter: Meter) -> dict:
-    """All figures of a device, as in its file: the best of some passes."""
+def figures(meter: Meter, keep: Callable[[dict], object] = lambda found: None) -> dict:
+    """All figures of a device, as in its file: the best of some passes.
+
+    ``keep`` is given what there is after every part. KeyboardInterrupt passes through.
+    """
+    measured: dict = {}
+    for number in range(meter.passes):
+        for name, part in parts(meter.device.type).items():
+            if number == 0 or name not in GPU_PARTS:
+                measured = {**measured, **_better(measured, part(meter))}
+                keep(finished(measured))
+    return finished(measured)
+
+
+def finished(measured: dict) -> dict:
+    """As in a file: rounded, and what is raw put in relation."""
     from dbp_kernels.calibration import cost_at
 
-    measured = _pass(meter)
-    for _ in range(meter.passes - 1):
-        measured = _better(measured, _pass(meter))
-    measured["aliased"] = [
-        max(1.0, cost / cost_at(plain, elements))
-        for [[elements, cost]], plain in zip(measured["aliased"], measured["pack"])
-    ]
-    if meter.device.type == "cuda":
-        measured.update(_gpu_figures(meter))
+    raw = measured.get("aliased")
+    if raw:
+        factors = [
+            max(1.0, p[1] / cost_at(plain, p[0])) for [p], plain in zip(raw, measured["pack"])
+        ]
+        measured = {**measured, "aliased": factors}
     return _rounded(measured)
 
 
-def _pass(meter: Meter) -> dict:
-    return {
-        "product": _products(meter, 1, SIDES),
-        "grouped": _products(meter, GROUPS, GROUPED_SIDES),
-        **_libraries(meter),
-        "wgrad": _weight_gradients(meter),
-        "wgrad_weight": _small_weight_gradients(meter),
-        "gbytes": _bandwidth(meter),
-        "fresh": _fresh(meter),
-        **_calls(meter),
-        **_copies(meter),
-    }
+def parts(device_type: str) -> dict[str, Callable[[Meter], dict]]:
+    """{name: what measures some figures, by themselves}."""
+    gpu = GPU_PARTS if device_type == "cuda" else {}
+    return {**PARTS, **gpu}
+
+
+def part_figures(name: str, meter: Meter) -> dict:
+    """The figures of one part, the best of some passes, as in a file."""
+    part, measured = parts(meter.device.type)[name], {}
+    for _ in range(1 if name in GPU_PARTS else meter.passes):
+        measured = _better(measured, part(meter))
+    return finished(measured)
 
 
 def _better(a: dict, b: dict) -> dict:
-    """Of each figure the better one: rates up, costs down."""
+    """Of each of b's figures the better one: rates up, costs down; a may lack some."""
     rates = ("product", "grouped", "narrow", "onednn", "wgrad", "gbytes")
-    return {key: _best_of(max if key in rates else min, a[key], b[key]) for key in a}
+    picks = {key: max if key in rates else min for key in b}
+    return {key: _best_of(picks[key], a[key], b[key]) if key in a else b[key] for key in b}
 
 
 def _best_of(pick: Callable, a, b):
@@ -234,28 +248,25 @@ def _calls(meter: Meter) -> dict:
 _KINDS = ((False, False), (False, True), (True, False))  # unfolded: no axis, the last, another
 
 
-def _copies(meter: Meter) -> dict:
-    """ns per element of packing, im2col and assembling; means over some maps."""
+def _three(meter: Meter, maps: Sequence, copied: Sequence[int], **window: int) -> list:
+    """Points of packing in each kind, of about so many elements; means over some maps."""
+    return [
+        [_point(partial(_packing, meter, kind, **window), maps, n) for n in copied]
+        for kind in _KINDS
+    ]
 
-    def three(maps: Sequence, copied: Sequence[int] = _COPIED, **window: int) -> list:
-        return [
-            [_point(partial(_packing, meter, kind, **window), maps, n) for n in copied]
-            for kind in _KINDS
-        ]
 
-    def patches(**window: int) -> list:
-        return [_point(partial(_im2col, meter, **window), _MAPS, n) for n in _COPIED]
-
+def _packs(meter: Meter) -> dict:
+    """Packing usual maps, and, to be put in relation to it, those of powers of two."""
     return {
-        "pack": three(_MAPS),
-        "pack_strided": three(_MAPS, stride=2),
-        "pack_thin": three(_THIN_MAPS),
-        "pack_stem": three(_STEM_MAPS, **_STEM),
-        "aliased": three(_ALIASED_MAPS, [_ALIASED_COPY]),
-        "im2col": patches(),
-        "im2col_strided": patches(stride=2),
-        "assemble": [_mean(_assembling(meter, *m, kind) for m in _MAPS) for kind in _KINDS],
+        "pack": _three(meter, _MAPS, _COPIED),
+        "aliased": _three(meter, _ALIASED_MAPS, [_ALIASED_COPY]),
     }
+
+
+def _patches(meter: Meter, **window: int) -> list:
+    """Points of im2col."""
+    return [_point(partial(_im2col, meter, **window), _MAPS, n) for n in _COPIED]
 
 
 def _point(measure: Callable, maps: Sequence, copied: int) -> list:
@@ -318,38 +329,31 @@ def _assembling(meter: Meter, channels: int, size: int, kind) -> float:
 # --------------------------------------------------------------------------- GPUs; not run yet
 
 
-def _gpu_figures(meter: Meter) -> dict:
-    """Peaks of other precisions, and fractions of them that our kernels reach."""
-    peaks = _tensor_cores(meter)
-    measured: dict = {"tensor_cores": peaks}
-    from dbp_kernels import backends
-
-    if backends.unusable("triton", "cuda") is None:
-        measured.update(_kernels(meter, peaks["bf16"]))
-    return measured
-
-
 def _tensor_cores(meter: Meter) -> dict:
     """GFLOP/s of a large product in each precision but ieee float32."""
-    side, rates = 8192 // meter.shrink, {}
-    before = torch.get_float32_matmul_precision()
-    for name, dtype in (("tf32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        a = meter.random(side, side).to(dtype or torch.float32)
-        torch.set_float32_matmul_precision("high")
-        try:
-            rates[name] = 2 * side**3 / meter.seconds(lambda a=a: a @ a) / 1e9
-        finally:
-            torch.set_float32_matmul_precision(before)
-    return rates
+    dtypes = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return {"tensor_cores": {name: _peak(meter, dtype) for name, dtype in dtypes.items()}}
 
 
-def _kernels(meter: Meter, peak: float) -> dict:
+def _peak(meter: Meter, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large product; of float32 in tf32."""
+    side = 8192 // meter.shrink
+    a = meter.random(side, side).to(dtype)
+    with matmul_precision("high"):
+        return 2 * side**3 / meter.seconds(lambda: a @ a) / 1e9
+
+
+def _kernels(meter: Meter) -> dict:
     """Fractions of the bfloat16 peak, by padded side, of the direct form; what gathering leaves."""
+    from dbp_kernels import backends
+
+    if backends.unusable("triton", "cuda"):
+        return {}
     from dbp_kernels.backends.triton import ops
     from dbp_kernels.geometry import make_geometry
     from dbp_kernels.planner import Choice
 
-    choice = Choice("triton_direct", 0.0, 0.0)
+    choice, peak = Choice("triton_direct", 0.0, 0.0), _peak(meter, torch.bfloat16)
 
     def rate(channels: int, kernel: int) -> float:
         x = meter.random(64, channels, 56, 56).bfloat16()
@@ -364,14 +368,37 @@ def _kernels(meter: Meter, peak: float) -> dict:
     return {"kernels": points, "gather": min(1.0, rate(128, 3) / rate(1152, 1))}
 
 
+PARTS: dict[str, Callable[[Meter], dict]] = {
+    "product": lambda meter: {"product": _products(meter, 1, SIDES)},
+    "grouped": lambda meter: {"grouped": _products(meter, GROUPS, GROUPED_SIDES)},
+    "narrow": _libraries,
+    "wgrad": lambda meter: {"wgrad": _weight_gradients(meter)},
+    "wgrad_weight": lambda meter: {"wgrad_weight": _small_weight_gradients(meter)},
+    "gbytes": lambda meter: {"gbytes": _bandwidth(meter)},
+    "fresh": lambda meter: {"fresh": _fresh(meter)},
+    "call": _calls,
+    "pack": _packs,
+    "pack_strided": lambda meter: {"pack_strided": _three(meter, _MAPS, _COPIED, stride=2)},
+    "pack_thin": lambda meter: {"pack_thin": _three(meter, _THIN_MAPS, _COPIED)},
+    "pack_stem": lambda meter: {"pack_stem": _three(meter, _STEM_MAPS, _COPIED, **_STEM)},
+    "im2col": lambda meter: {"im2col": _patches(meter)},
+    "im2col_strided": lambda meter: {"im2col_strided": _patches(meter, stride=2)},
+    "assemble": lambda meter: {
+        "assemble": [_mean(_assembling(meter, *m, kind) for m in _MAPS) for kind in _KINDS]
+    },
+}
+GPU_PARTS: dict[str, Callable[[Meter], dict]] = {
+    "tensor_cores": _tensor_cores,  # peaks of other precisions
+    "kernels": _kernels,  # fractions of them that our kernels reach
+}
+
+
 # --------------------------------------------------------------------------- the command
 
 
-def calibrate(device: torch.device, command: str, quick: bool = False) -> dict:
-    """The content of a calibration file for this device."""
+def header(device: torch.device, command: str) -> dict:
+    """The content of a calibration file for this device, but for its figures."""
     described = machine.describe(device)
-    begin = time.perf_counter()
-    measured = figures(Meter(device, quick))
     return {
         "device": described.get("gpu") or described["cpu"],
         "type": device.type,
@@ -384,9 +411,7 @@ def calibrate(device: torch.device, command: str, quick: bool = False) -> dict:
             "torch": described["torch"],
             "commit": described["commit"],
             "dirty": described["dirty"],
-            "took_seconds": round(time.perf_counter() - begin),
         },
-        "figures": measured,
     }
 
 
@@ -435,30 +460,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
         print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
         return 2
-    if options.save and Path(options.save).exists() and not options.overwrite:
-        return _refused(Path(options.save))
     given = sys.argv[2:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "bench", "calibrate", *given])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(options.threads or threads)
         with cpu_time(options.cpu_time):
-            content = calibrate(options.device, command, options.quick)
+            return _calibrate(options, header(options.device, command))
     finally:
         torch.set_num_threads(threads)
-    text = to_text(content)
-    print(text, end="")
-    if options.save is None:
-        return 0
+
+
+def _calibrate(options: argparse.Namespace, content: dict) -> int:
+    """Measures and writes; an interrupted calibration is kept once every figure is there."""
     path = Path(options.save) if options.save else default_path(content)
-    if path.exists() and not options.overwrite:
-        return _refused(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    print(f"saved {path}")
+    if options.save is not None and path.exists() and not options.overwrite:
+        print(f"{path} exists and is not overwritten without --overwrite", file=sys.stderr)
+        return 2
+    begin, needed = time.perf_counter(), len(parts(options.device.type))
+    rounds, found = 0, {}
+
+    def keep(measured: dict) -> None:
+        nonlocal rounds
+        rounds += 1
+        found.update(measured)
+        content["origin"]["took_seconds"] = round(time.perf_counter() - begin)
+        content["figures"] = found
+        if options.save is not None and rounds >= needed:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(to_text(content))
+
+    try:
+        figures(Meter(options.device, options.quick), keep)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    if rounds < needed:
+        print("not all figures were measured: nothing is saved", file=sys.stderr)
+        return 1
+    print(to_text(content), end="")
+    if options.save is not None:
+        print(f"saved {path}")
     return 0
-
-
-def _refused(path: Path) -> int:
-    print(f"{path} exists and is not overwritten without --overwrite", file=sys.stderr)
-    return 2

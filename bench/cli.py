@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
     if arguments[:1] == ["device-check"]:
-        from . import device_check
+        from .device import command
 
-        return device_check.main(arguments[1:])
+        return command.main(arguments[1:])
     if arguments[:1] == ["check"]:
         from . import regress
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import check, machine
 from .memory import extra_bytes
 from .registry import Case
-from .rivals import RIVALS, Rival, rivals_on
-from .timing import time_interleaved
+from .rivals import RIVALS, NotApplicable, Rival, rivals_on
+from .timing import time_interleaved, time_replayed
 
 OURS = "dbp"
 PLAIN = "unfold"  # what correctness bounds and most bars refer to
@@ -24,13 +24,17 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is run; ``pairs=None`` is each suite's own default."""
+    """How a suite is run; ``pairs=None`` is each suite's own default.
+
+    With ``replay`` methods are also timed by replays of a CUDA graph.
+    """
 
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     pairs: int | None = None
     warmup: int = 2
     channels_last: bool = False
+    replay: bool = False
 
 
 DEFAULT_PAIRS = 9
@@ -58,7 +62,8 @@ def run_case(
     """Checks, times and weighs every method on one case; returns the case's result record.
 
     Each method's record has "status": "ok" (with "seconds", "error", "extra_bytes"), "wrong" or
-    "failed" (with a reason and no number), or "n/a".
+    "failed" (with a reason and no number), or "n/a". "seconds" are those of calls; "replay", if the
+    settings ask for it, those of replays, or else there is "no_replay", why not.
     """
     methods = default_methods(settings.device) if methods is None else methods
     x = make_input(case, settings)
@@ -85,8 +90,17 @@ def run_case(
             warmup=settings.warmup,
             tick=tick,
         )
-    for name in right:
-        records[name]["seconds"] = times[name].as_dict()
+        for name in right:
+            records[name]["seconds"] = times[name].as_dict()
+        if settings.replay:
+            replays, reasons = time_replayed(
+                calls, settings.pairs or DEFAULT_PAIRS, device=settings.device, tick=tick
+            )
+            for name in right:
+                if name in replays:
+                    records[name]["replay"] = replays[name].as_dict()
+                else:
+                    records[name]["no_replay"] = reasons[name]
     return {
         "name": case.name,
         "tags": list(case.tags),
@@ -104,9 +118,10 @@ def run_case(
 
 
 def make_input(case: Case, settings: Settings) -> Tensor:
-    """Random normal data, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.input_shape, generator=generator).to(settings.device, settings.dtype)
+    """Random normal data, the same in every run on a type of device."""
+    generator = torch.Generator(settings.device).manual_seed(0)
+    x = torch.randn(case.input_shape, generator=generator, device=settings.device)
+    x = x.to(settings.dtype)
     if settings.channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return x
@@ -132,9 +147,11 @@ def _judge(
     try:
         with torch.no_grad():
             err = check.error(method.compute(x, case), exact)
+    except NotApplicable as reason:
+        return {"status": "n/a", "reason": str(reason)}
     except Exception as failure:  # whatever it is, the other methods get their numbers
         return failed(failure)
-    limit = check.bound(name == OURS, plain_error, x)
+    limit = check.bound(name == OURS or method.ours, plain_error, x)
     if name == PLAIN:
         limit = check.plain_cap(x)
     if not err <= limit:

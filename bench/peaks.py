@@ -40,7 +40,7 @@ def add_fractions(record: dict, peaks: dict) -> None:
     for method in record["methods"].values():
         if "seconds" not in method:
             continue
-        seconds = method["seconds"]["median"]
+        seconds = method.get("replay", method["seconds"])["median"]
         if gflop:
             rate = gflop / 1e3 / seconds
             method["useful_tflops"] = float(f"{rate:.4g}")

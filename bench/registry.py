@@ -170,6 +170,7 @@ def with_batch(case: Case, N: int) -> Case:
     return replace(case, N=N, name=name)
 
 
+RESNETS = "(?<!-)resnet"  # the pattern that selects layers of ResNets at 224x224
 _R18, _R34, _R50 = "resnet18", "resnet34", "resnet50"
 _BASIC = (_R18, _R34)
 _ALL = (_R18, _R34, _R50)

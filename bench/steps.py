@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -160,19 +160,24 @@ def run_step_case(
     compiled: str | None = None,
     trace: Path | None = None,
     tick: Callable[[], object] = lambda: None,
+    makers: Mapping[str, Callable[[nn.Module], Step]] | None = None,
+    ours: str = OURS,
 ) -> dict:
     """Times one step of every variant in ``methods``, interleaved; returns the case's record.
 
     ``samplings`` adds the ``sampling_variants``, ``faster`` the ``faster_variants``, ``compiled``
     (a mode of torch.compile) the ``compiled_variants``; ``trace`` is where a profiler's trace of the
-    steps goes.
+    steps goes. ``makers`` are the variants instead of all these. What the variant ``ours`` takes
+    beyond ``BP`` is broken down.
 
     All variants start from one and the same network. First a step of each on the same data: with R
     at the identity their losses must agree (1e-3 relative), else the variant is "wrong" and gets
     no number.
     """
     batch = batch or case.batch
-    makers = {k: v for k, v in variants(sample, settings.dtype).items() if k in methods}
+    makers = dict(makers or {})
+    if not makers:
+        makers = {k: v for k, v in variants(sample, settings.dtype).items() if k in methods}
     if samplings:
         makers.update(sampling_variants(settings.dtype))
     if faster:
@@ -183,9 +188,9 @@ def run_step_case(
     model, images, labels = start(case, settings, batch)
     records, calls = time_steps(makers, model, images, labels, settings, case.pairs, tick)
     more = {}
-    if {BP, OURS} <= set(calls):
+    if {BP, ours} <= set(calls):
         try:
-            more["breakdown"] = breakdown(calls[OURS], calls[BP], settings.device)
+            more["breakdown"] = breakdown(calls[ours], calls[BP], settings.device)
         except Exception as failure:  # where the profiler may not be used, say: times stand
             more["no_breakdown"] = failed(failure)["reason"]
     if trace is not None:
@@ -213,7 +218,7 @@ def start(case: StepCase, settings: Settings, batch: int) -> tuple[nn.Module, Te
 
 
 def time_steps(
-    makers: dict[str, Callable[[nn.Module], Step]],
+    makers: Mapping[str, Callable[[nn.Module], Step]],
     model: nn.Module,
     images: Tensor,
     labels: Tensor,

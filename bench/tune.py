@@ -3,24 +3,29 @@
 Writes dbp_kernels/backends/triton/configs/<gpu>.json, which the package then uses on this GPU and
 on others of its compute capability. Nothing is ever tuned while the package is in use: in a CUDA
 graph, say, a search would be recorded. Only shipped shapes are candidates, so what is pinned is
-what the tests compile.
+what the tests compile. The file is written anew after every problem.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dbp_kernels.precision import matmul_precision
+
 from . import check, machine, registry
 from .kernels import Settings, make_input
-from .timing import time_interleaved
+from .timing import time_interleaved, time_replayed
 
 FOLDER = machine.ROOT / "dbp_kernels" / "backends" / "triton" / "configs"
 
@@ -40,21 +45,74 @@ class Problem:
     exact: Callable[[], torch.Tensor]
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    """The sizes of ResNet layers at a training batch and at its sampled tenth."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for case in (case for n in (256, 26) for case in registry.select("resnet", n)):
-        for dtype in dtypes:
-            yield from _gram_problems(case, Settings(device, dtype, channels_last=True))
-    for case in registry.select("stem|3x3 3@|1x1 64@", 26):
-        yield from _stats_problem(case, Settings(device, torch.bfloat16, channels_last=True))
-    for dim in (64, 128, 256, 576, 1152, 2304):
-        for groups in (1, 4):
-            yield _update_problem(groups, dim, device)
+@dataclass(frozen=True)
+class Shape:
+    """What a problem is made from; ``make(device)`` is None where the kernel is not for it."""
+
+    kernel: str
+    precision: str
+    label: str
+    make: Callable[[torch.device], Problem | None]
+
+    @property
+    def name(self) -> str:
+        """E.g. "gram_shift bf16: 3x3 64@56 b26"."""
+        return f"{self.kernel} {self.precision}: {self.label}"
 
 
-def _gram_problems(case: registry.Case, settings: Settings) -> Iterator[Problem]:
-    """One for each kernel that computes S of this case and has tiles to choose from."""
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "tf32": torch.float32,
+    "ieee": torch.float32,
+    "fp16": torch.float16,
+}
+_GRAMS = ("gram_shift", "gram_direct", "gram_shift_tma")  # modules of the Triton backend
+_DIMS, _GROUPS = (576, 1152, 2304, 256, 128, 64), (1, 4)
+
+
+def shapes() -> list[Shape]:
+    """The sizes of ResNet layers at a training batch's sampled tenth and the whole of it.
+
+    The most telling first, should the time not do for all. Asking needs no GPU.
+    """
+    ranked: list[tuple[int, Shape]] = [(1, shape) for shape in _matrix_shapes()]
+    for n in (26, 256):
+        cases = registry.select(registry.RESNETS, n)
+        for case in sorted(cases, key=lambda case: case.kernel != (3, 3)):
+            main = case.kernel == (7, 7) or (case.kernel == (3, 3) and case.stride == (1, 1))
+            for precision in PRECISIONS:
+                rank = (0 if main else 2) + (3 if n == 256 else 0)
+                rank += 6 if precision in ("ieee", "fp16") else 0
+                ranked += [(rank, shape) for shape in gram_shapes(case, precision)]
+    return [shape for _, shape in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def gram_shapes(case: registry.Case, precision: str) -> Iterator[Shape]:
+    """One for each kernel that may compute S of this case and has tiles to choose from."""
+    pointwise = case.is_linear or case.kernel == (1, 1)
+    for kernel in _GRAMS:
+        if case.is_linear or (kernel == "gram_direct" and pointwise):
+            continue
+        if kernel == "gram_shift_tma" and precision not in ("bf16", "fp16"):
+            continue
+        make = partial(_gram_problem, kernel, precision, case)
+        yield Shape(kernel, precision, case.name, make)
+
+
+def _matrix_shapes() -> Iterator[Shape]:
+    for precision in ("tf32", "ieee"):
+        for dim in _DIMS:
+            for groups in _GROUPS:
+                make = partial(_update_problem, precision, groups, dim)
+                yield Shape("symmetric_update", precision, f"{groups} of D {dim}", make)
+        for case in registry.select("stem|3x3 3@|1x1 64@", 26):
+            make = partial(_stats_problem, precision, case)
+            yield Shape("decor_stats", precision, case.name, make)
+
+
+def _gram_problem(
+    kernel: str, precision: str, case: registry.Case, device: torch.device
+) -> Problem | None:
     from dbp_kernels.backends.triton import (
         configs,
         gram_direct,
@@ -63,24 +121,33 @@ def _gram_problems(case: registry.Case, settings: Settings) -> Iterator[Problem]
         runtime,
     )
 
+    settings = Settings(device, PRECISIONS[precision], channels_last=True)
     x, geometry = make_input(case, settings), _geometry(case)
-    precision, target = configs.precision_key(x.dtype), runtime.target(x.device)
-    forms: list[tuple] = []
-    if not geometry.pointwise:
-        forms.append((gram_direct, gram_direct.patch_gram_direct))
-    if geometry.axes:
-        forms.append((gram_shift, gram_shift.patch_gram_shift))
-    if geometry.axes and gram_shift_tma.usable(x, geometry):
-        forms.append((gram_shift_tma, gram_shift_tma.patch_gram_shift_tma))
-    for module, compute in forms:
-        yield Problem(
-            module.KERNEL,
-            precision,
-            (gram_direct if module is gram_direct else gram_shift).sizes(geometry),
-            configs.configs(module.KERNEL, precision, target),
-            lambda config, compute=compute: compute(x, geometry, config),
-            lambda: check.oracle(x, case),
-        )
+    compute = {
+        gram_shift.KERNEL: gram_shift.patch_gram_shift,
+        gram_direct.KERNEL: gram_direct.patch_gram_direct,
+        gram_shift_tma.KERNEL: gram_shift_tma.patch_gram_shift_tma,
+    }[kernel]
+    if kernel == gram_shift_tma.KERNEL and not gram_shift_tma.usable(x, geometry):
+        return None
+    return Problem(
+        kernel,
+        precision,
+        (gram_direct if kernel == gram_direct.KERNEL else gram_shift).sizes(geometry),
+        configs.configs(kernel, precision, runtime.target(device)),
+        _in(precision, lambda config: compute(x, geometry, config)),
+        lambda: check.oracle(x, case),
+    )
+
+
+def _in(precision: str, run: Callable) -> Callable:
+    """``run`` with products of float32 in this precision."""
+
+    def within(config: object) -> torch.Tensor:
+        with matmul_precision("high" if precision == "tf32" else "highest"):
+            return run(config)
+
+    return within
 
 
 def _geometry(case: registry.Case):
@@ -91,37 +158,37 @@ def _geometry(case: registry.Case):
     return make_geometry(case.input_shape, *window)
 
 
-def _stats_problem(case: registry.Case, settings: Settings) -> Iterator[Problem]:
-    """Of the fused statistics; none where D is too large for every tile."""
+def _stats_problem(precision: str, case: registry.Case, device: torch.device) -> Problem | None:
+    """Of the fused statistics; None where D is too large for every tile."""
     from dbp_kernels import reference
-    from dbp_kernels.backends.triton import configs, runtime, stats
+    from dbp_kernels.backends.triton import configs, gram_direct, runtime, stats
 
+    settings = Settings(device, torch.bfloat16, channels_last=True)
     x, geometry = make_input(case, settings), _geometry(case)
-    precision, target = configs.precision_key(torch.float32), runtime.target(x.device)
     dim = geometry.dim
-    fit = tuple(c for c in configs.configs(stats.KERNEL, precision, target) if c.block_m >= dim)
+    every = configs.configs(stats.KERNEL, precision, runtime.target(device))
+    fit = tuple(c for c in every if c.block_m >= dim)
     if not fit:
-        return
+        return None
     R = torch.eye(dim, device=x.device).expand(geometry.groups, dim, dim).contiguous()
     window = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    yield Problem(
+    return Problem(
         stats.KERNEL,
         precision,
-        {"dim": dim, "groups": geometry.groups, "samples": geometry.samples},
+        gram_direct.sizes(geometry),
         fit,
-        lambda config: stats.decor_stats(x, R, geometry, config=config)[0],
+        _in(precision, lambda config: stats.decor_stats(x, R, geometry, config=config)[0]),
         lambda: reference.decor_stats(x.double(), R.double(), *window)[0],
     )
 
 
-def _update_problem(groups: int, dim: int, device: torch.device) -> Problem:
+def _update_problem(precision: str, groups: int, dim: int, device: torch.device) -> Problem:
     from dbp_kernels.backends.triton import configs, runtime, update
     from dbp_kernels.plans import UpdateRule
 
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(groups, dim, dim, generator=generator).to(device)
     A = B / dim
-    precision = configs.precision_key(torch.float32)
     rule = UpdateRule.make("standard", 0.5, dim)
     diagonal = torch.eye(dim, dtype=torch.float64, device=device)
 
@@ -134,7 +201,7 @@ def _update_problem(groups: int, dim: int, device: torch.device) -> Problem:
         precision,
         {"groups": groups, "dim": dim, "inner": dim},
         configs.configs(update.KERNEL, precision, runtime.target(device)),
-        lambda config: update.symmetric_update(A, B, 1.0, rule, config)[0],
+        _in(precision, lambda config: update.symmetric_update(A, B, 1.0, rule, config)[0]),
         exact,
     )
 
@@ -155,8 +222,22 @@ def fastest(problem: Problem, device: torch.device, pairs: int = 5) -> tuple[obj
 
     Raises RuntimeError if none is left.
     """
+    right, reasons = working(problem)
+    if not right:
+        raise RuntimeError(f"{problem.kernel} {problem.sizes}: " + "; ".join(reasons))
+    calls = {config.text: partial(problem.run, config) for config in right}
+    # without the launches, which are the same for all
+    spreads, uncaptured = time_replayed(calls, pairs, device=device)
+    if uncaptured:
+        spreads = time_interleaved(calls, pairs, device=device)
+    seconds = {text: spread.median for text, spread in spreads.items()}
+    return min(right, key=lambda config: seconds[config.text]), seconds
+
+
+def working(problem: Problem) -> tuple[list, list[str]]:
+    """(the candidates whose results are right, why the others are out)."""
     exact = problem.exact()
-    calls, reasons = {}, []
+    right, reasons = [], []
     for config in problem.candidates:
         try:
             error = check.error(problem.run(config), exact)
@@ -166,44 +247,58 @@ def fastest(problem: Problem, device: torch.device, pairs: int = 5) -> tuple[obj
         if error > 1e-2:
             reasons.append(f"{config.text}: error {error:.1e}")
             continue
-        calls[config] = lambda config=config: problem.run(config)
-    if not calls:
-        raise RuntimeError(f"{problem.kernel} {problem.sizes}: " + "; ".join(reasons))
-    spreads = time_interleaved(
-        {config.text: call for config, call in calls.items()}, pairs, device=device
-    )
-    seconds = {text: spread.median for text, spread in spreads.items()}
-    return min(calls, key=lambda config: seconds[config.text]), seconds
+        right.append(config)
+    return right, reasons
 
 
-def tune(problems: Iterable[Problem], device: torch.device) -> tuple[dict, list[str]]:
-    """The table to pin, {kernel: {precision: [{"sizes", "config", "seconds"}]}}, and what failed."""
+def entry(problem: Problem, device: torch.device) -> dict:
+    """What is pinned for a problem: {"sizes", "config", "seconds"}. Raises what ``fastest`` does."""
+    best, seconds = fastest(problem, device)
+    return {
+        "sizes": problem.sizes,
+        "config": asdict(best),
+        "seconds": {text: float(f"{s:.3g}") for text, s in seconds.items()},
+    }
+
+
+def tune(
+    problems: Iterable[Problem],
+    device: torch.device,
+    keep: Callable[[dict], object] = lambda table: None,
+) -> tuple[dict, list[str]]:
+    """The table to pin, {kernel: {precision: [entries]}}, and what failed.
+
+    ``keep`` is given the table after every problem; Ctrl-C ends the search.
+    """
     table: dict = {}
     failures = []
-    for problem in problems:
-        try:
-            best, seconds = fastest(problem, device)
-        except RuntimeError as failure:
-            failures.append(str(failure))
-            continue
-        entry = {
-            "sizes": problem.sizes,
-            "config": asdict(best),
-            "seconds": {text: float(f"{s:.3g}") for text, s in seconds.items()},
-        }
-        table.setdefault(problem.kernel, {}).setdefault(problem.precision, []).append(entry)
-        print(f"{problem.kernel} {problem.precision} {problem.sizes}: {best.text}", flush=True)
+    try:
+        for problem in problems:
+            try:
+                found = entry(problem, device)
+            except RuntimeError as failure:
+                failures.append(str(failure))
+                continue
+            table.setdefault(problem.kernel, {}).setdefault(problem.precision, []).append(found)
+            keep(table)
+            what = f"{problem.kernel} {problem.precision} {problem.sizes}"
+            print(f"{what}: {min(found['seconds'], key=found['seconds'].get)}", flush=True)
+    except KeyboardInterrupt:
+        failures.append("interrupted")
     return table, failures
 
 
 def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER) -> Path:
     """Writes (or replaces) the GPU's file."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    described = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
     content = {
         "capability": capability,
         "device": device_name,
-        "origin": {key: described.get(key) for key in ("torch", "commit", "dirty")},
+        "origin": {
+            "torch": torch.__version__,
+            "commit": machine.commit(),
+            "dirty": machine.dirty(),
+        },
         "pinned": table,
     }
     path = folder / f"{name}.json"
@@ -215,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     out = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--filter", default="", metavar="REGEX", help='on "kernel precision"')
+    out.add_argument("--filter", default="", metavar="REGEX", help='on "kernel precision: shape"')
+    out.add_argument("--seconds", type=float, default=math.inf, help="begin no problem after them")
     options = out.parse_args(arguments)
     reason = refuse()
     if reason:
@@ -224,11 +320,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dbp_kernels.backends.triton import runtime
 
     device = torch.device("cuda", torch.cuda.current_device())
+    end = time.monotonic() + options.seconds
     wanted = registry.compile_filter(options.filter)
-    chosen = [p for p in problems(device) if wanted.search(f"{p.kernel} {p.precision}")]
-    table, failures = tune(chosen, device)
+    made = (s.make(device) for s in shapes() if wanted.search(s.name) and time.monotonic() < end)
+    save = partial(
+        write,
+        device_name=torch.cuda.get_device_name(device),
+        capability=runtime.target(device),
+    )
+    table, failures = tune(filter(None, made), device, save)
     if table:
-        path = write(table, torch.cuda.get_device_name(device), runtime.target(device))
-        print(f"saved {path}")
+        print(f"saved {save(table)}")
     print("\n".join(failures), file=sys.stderr)
     return 1 if failures or not table else 0

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dbp_kernels import backends
 from dbp_kernels.nn import is_decorrelated
 
 BUCKET_BYTES = 25 * 2**20
@@ -131,6 +132,20 @@ def broadcast(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None
     source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
     for work in [dist.broadcast(t, source, group=process_group, async_op=True) for t in tensors]:
         work.wait()
+
+
+def agree_on_backends(devices: Iterable[torch.device], group: dist.ProcessGroup | None) -> None:
+    """All ranks run on the backend of all, or "auto" becomes "eager": every R must stay the same.
+
+    A rank whose GPU was full when its kernels were to be verified, say, would round differently.
+    ``devices`` are this rank's GPUs. Where a backend was asked for, nothing changes.
+    """
+    for device in sorted(devices, key=str):
+        own = list(backends.NAMES).index(backends.selected(device))
+        ranks = torch.tensor([own, -own], device=device)
+        dist.all_reduce(ranks, dist.ReduceOp.MAX, group=group)
+        if (ranks[0] != -ranks[1]).item():
+            backends.give_up(device, "other ranks run on another backend")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from . import backends
 from .backends.cuda import library
 from .calibration import calibration
+from .verify import verdict
 from .version import __version__
 
 
@@ -41,10 +42,20 @@ def _calibration(device_type: str) -> str:
         return str(error)
 
 
+def _usable(name: str, device: str) -> str:
+    """ "usable" and what is known of a check on this GPU, or why not."""
+    reason = backends.unusable(name, device)
+    if reason or device != "cuda" or name == "eager":
+        return reason or "usable"
+    found = verdict.known(name, torch.cuda.current_device())
+    return f"usable, {found.text if found else 'not verified on this GPU yet'}"
+
+
 def environment() -> dict[str, Any]:
     """What a bug report should say, as plain data: versions, devices, compiled parts, backends.
 
-    ``backends`` maps a name to "usable" or the reason it is not, for every device type present;
+    ``backends`` maps a name to "usable" (on a GPU: and whether its kernels have passed their check
+    there) or the reason it is not, for every device type present;
     "calibrations" tells for each where the planner's figures come from.
     """
     built = library.build_text()
@@ -61,11 +72,7 @@ def environment() -> dict[str, Any]:
         "calibrations": {device: _calibration(device) for device in types},
         "backend requested": backends.requested(),
         "backends": {
-            device: {
-                name: backends.unusable(name, device) or "usable"
-                for name in backends.NAMES
-                if name != "auto"
-            }
+            device: {name: _usable(name, device) for name in backends.NAMES if name != "auto"}
             for device in types
         },
     }

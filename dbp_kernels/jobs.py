@@ -158,7 +158,7 @@ def _update_alone(
     if plan == "samples":
         Z = eager.patches(x, geometry, R.dtype, job.demean)
         update, loss = plans.low_rank_update(Z, R, **job.rule)
-    elif plan is not None and backends.selected(R.device.type) == "eager":
+    elif plan is not None and backends.selected(R.device) == "eager":
         update, loss = eager.work_out(x, R, geometry, **job.rule, demean=job.demean)
     else:
         return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
@@ -174,7 +174,7 @@ def _update_together(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
     R = torch.cat([job.grouped_R for job in jobs])
-    backend = backends.select(R.device.type)
+    backend = backends.select(R.device)
     if plan == "gram":
         S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
         if jobs[0].demean:
@@ -206,6 +206,6 @@ def moments_of(job: Job) -> distributed.Moments:
 
 def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
     """(R_new, loss) of one job from the moments of all its samples."""
-    backend = backends.select(job.R.device.type)
+    backend = backends.select(job.R.device)
     R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
     return R_new, loss.mean()

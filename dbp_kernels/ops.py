@@ -103,7 +103,7 @@ def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
         dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
     with without_autocast(input):
-        return backends.select(input.device.type).patch_gram(input, g)
+        return backends.select(input.device).patch_gram(input, g)
 
 
 def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
@@ -112,7 +112,7 @@ def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
     if g.samples == 0 or g.dim == 0:
         return input.new_zeros((g.groups, g.dim), dtype=statistics_dtype(input.dtype))
     with without_autocast(input):
-        return backends.select(input.device.type).patch_mean(input, g)
+        return backends.select(input.device).patch_mean(input, g)
 
 
 def _promote(input: Tensor, R: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Ten
         input, R = _promote(input, R, g.groups)
         if g.samples == 0 or g.dim == 0:
             return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
-        return backends.select(input.device.type).decor_stats(input, R, g)
+        return backends.select(input.device).decor_stats(input, R, g)
 
 
 def decor_update(
@@ -156,7 +156,7 @@ def decor_update(
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
         x, Rg = _promote(input, R, g.groups)
-        kernel = backends.select(input.device.type).decor_update
+        kernel = backends.select(input.device).decor_update
         R_new, loss = kernel(x, Rg, g, lr, kappa, rule, demean)
         return R_new.to(R.dtype).reshape(R.shape), loss.mean().to(R.dtype)
 

@@ -309,6 +309,8 @@ class DecorUpdate(torch.optim.Optimizer):
         if many and not self._ranks_agree:
             everything = [layer.R for _, layer in self._named_layers()]
             distributed.broadcast(everything, self.process_group)
+            gpus = {R.device for R in everything if R.is_cuda}
+            distributed.agree_on_backends(gpus, self.process_group)
             if budget is not None:
                 budget.agree(self.process_group)
             self._ranks_agree = True

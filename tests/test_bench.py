@@ -303,6 +303,55 @@ def test_a_wrong_method_gets_no_number():
     assert bars.speedup(record, "unfold") is None
 
 
+def test_a_method_may_say_that_an_input_is_not_for_it():
+    def compute(x, case):
+        raise rivals.NotApplicable("float32 is not for it")
+
+    record = kernels.run_case(TINY, FAST, {"dbp": always("dbp", compute)})
+    assert record["methods"]["dbp"] == {"status": "n/a", "reason": "float32 is not for it"}
+
+
+def test_our_own_kernels_are_held_to_their_own_bound():
+    def slightly_off(x, case):
+        return rivals.unfold_matmul(x, case) * (1 + 5e-6)
+
+    methods = {
+        "unfold": RIVALS["unfold"],
+        "rival": Rival("rival", slightly_off, lambda case: ""),
+        "kernel": Rival("kernel", slightly_off, lambda case: "", ours=True),
+    }
+    record = kernels.run_case(TINY, FAST, methods)
+    assert record["methods"]["rival"]["status"] == "ok"
+    assert record["methods"]["kernel"]["status"] == "wrong"
+
+
+def test_times_of_replays_stand_beside_those_of_calls(monkeypatch):
+    def captured(call, calls, device):
+        if captured.seen:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        captured.seen.append(calls)
+        return lambda: time.sleep(0.001 * calls)
+
+    captured.seen = []
+    monkeypatch.setattr(timing, "captured", captured)
+    settings = kernels.Settings(pairs=3, warmup=1, replay=True)
+    record = kernels.run_case(TINY, settings, {k: RIVALS[k] for k in ("unfold", "self_wgrad")})
+    first, second = record["methods"].values()
+    assert 1e-3 <= first["replay"]["median"] < 3e-3
+    assert first["replay"]["calls"] == captured.seen[0]
+    assert first["replay"]["samples"] == first["seconds"]["samples"] == 3
+    assert "capturing" in second["no_replay"]
+    assert "replay" not in second
+    assert second["seconds"]["median"] > 0
+
+
+def test_replays_on_a_cpu_are_calls():
+    done = []
+    spreads, reasons = timing.time_replayed({"a": lambda: done.append(1)}, 2, shortest_sample=1e-9)
+    assert (spreads["a"].samples, spreads["a"].calls, reasons) == (2, 1, {})
+    assert len(done) == 4  # one is timed to choose the number of calls, one warms the replay up
+
+
 def test_a_wrong_plain_method_does_not_widen_the_bound():
     def wrong(x, case):
         return rivals.unfold_matmul(x, case) * 1.1

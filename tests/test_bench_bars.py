@@ -27,6 +27,16 @@ def test_means_over_the_registry():
     assert statuses(result)[STRUCTURED] == bars.MISSED
 
 
+def test_replayed_times_count_where_both_have_them():
+    record = {"methods": {"dbp": method(1.0), "unfold": method(2.0)}}
+    assert bars.speedup(record, "unfold") == 2.0
+    record["methods"]["dbp"]["replay"] = {"median": 0.5}
+    assert bars.speedup(record, "unfold") == 2.0
+    record["methods"]["unfold"]["replay"] = {"median": 1.5}
+    assert bars.speedup(record, "unfold") == 3.0
+    assert bars._fastest_rival(record["methods"], but="") == "unfold"
+
+
 def test_means_need_the_whole_registry_and_a_right_result():
     part = synthetic()
     part["settings"]["whole_registry"] = False

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import dbp_kernels as dbp
-from dbp_kernels import distributed
+from dbp_kernels import backends, distributed
 from dbp_kernels import nn as dnn
 
 D64 = torch.float64
@@ -231,3 +231,21 @@ def test_a_group_of_one_uses_its_own_samples(results):
 def test_names_ddp_ignores_survive_copies():
     model = make_model()
     assert copy.deepcopy(model)._ddp_params_and_buffers_to_ignore == ["0.R", "3.R", "5.R", "6.R"]
+
+
+def backends_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    told = []
+    backends.give_up = lambda device, reason: told.append((device, reason))
+    for names in (("triton", "triton"), ("triton", "eager"), ("eager", "triton")):
+        backends.selected = lambda device, names=names: names[rank]
+        told.clear()
+        distributed.agree_on_backends({torch.device("cpu")}, None)
+        assert len(told) == (names[0] != names[1]), (rank, names)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_ranks_run_on_the_same_backend(tmp_path):
+    mp.spawn(backends_main, (str(tmp_path),), nprocs=2)

@@ -1,5 +1,7 @@
 """Backends: each implements the opaque ops for the tensors it supports; ``select`` picks one.
 
+On a GPU "auto" takes kernels only after they have passed a check there (``verify``).
+
 A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``decor_update``,
 ``update_from_gram`` and ``update_direct`` (see ``eager/ops.py``). The module in ``_USABLE`` has
 ``unusable(device_type) -> str | None``: None, or the reason the backend cannot be used.
@@ -14,6 +16,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
+
+import torch
+
+from ..verify import verdict
 
 # "auto" takes the first usable one that is not in _ON_REQUEST.
 _MODULES = {
@@ -66,26 +72,43 @@ def _load(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def selected(device_type: str) -> str:
-    """The name of the backend to run on. Raises RuntimeError if the requested one is not usable."""
+def selected(device: torch.device | str) -> str:
+    """The name of the backend to run on, for tensors on a device; "cuda" is the current one.
+
+    Raises RuntimeError if the requested backend is not usable.
+    """
+    device = torch.device(device)
     name = requested()
     if name == "auto":
-        return next(n for n in _MODULES if _automatic(n, device_type))
-    reason = unusable(name, device_type)
+        return next(n for n in _MODULES if _automatic(n, device))
+    reason = unusable(name, device.type)
     if reason:
         raise RuntimeError(f"backend {name!r} was requested, but {reason}")
     return name
 
 
-def _automatic(name: str, device_type: str) -> bool:
+def _automatic(name: str, device: torch.device) -> bool:
     # kernels that take CPU tensors do so in an interpreter, for tests: only on request
-    return (
-        name not in _ON_REQUEST
-        and (device_type != "cpu" or name == "eager")
-        and unusable(name, device_type) is None
-    )
+    if name == "eager":
+        return True
+    if name in _ON_REQUEST or device.type == "cpu" or unusable(name, device.type):
+        return False
+    if device.type != "cuda":
+        return True
+    return verdict.allowed(name, _index(device))
 
 
-def select(device_type: str) -> ModuleType:
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def select(device: torch.device | str) -> ModuleType:
     """The backend module to run on. Raises RuntimeError if the requested one is not usable."""
-    return _load(_MODULES[selected(device_type)])
+    return _load(_MODULES[selected(device)])
+
+
+def give_up(device: torch.device, reason: str) -> None:
+    """From now on "auto" is "eager" on this GPU, in this process; one warning tells why."""
+    name = selected(device)
+    if name != "eager" and requested() == "auto":
+        verdict.withdraw(name, _index(device), reason)

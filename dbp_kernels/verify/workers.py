@@ -51,6 +51,7 @@ def run_cases(
     record: Callable[[dict], None],
     env: Mapping[str, str] | None = None,
     start_limit: float = START_LIMIT,
+    skip: Callable[[str], str | None] = lambda name: None,
 ) -> None:
     """Runs the cases in order on up to ``workers`` children, processes of ``command``.
 
@@ -62,7 +63,8 @@ def run_cases(
     - "out of memory";
     - "crashed": with "signal" or "exit_code", and "output", the end of what the child wrote;
     - "hung": the case's limit passed and the child's process group was killed;
-    - "not run": ``deadline`` (of time.monotonic) came first, or no child could be started.
+    - "not run": ``deadline`` (of time.monotonic) came first, no child could be started, or ``skip``,
+      which is asked by the case's name before it begins, had a reason.
 
     A child that is lost is replaced. ``start_limit`` seconds are allowed for what it does before its
     first case, which are not charged to the case; after three failed starts in a row there are no
@@ -77,7 +79,7 @@ def run_cases(
         raise ValueError(f"names must be single lines, got {names}")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    _Pool(command, cases, workers, record, env or {}, start_limit).run(deadline)
+    _Pool(command, cases, workers, record, env or {}, start_limit, skip).run(deadline)
 
 
 class _Child:
@@ -174,9 +176,10 @@ class _Pool:
         record: Callable[[dict], None],
         env: Mapping[str, str],
         start_limit: float,
+        skip: Callable[[str], str | None],
     ) -> None:
         self.command, self.env, self.start_limit = command, env, start_limit
-        self.record, self.workers = record, workers
+        self.record, self.workers, self.skip = record, workers, skip
         self.pending = deque(cases)
         self.children: list[_Child] = []
         self.selector = selectors.DefaultSelector()
@@ -236,6 +239,7 @@ class _Pool:
             self._tell(child, {"status": HUNG, "reason": reason, "output": child.tail()})
             child.finished = True
         elif not child.case and not end and not child.finished:
+            self._skip()
             if self.pending:
                 child.hand(self.pending.popleft())
             else:
@@ -244,6 +248,15 @@ class _Pool:
             self._discard(child)
         else:
             child.trim()
+
+    def _skip(self) -> None:
+        """Records what is next as long as there is a reason not to run it."""
+        while self.pending and (why := self.skip(self.pending[0].name)):
+            self._not_run(why)
+
+    def _not_run(self, why: str) -> None:
+        name = self.pending.popleft().name
+        self.record({"case": name, "status": NOT_RUN, "seconds": 0.0, "reason": why})
 
     def _hear(self, child: _Child, message: dict) -> None:
         if not child.ready:
@@ -266,8 +279,7 @@ class _Pool:
             reason = f"stopped after {child.seconds:.1f} s: {why}"
             self._tell(child, {"status": NOT_RUN, "reason": reason, "output": child.tail()})
         while self.pending:
-            case = self.pending.popleft()
-            self.record({"case": case.name, "status": NOT_RUN, "seconds": 0.0, "reason": why})
+            self._not_run(why)
 
     def _discard(self, *children: _Child) -> None:
         for child in children:

@@ -110,6 +110,30 @@ def test_the_tuner_finds_the_fastest_and_writes_what_the_package_reads(tmp_path,
     configs._nearest.cache_clear()
 
 
+def test_the_table_is_kept_after_every_problem_and_when_interrupted():
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    kept = []
+    one = problem({LARGE: 2, SMALL: 1})
+    endless = tune.Problem("k", "bf16", {}, (LARGE,), interrupted, lambda: torch.ones(3))
+    keep = lambda table: kept.append(len(table["k"]["bf16"]))  # noqa: E731
+    table, failures = tune.tune([one, one, endless, one], CPU, keep)
+    assert kept == [1, 2]
+    assert len(table["k"]["bf16"]) == 2
+    assert failures == ["interrupted"]
+
+
+def test_shapes_have_names_of_their_own_and_the_telling_ones_first():
+    names = [shape.name for shape in tune.shapes()]
+    assert len(set(names)) == len(names)
+    assert names[0] == "gram_shift bf16: 3x3 64@56 b26"
+    precisions = [name.split()[1] for name in names]
+    assert set(precisions) == {"bf16:", "tf32:", "ieee:", "fp16:"}
+    assert set(precisions[:20]) == {"bf16:", "tf32:"}
+    assert not any("cifar" in name or "@32 " in name for name in names if "gram" in name)
+
+
 def test_wrong_configurations_are_not_pinned():
     best, seconds = tune.fastest(problem({LARGE: 8, SMALL: 1}, wrong=[SMALL]), CPU)
     assert best == LARGE
@@ -128,13 +152,14 @@ def test_the_tuner_refuses_during_capture(monkeypatch):
 def test_tuning_problems_run():
     """The problems as they are on a GPU, on a small layer: every candidate computes its result."""
     from bench import registry
-    from bench.kernels import Settings
 
     found = []
     for case in (registry.conv(1, 9, 4, 3, padding=0), registry.conv(2, 20, 3, 1)):
-        found += tune._gram_problems(case, Settings(CPU, torch.bfloat16))
-    found += tune._stats_problem(registry.conv(2, 3, 5, 3), Settings(CPU, torch.bfloat16))
-    found.append(tune._update_problem(2, 24, CPU))
+        for precision in ("bf16", "tf32"):
+            found += [shape.make(CPU) for shape in tune.gram_shapes(case, precision)]
+    found.append(tune._stats_problem("ieee", registry.conv(2, 3, 5, 3), CPU))
+    found.append(tune._update_problem("tf32", 2, 24, CPU))
+    found = list(filter(None, found))
     kernels = {"gram_shift", "gram_shift_tma", "gram_direct", "decor_stats", "symmetric_update"}
     assert {p.kernel for p in found} == kernels
     for p in found:

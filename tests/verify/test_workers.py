@@ -132,8 +132,8 @@ def test_processes_that_a_case_left_behind_are_ended(toy):
 
 
 def test_cases_are_shared_by_the_workers(toy):
-    names = [f"slow#{n}" for n in range(6)] + ["abort", "hang", "raise"] + ["pid#1", "pid#2"]
-    found = toy(*names, workers=3, limit=1.0)
+    lost = ["abort", Case("hang", 0.5), "raise"]
+    found = toy(*(f"slow#{n}" for n in range(6)), *lost, "pid#1", "pid#2", workers=3)
     assert sum(record["status"] == "passed" for record in found.values()) == 8
     assert len(toy.starts()) in (4, 5)  # three, and one for each that was lost and still needed
 
@@ -182,6 +182,17 @@ def test_the_deadline_ends_everything(toy):
     assert found["fail"]["reason"] == "the time was up"
     found = toy("pass", seconds=-1)
     assert found["pass"]["status"] == "not run"
+
+
+def test_what_there_is_a_reason_to_skip_is_not_run(toy):
+    def skip(name):
+        hung = any(record["status"] == "hung" for record in toy.found)
+        return "one hung already" if hung and name.startswith("hang") else None
+
+    found = toy("hang#1", "hang#2", "pass", "hang#3", limit=0.5, skip=skip)
+    assert [found[f"hang#{n}"]["status"] for n in (1, 2, 3)] == ["hung", "not run", "not run"]
+    assert found["hang#3"]["reason"] == "one hung already"
+    assert found["pass"]["status"] == "passed"
 
 
 def test_a_record_that_raises_ends_everything(toy):

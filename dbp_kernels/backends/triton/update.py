@@ -93,7 +93,7 @@ def symmetric_update_kernel(
 
 KERNEL = "symmetric_update"
 # A larger tile has registers for the pointers of 16-byte loads only: D and K are multiples of 16.
-_ANY_SIZE = 64
+ANY_SIZE = 64
 
 
 def choose_config(
@@ -106,7 +106,7 @@ def choose_config(
     usable = [
         c
         for c in configs(KERNEL, precision, target(device))
-        if c.block_m <= _ANY_SIZE or dim % 16 == inner % 16 == 0
+        if c.block_m <= ANY_SIZE or dim % 16 == inner % 16 == 0
     ]
     best = pinned(KERNEL, precision, {"groups": groups, "dim": dim, "inner": inner}, device)
     if best in usable:
@@ -223,5 +223,5 @@ def cases(capability: int) -> list[KernelCase]:
         for precision in ("tf32", "ieee")
         for c in configs(KERNEL, precision, capability)
         for aligned in (True, False)
-        if aligned or c.block_m <= _ANY_SIZE
+        if aligned or c.block_m <= ANY_SIZE
     ]

@@ -1,0 +1,132 @@
+"""Runs groups of stages, each within its limit; every case in a worker that may die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dbp_kernels.verify.workers import CRASHED, HUNG, NOT_RUN, PASSED, run_cases
+
+from . import faults
+from .groups import Group
+from .result import CUT_SHORT, Result
+from .stage import SKIPPED, Setting, Stage
+
+# A family that keeps crashing and hanging takes the time of all others: at this many points the rest
+# of its cases in the stage is left out.
+_POINTS, _MOST_POINTS = {CRASHED: 1, HUNG: 2}, 4
+
+
+def run_stage(
+    stage: Stage,
+    setting: Setting,
+    deadline: float,
+    record: Callable[[dict], None],
+) -> None:
+    """Records every case of a stage, until its limit or the deadline (of time.monotonic)."""
+    points: Counter[str] = Counter()
+
+    def heard(line: dict) -> None:
+        points[stage.family(line["case"])] += _POINTS.get(line["status"], 0)
+        record(line)
+
+    def skip(name: str) -> str | None:
+        family = stage.family(name)
+        if points[family] < _MOST_POINTS:
+            return None
+        return f"{family} has crashed or hung too often in this stage"
+
+    cases = stage.cases(setting)
+    if setting.rehearse:
+        cases = faults.among(cases)
+    command = [sys.executable, "-m", "bench.device.child", stage.name, setting.to_text()]
+    # kernels are measured whatever a verification on this machine has said of them
+    env = {"DBP_VERIFY": "off"}
+    if setting.device == "cpu":
+        env |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    else:
+        env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.workers))}
+    run_cases(
+        command,
+        cases,
+        workers=stage.workers,
+        deadline=min(deadline, time.monotonic() + stage.seconds),
+        record=heard,
+        env={**env, **stage.env},
+        skip=skip,
+    )
+
+
+def run_groups(
+    groups: Sequence[Group],
+    setting: Setting,
+    result: Result,
+    begin: float,
+    deadline: float,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Runs all stages of all groups; True if all passed. SIGTERM and Ctrl-C end the run early.
+
+    A failing stage does not keep the next from running. The first group's time counts from
+    ``begin``, every other's from its start.
+    """
+    statuses = []
+    names = [stage.name for group in groups for stage in group.stages]
+    result.content["checks"].update({name: {"status": NOT_RUN, "cases": []} for name in names})
+    result.save()
+    try:
+        with terminated():
+            for group in groups:
+                end = min(deadline, begin + group.seconds)
+                for stage in group.stages:
+                    statuses.append(_run(stage, setting, result, end, say))
+                begin = time.monotonic()
+    except KeyboardInterrupt:
+        say("interrupted")
+    done = len(statuses) == len(names)
+    result.content["complete"] = done and CUT_SHORT not in statuses
+    result.save()
+    return done and set(statuses) <= {PASSED, SKIPPED}
+
+
+def _run(
+    stage: Stage, setting: Setting, result: Result, end: float, say: Callable[[str], None]
+) -> str:
+    begin = time.monotonic()
+
+    def record(line: dict) -> None:
+        result.add(stage.name, line)
+        if line["status"] not in (PASSED, SKIPPED, NOT_RUN):
+            reason = str(line.get("reason", "-")).splitlines() or ["-"]
+            say(f"  {line['case']}: {line['status']}: {reason[0][:150]}")
+
+    try:
+        run_stage(stage, setting, end, record)
+    except Exception as error:  # of what lists the cases: the next stage may be better off
+        reason = f"{type(error).__name__}: {error}"
+        record({"case": "list of cases", "status": "raised", "seconds": 0.0, "reason": reason})
+    finally:
+        status = result.close_stage(stage.name, time.monotonic() - begin)
+        outcomes = result.content["checks"][stage.name]["outcomes"]
+        counts = ", ".join(f"{n} {what}" for what, n in outcomes.items())
+        say(f"{stage.name}: {status} in {time.monotonic() - begin:.1f} s ({counts or 'no cases'})")
+    return status
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that the result is still written."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

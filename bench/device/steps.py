@@ -1,0 +1,80 @@
+"""Stages of whole training steps of the ResNets, each variant of ours beside plain backpropagation."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dbp_kernels.precision import matmul_precision
+from dbp_kernels.verify.workers import Case
+
+from ..kernels import Settings
+from ..networks import SMALL
+from ..steps import BP, GPU_STEP_CASES, OURS, Step, decorrelated_step, plain_step, run_step_case
+from .layers import judged
+from .stage import DTYPE, RESULT, Setting, Stage
+
+_LIMIT, _PAIRS, _SAMPLE = 60.0, 9, 0.1  # fewer pairs are too few for the bars
+NETWORKS = {case.name.split()[0]: case for case in GPU_STEP_CASES if "resnet34" not in case.name}
+_REHEARSED = {"convnet": replace(SMALL[0], batch=4, pairs=1)}
+
+
+def _networks(setting: Setting) -> dict:
+    return _REHEARSED if setting.rehearse else NETWORKS
+
+
+def ratios(setting: Setting) -> list[Case]:
+    """As a user gets it, at the default precision."""
+    return [Case(f"{OURS}: {network}", _LIMIT) for network in _networks(setting)]
+
+
+def variants(setting: Setting) -> list[Case]:
+    """By precision, overlapped, and by backend; "triton" is what "auto" takes, and comes last."""
+    cuda, triton = ([f] if f in setting.families() else [] for f in ("cuda", "triton"))
+    wanted = ("high", "high overlap", *cuda, "eager", "overlap", *triton)
+    methods = [OURS, *(f"{OURS} {what}" for what in wanted)]
+    return [Case(f"{m}: {network}", _LIMIT) for m in methods for network in _networks(setting)]
+
+
+def run(name: str, setting: Setting) -> dict:
+    """One variant and plain backpropagation, interleaved, and where the extra time goes."""
+    method, _, network = name.partition(": ")
+    how = method.split()[1:]
+    settings = Settings(setting.torch_device, DTYPE, _PAIRS, channels_last=True)
+    if setting.rehearse:
+        settings = replace(settings, dtype=torch.float32, pairs=1, warmup=1)
+    makers = {
+        BP: lambda model: plain_step(model, settings.dtype),
+        method: lambda model: _ours(model, how, settings.dtype),
+    }
+    case = _networks(setting)[network]
+    with matmul_precision("high" if "high" in how else None):
+        record = run_step_case(case, settings, sample=_SAMPLE, makers=makers, ours=method)
+    found, plain = (record["methods"][key] for key in (method, BP))
+    told = {}
+    if "seconds" in found and "seconds" in plain:
+        ratio = found["seconds"]["median"] / plain["seconds"]["median"]
+        told["ratio"] = found["ratio"] = float(f"{ratio:.4g}")
+    if method != OURS:
+        record["breakdowns"] = {method: record.pop("breakdown", None)}
+    return {**judged(found), **told, RESULT: {"step": [record]}}
+
+
+def _ours(model: nn.Module, how: list[str], dtype: torch.dtype) -> Step:
+    import dbp_kernels as dbp
+
+    step = decorrelated_step(model, _SAMPLE, dtype, overlap="overlap" in how)
+    backend = next((name for name in how if name in dbp.backends.NAMES), None)
+
+    def within(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with dbp.backend(backend) if backend else nullcontext():
+            return step(images, labels)
+
+    return within
+
+
+RATIOS = Stage("ratios", 45, ratios, run)
+STEPS = Stage("steps", 80, variants, run)

@@ -1,0 +1,34 @@
+"""``python -m dbp_kernels.verify.child --device cuda:0``: runs checks it is told by name, until it dies."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def main() -> None:
+    """Serves the checks of ``cases.py``; errors of a broken device end the process, not the caller."""
+    from .workers import serve
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    name = parser.parse_args().device
+
+    def ready() -> None:  # importing torch and making a context count as start-up
+        import torch
+
+        from . import cases  # noqa: F401
+
+        torch.zeros(1, device=name)
+
+    def run(case: str) -> dict:
+        import torch
+
+        from . import cases
+
+        return cases.run(case, torch.device(name))
+
+    serve(run, ready)
+
+
+if __name__ == "__main__":
+    main()
