@@ -136,7 +136,13 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
 
 
 def save(result: dict, path: Path) -> None:
-    """Writes a result as JSON, one case a line; raises FileExistsError rather than overwrite."""
+    """Writes a result as JSON; raises FileExistsError rather than overwrite."""
+    with path.open("x") as file:
+        file.write(to_text(result))
+
+
+def to_text(result: dict) -> str:
+    """A result as JSON, one case a line."""
     lines = []
     for key, value in result.items():
         if isinstance(value, list):
@@ -144,17 +150,22 @@ def save(result: dict, path: Path) -> None:
             lines.append(f'"{key}": [\n  {items}\n]' if value else f'"{key}": []')
         else:
             lines.append(f'"{key}": {json.dumps(value)}')
-    with path.open("x") as file:
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _report(arguments: Sequence[str]) -> int:
     out = argparse.ArgumentParser(
         prog="python -m bench report", description="Tables and plot from a saved result."
     )
+    out.add_argument("--adopt", action="store_true", help="put what a device check found to use")
+    out.add_argument("--force", action="store_true", help="adopt another version's result too")
     out.add_argument("file", type=Path, help="a result that --save wrote")
     out.add_argument("--plot", type=Path, metavar="PNG", help="default: beside FILE")
     options = out.parse_args(arguments)
+    if options.adopt:
+        from . import adopt
+
+        return adopt.main(options.file, options.force)
     try:
         result = json.loads(options.file.read_text())
         text = report.text_report(result)

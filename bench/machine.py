@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def dirty() -> bool | None:
         "status", "--porcelain", "--", "dbp_kernels", "bench", "experiments", ":!bench/results"
     )
     return None if status is None else bool(status)
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's, e.g. nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def cache_bytes(device: torch.device) -> int:

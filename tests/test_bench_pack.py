@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine
+from bench import cli, machine
 from bench.device import pack
 from bench.device.pack import PackError
 
@@ -89,7 +89,7 @@ def no_wheel(monkeypatch):
 @pytest.mark.usefixtures("no_wheel")
 def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "note").write_text("mine")
-    assert pack.main(["--pack", str(tmp_path), "--no-download"]) == 2
+    assert cli.main(["device-check", "--pack", str(tmp_path), "--no-download"]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
     with pytest.raises(PackError, match="not an empty folder"):
@@ -124,7 +124,7 @@ def test_without_an_index_the_folder_is_made_without_spare_wheels(tmp_path, monk
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # where nothing answers
     monkeypatch.setattr(pack, "SPARE", ("expecttest", "sortedcontainers"))
-    assert pack.main(["--pack", str(tmp_path / "folder")]) == 0
+    assert cli.main(["device-check", "--pack", str(tmp_path / "folder")]) == 0
     assert "the machine must have them: expecttest, sortedcontainers" in capsys.readouterr().err
     assert json.loads((tmp_path / "folder" / "manifest.json").read_text())["spare"] == []
 

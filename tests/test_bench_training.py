@@ -2,45 +2,38 @@
 
 import io
 import itertools
+import json
 
 import pytest
 import torch
 
-from bench.device import training
+from bench.device import train, training
+from bench.device.stage import RESULT, SKIPPED, Setting
 from bench.device.training import BORDER, SIZE, Recipe, Training
 
 TINY = Recipe(model="convnet", widths=(8, 8), batch=16, lr=0.05)
 IMAGES = training.synthetic(48, 20)
 
 
-def test_crops_are_windows_of_the_bordered_images():
-    """A cropped or mirrored image is found in the image it came from, and nowhere else."""
-    images = IMAGES.train[:12]
-    generator = torch.Generator().manual_seed(3)
-    order = torch.tensor([5, 0, 11, 5])
-    found = training.crops(images, order, generator)
-    assert found.shape == (4, SIZE, SIZE, 3)
-    seen = set()
-    for crop, number in zip(found, order):
-        offsets = list(itertools.product(range(2 * BORDER + 1), repeat=2))
-        windows = [(images[number][y : y + SIZE, x : x + SIZE], (y, x)) for y, x in offsets]
-        places = [
-            (place, mirrored)
-            for window, place in windows
-            for mirrored, shown in ((False, window), (True, window.flip(1)))
-            if torch.equal(shown, crop)
-        ]
-        assert len(places) == 1
-        seen.add(places[0])
-    assert len(seen) > 1
-    many = training.crops(images, torch.zeros(400, dtype=torch.int64), generator)
-    plain = (many[:, None] == windows_of(images[0])[None]).flatten(2).all(2).any(1).float().mean()
-    assert 0.4 < plain < 0.6  # the others are mirrored
+def test_draws_are_all_images_in_every_place():
+    images = training.synthetic(2000, 1)
+    drawn = training.draws(images, torch.Generator().manual_seed(3))
+    assert sorted(drawn[:, 0].tolist()) == list(range(2000))
+    assert {tuple(place) for place in drawn[:, 1:].tolist()} == set(
+        itertools.product(range(9), range(9), range(2))
+    )
 
 
-def windows_of(image):
-    places = itertools.product(range(2 * BORDER + 1), repeat=2)
-    return torch.stack([image[y : y + SIZE, x : x + SIZE] for y, x in places])
+@pytest.mark.parametrize("mirrored", [0, 1])
+def test_crops_are_windows_of_the_bordered_images(mirrored):
+    drawn = torch.tensor([(5, 0, 8, mirrored), (0, 3, 1, mirrored), (5, 8, 4, mirrored)])
+    found = training.crops(IMAGES.train, drawn)
+    for crop, (number, down, right, _) in zip(found, drawn.tolist()):
+        window = IMAGES.train[number][down : down + SIZE, right : right + SIZE]
+        assert torch.equal(crop, window.flip(1) if mirrored else window)
+    original = torch.tensor([(7, BORDER, BORDER, 0)])
+    assert training.crops(IMAGES.train, original)[0, 0, 0].any()
+    assert not IMAGES.train[:, :BORDER].any()  # the border is black
 
 
 def test_both_methods_start_from_one_network_and_see_the_same_images(monkeypatch):
@@ -54,8 +47,8 @@ def test_both_methods_start_from_one_network_and_see_the_same_images(monkeypatch
         run = Training(method, IMAGES, 6, TINY)
         first = run.logits(IMAGES.test[:4])
         seen[method].append(first.detach())
-        for order in itertools.islice(run.batches(), 4):
-            run.step(order)
+        for drawn in itertools.islice(run.batches(), 4):
+            run.step(drawn)
     assert len(seen["bp"]) == len(seen["dbp"]) == 5
     for plain, decorrelated in zip(seen["bp"], seen["dbp"]):
         torch.testing.assert_close(plain, decorrelated)
@@ -85,13 +78,14 @@ def test_it_learns():
     assert last["test_accuracy"] > 0.5
 
 
-def test_the_epochs_are_the_most_that_the_slowest_method_has_time_for():
-    images = training.synthetic(300, 90)  # an epoch costs as much as 330 images
+def test_the_epochs_are_the_most_that_the_slowest_method_has_time_for(monkeypatch):
+    monkeypatch.setattr(training, "TRAIN", 300)
+    monkeypatch.setattr(training, "TEST", 90)  # an epoch costs as much as 330 images
     within = training.epochs_within
-    assert within(20.0, images, [400.0, 110.0]) == 5  # of 6.67
-    assert within(20.0, images, [400.0, 330.0]) == 16
-    assert within(1e9, images, [1.0]) == max(training.EPOCHS)
-    assert within(0.1, images, [1.0]) == 1
+    assert within(20.0, [400.0, 110.0]) == 5  # of 6.67
+    assert within(20.0, [400.0, 330.0]) == 16
+    assert within(1e9, [1.0]) == max(training.EPOCHS)
+    assert within(0.1, [1.0]) == 1
 
 
 def test_speed_is_of_the_steps_alone(monkeypatch):
@@ -131,3 +125,64 @@ def test_without_them_images_are_made_and_the_record_says_so(tmp_path, monkeypat
     images, reason = training.load(tmp_path / "nowhere")
     assert images.name == "synthetic"
     assert "no train-*.parquet" in reason
+
+
+# --------------------------------------------------------------------------- the stages
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_running", {})
+    return Setting("cpu", rehearse=True, stem=str(tmp_path / "run"))
+
+
+def run_all(setting) -> list[dict]:
+    return [train.run_epoch(case.name, setting) for case in train.epoch_cases(setting)]
+
+
+def test_each_epoch_is_a_case(setting):
+    records = [record for line in run_all(setting) for record in line[RESULT]["training"]]
+    told = [(record["method"], record["epoch"], record["epochs"]) for record in records]
+    assert told == [("bp", 1, 2), ("bp", 2, 2), ("dbp", 1, 2), ("dbp", 2, 2)]
+
+
+def test_the_record_says_what_was_trained(setting):
+    recipe = run_all(setting)[0][RESULT]["recipe"]
+    assert recipe["images"] == "synthetic"
+    assert recipe["no_cifar10"] == "a rehearsal"
+    assert recipe["decor_lr"] == Recipe().decor_lr
+
+
+def test_both_methods_are_trained_for_what_the_slower_one_has_time_for(setting, tmp_path):
+    epoch = training.TRAIN + training.TEST / 3
+    lines = [
+        {"stage": "speed", "case": "bp", "status": "passed", "images_per_second": 1e9},
+        {"stage": "speed", "case": "dbp", "images_per_second": 8.5 * epoch / train.SECONDS},
+        {"stage": "layers", "case": "dbp", "images_per_second": 1.0},
+        {"stage": "speed", "case": "fault abort", "status": "crashed"},
+    ]
+    real = Setting("cpu", stem=setting.stem)
+    assert len(train.epoch_cases(real)) == 2  # nothing is known: one epoch each
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = [case.name for case in train.epoch_cases(real)]
+    assert names == [f"{m}: epoch {n} of 8" for m in ("bp", "dbp") for n in range(1, 9)]
+
+
+def test_after_a_lost_epoch_the_rest_of_the_method_is_skipped(setting, monkeypatch):
+    lost = train.run_epoch("bp: epoch 2 of 2", setting)  # in a worker that replaced another
+    assert lost["status"] == SKIPPED
+
+    def failing(*arguments):
+        yield {"train_loss": 1.0, "test_accuracy": 0.1, "images_per_second": 1.0}
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(training, "train", failing)
+    train.run_epoch("dbp: epoch 1 of 3", setting)
+    with pytest.raises(RuntimeError, match="wrong"):
+        train.run_epoch("dbp: epoch 2 of 3", setting)
+    assert train.run_epoch("dbp: epoch 3 of 3", setting)["status"] == SKIPPED
+
+
+def test_the_speed_of_both_methods_is_measured(setting):
+    assert [case.name for case in train.speed_cases(setting)] == ["bp", "dbp"]
+    assert all(train.run_speed(m, setting)["images_per_second"] > 0 for m in ("bp", "dbp"))

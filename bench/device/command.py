@@ -25,7 +25,7 @@ from pathlib import Path
 from dbp_kernels.verify.workers import PASSED
 
 from .. import bars, machine
-from . import groups
+from . import groups, pack
 from .describe import DESCRIBE, FOUND
 from .result import Result
 from .runner import run_groups, run_stage
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[2:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
+    if options.pack:
+        return pack.main(options.pack, options.data, not options.no_download)
     if options.installed:
         return _start_beside_the_source([a for a in arguments if a != "--installed"])
     begin = time.monotonic()
@@ -96,6 +98,19 @@ def _parser() -> argparse.ArgumentParser:
         "--installed",
         action="store_true",
         help="check the installed package (a wheel, say) instead of this folder's source",
+    )
+    packing = out.add_argument_group("for a machine without network")
+    packing.add_argument(
+        "--pack",
+        type=Path,
+        metavar="DIR",
+        help="instead make this folder: wheel, tests, spare wheels and run.sh, which starts the check",
+    )
+    packing.add_argument(
+        "--data", type=Path, help="a folder of CIFAR-10's parquet files, to go along"
+    )
+    packing.add_argument(
+        "--no-download", action="store_true", help="no spare wheels from the index"
     )
     return out
 

@@ -8,7 +8,6 @@ of it is named; small pure wheels for tests that the machine may lack; ``manifes
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -176,20 +174,14 @@ def _check_size(folder: Path) -> None:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status."""
-    out = argparse.ArgumentParser(prog="python -m bench device-check", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--pack", type=Path, metavar="DIR", required=True, help="new or empty")
-    out.add_argument("--data", type=Path, metavar="FOLDER", help="with CIFAR-10's parquet files")
-    out.add_argument("--no-download", action="store_true", help="no spare wheels from the index")
-    options = out.parse_args(arguments)
+def main(folder: Path, data: Path | None, download: bool) -> int:
+    """``pack`` for a command line: prints what came of it; returns the exit status."""
     try:
-        manifest = pack(options.pack, data=options.data, download=not options.no_download)
+        manifest = pack(folder, data=data, download=download)
     except PackError as error:
         print(error, file=sys.stderr)
         return 2
     total = sum(manifest["bytes"].values())
     print(f"{manifest['wheel']}: {manifest['cuda'] or 'no CUDA kernels'}")
-    print(f"{options.pack}: {total / 1e6:.1f} MB; there: {options.pack}/{RUN} first|rest|train|all")
+    print(f"{folder}: {total / 1e6:.1f} MB; run there: ./{RUN} first|rest|train|all")
     return 0

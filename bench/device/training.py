@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BP, DBP = METHODS = ("bp", "dbp")
-CLASSES, SIZE, BORDER = 10, 32, 4  # border: how far a crop may be off
+TRAIN, TEST, CLASSES, SIZE = 50_000, 10_000, 10, 32  # of CIFAR-10
+BORDER = 4  # how far a crop may be off
 EPOCHS = (1, 2, 3, 5, 8, 12, 16, 24)  # of which the most that fit are trained
 
 
@@ -75,7 +76,7 @@ def cifar10(folder: Path) -> Images:
     return bordered(*parts, name="cifar10")
 
 
-def synthetic(train: int = 50_000, test: int = 10_000) -> Images:
+def synthetic(train: int = TRAIN, test: int = TEST) -> Images:
     """A coarse pattern for each class under noise: something to learn, quickly."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(CLASSES, 3, 4, 4, generator=generator)
@@ -98,15 +99,22 @@ def load(folder: Path) -> tuple[Images, str | None]:
         return synthetic(), f"{type(error).__name__}: {error}"
 
 
-def crops(images: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
-    """Bytes (len(order), 32, 32, 3): a random crop of each bordered image, half of them mirrored."""
-    n, device = len(order), images.device
-    down, right = torch.randint(2 * BORDER + 1, (2, n, 1), generator=generator)
-    mirror = torch.rand(n, 1, generator=generator) < 0.5
-    along = torch.arange(SIZE)
-    rows = (down + along).to(device)
-    columns = (right + torch.where(mirror, SIZE - 1 - along, along)).to(device)
-    return images[order.to(device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+def draws(images: Images, generator: torch.Generator) -> Tensor:
+    """(N, 4) on the images' device, of an epoch: number of an image, its crop's place, mirrored."""
+    n = len(images.train)
+    places = torch.randint(2 * BORDER + 1, (2, n), generator=generator)
+    mirrored = torch.randint(2, (n,), generator=generator)
+    drawn = torch.stack([torch.randperm(n, generator=generator), *places, mirrored], 1)
+    return drawn.to(images.train.device)  # at once: a copy in every step would wait for the device
+
+
+def crops(images: Tensor, drawn: Tensor) -> Tensor:
+    """Bytes (n, 32, 32, 3) from bordered images, as (n, 4) draws say."""
+    number, down, right, mirrored = drawn[:, :, None].unbind(1)
+    along = torch.arange(SIZE, device=images.device)
+    rows = down + along
+    columns = right + torch.where(mirrored == 1, SIZE - 1 - along, along)
+    return images[number[:, :, None], rows[:, :, None], columns[:, None, :]]
 
 
 class Training:
@@ -152,11 +160,11 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
             return self.model(x)
 
-    def step(self, order: Tensor) -> Tensor:
-        """Trains on these images; returns their mean loss."""
-        pixels = crops(self.images.train, order, self.generator)
+    def step(self, drawn: Tensor) -> Tensor:
+        """Trains on the images of these draws; returns their mean loss."""
+        pixels = crops(self.images.train, drawn)
+        labels = self.images.train_labels[drawn[:, 0]]
         self.optimizer.zero_grad(set_to_none=True)
-        labels = self.images.train_labels[order.to(self.device)]
         loss = F.cross_entropy(self.logits(pixels), labels)
         loss.backward()
         self.optimizer.step()
@@ -166,10 +174,10 @@ class Training:
         return loss.detach()
 
     def batches(self) -> Iterator[Tensor]:
-        """The numbers of the images of each step, epoch after epoch; a last part is left out."""
+        """The draws of each step, epoch after epoch; what is left over in an epoch is left out."""
         while True:
-            order = torch.randperm(len(self.images.train), generator=self.generator)
-            yield from order.split(self.recipe.batch)[: steps_per_epoch(self.images, self.recipe)]
+            drawn = draws(self.images, self.generator).split(self.recipe.batch)
+            yield from drawn[: steps_per_epoch(self.images, self.recipe)]
 
     def test(self) -> tuple[float, float]:
         """Mean loss and accuracy on the images to test on."""
@@ -204,23 +212,23 @@ def steps_per_epoch(images: Images, recipe: Recipe) -> int:
 
 
 def speed(method: str, images: Images, recipe: Recipe, warmup: int, steps: int) -> float:
-    """Images per second of a method's steps, after as many to warm up."""
+    """Images per second of a method's steps, after ``warmup`` others."""
     training = Training(method, images, warmup + steps, recipe)
     batches = training.batches()
-    for order in itertools.islice(batches, warmup):
-        training.step(order)
+    for drawn in itertools.islice(batches, warmup):
+        training.step(drawn)
     begin = training.clock()
-    for order in itertools.islice(batches, steps):
-        training.step(order)
+    for drawn in itertools.islice(batches, steps):
+        training.step(drawn)
     return steps * min(recipe.batch, len(images.train)) / (training.clock() - begin)
 
 
-def epochs_within(seconds: float, images: Images, speeds: Iterable[float]) -> int:
-    """The most of ``EPOCHS`` that the slowest method trains and tests in so many seconds.
+def epochs_within(seconds: float, speeds: Iterable[float]) -> int:
+    """The most of ``EPOCHS`` for which the slowest of so many images per second has time.
 
-    A forward pass is reckoned as a third of a step.
+    Tests included; a forward pass is reckoned as a third of a step.
     """
-    epoch = (len(images.train) + len(images.test) / 3) / min(speeds)
+    epoch = (TRAIN + TEST / 3) / min(speeds)
     return max((n for n in EPOCHS if n * epoch <= seconds), default=EPOCHS[0])
 
 
@@ -232,7 +240,7 @@ def train(method: str, images: Images, epochs: int, recipe: Recipe) -> Iterator[
     batches, total = training.batches(), 0.0
     for epoch in range(1, epochs + 1):
         begin = training.clock()
-        losses = [training.step(order) for order in itertools.islice(batches, count)]
+        losses = [training.step(drawn) for drawn in itertools.islice(batches, count)]
         seconds = training.clock() - begin
         total += seconds
         test_loss, accuracy = training.test()
