@@ -185,3 +185,29 @@ def test_run_wants_a_group(packed, tmp_path):
         assert done.returncode == 2
         assert "run.sh first|rest|train|all" in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_packed_folder_runs_its_rehearsal(tmp_path, monkeypatch):
+    """With the CUDA library where it has been built, and everything but the machine's torch packed."""
+    if not (machine.ROOT / "build" / "cuda" / "libdbp_cuda.so").exists():
+        monkeypatch.setenv("DBP_BUILD_CUDA", "0")
+    folder, there = tmp_path / "folder", tmp_path / "machine"
+    manifest = pack.pack(folder)
+    assert sum(manifest["bytes"].values()) < 12e6  # without data
+    there.mkdir()
+    env = {k: v for k, v in os.environ.items() if k not in ("OUT", "PYTHONPATH")}
+    env.update(PYTHON=sys.executable, TMPDIR=str(there))
+    stages = "calibration,speed,training"
+    command = [folder / "run.sh", "all", "--device", "cpu", "--rehearse", "--stages", stages]
+    done = subprocess.run(command, cwd=there, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, done.stderr  # a rehearsal has cases that go wrong
+    result = json.loads((there / "out" / "all.json").read_text())
+    assert Path(result["package"]["path"]).is_relative_to(there)
+    assert result["machine"]["commit"] == manifest["commit"]
+    cuda = f"cuda kernels, {manifest['cuda']}" if manifest["cuda"] else "none (pure Python)"
+    assert result["environment"]["compiled parts"] == cuda
+    assert "gbytes" in result["calibration"]["figures"]
+    assert {record["method"] for record in result["training"]} == {"bp", "dbp"}
+    passed = {c["case"] for check in result["checks"].values() for c in check["cases"]}
+    assert {"bp", "dbp", "bp: epoch 1 of 2", "dbp: epoch 2 of 2"} <= passed

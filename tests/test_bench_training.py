@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from bench import plots, report
 from bench.device import train, training
 from bench.device.stage import RESULT, SKIPPED, Setting
 from bench.device.training import BORDER, SIZE, Recipe, Training
@@ -186,3 +187,27 @@ def test_after_a_lost_epoch_the_rest_of_the_method_is_skipped(setting, monkeypat
 def test_the_speed_of_both_methods_is_measured(setting):
     assert [case.name for case in train.speed_cases(setting)] == ["bp", "dbp"]
     assert all(train.run_speed(m, setting)["images_per_second"] > 0 for m in ("bp", "dbp"))
+
+
+# --------------------------------------------------------------------------- table and plot
+
+
+def test_table_and_plot_of_what_there_is(setting, tmp_path):
+    """Of a run cut short: DBP's second epoch is missing."""
+    records = [record for line in run_all(setting)[:3] for record in line[RESULT]["training"]]
+    described = {"cpu": "some CPU", "threads": 1, "torch": "2.11", "commit": None, "dirty": None}
+    result = {
+        "command": "python -m bench device-check train",
+        "machine": described,
+        "settings": {"dtype": "bfloat16"},
+        "training": records,
+    }
+    text = report.text_report(result)
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "of 2" in line}
+    assert list(rows) == ["bp", "dbp"]
+    assert "2 of 2" in rows["bp"]
+    assert "1 of 2" in rows["dbp"]
+    accuracies = [f"{100 * record['test_accuracy']:.1f}" for record in records[:2]]
+    assert " ".join(accuracies) in rows["bp"]
+    assert plots.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -95,8 +95,10 @@ def run_epoch(name: str, setting: Setting) -> dict:
     record = next(run)
     _running[method] = run
     told = {key: record[key] for key in ("train_loss", "test_accuracy", "images_per_second")}
-    origin = {"images": images.name, **({"no_cifar10": reason} if reason else {})}
-    return {**told, RESULT: {"training": [record], "recipe": {**asdict(recipe), **origin}}}
+    terms = {**asdict(recipe), "widths": str(recipe.widths), "images": images.name}
+    if reason:
+        terms["no_cifar10"] = reason
+    return {**told, RESULT: {"training": [record], "recipe": terms}}
 
 
 SPEED = Stage("speed", 50, speed_cases, run_speed)
