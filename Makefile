@@ -38,7 +38,7 @@ cuda: $(READY)
 # With the CUDA kernels where they can be compiled.
 device-check: $(READY)
 	if command -v nvcc >/dev/null; then $(BIN)/python csrc/build.py --in-place; fi
-	$(BIN)/python -m bench device-check
+	$(BIN)/python -m bench device-check first rest
 
 lint: $(READY)
 	$(BIN)/ruff check .

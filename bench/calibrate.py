@@ -486,6 +486,9 @@ def _calibrate(options: argparse.Namespace, content: dict) -> int:
         found.update(measured)
         content["origin"]["took_seconds"] = round(time.perf_counter() - begin)
         content["figures"] = found
+        save()
+
+    def save() -> None:
         if options.save is not None and rounds >= needed:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(to_text(content))
@@ -494,6 +497,7 @@ def _calibrate(options: argparse.Namespace, content: dict) -> int:
         figures(Meter(options.device, options.quick), keep)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        save()  # it may have been interrupted itself
     if rounds < needed:
         print("not all figures were measured: nothing is saved", file=sys.stderr)
         return 1

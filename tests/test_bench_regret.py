@@ -144,6 +144,37 @@ def test_a_quick_calibration_is_a_calibration(tmp_path, capsys):
     assert calibration.read(target, "it").machine != read.machine
 
 
+@pytest.mark.parametrize("after", ["some figures", "all figures"])
+def test_an_interrupted_calibration_is_kept_once_it_has_every_figure(
+    after, tmp_path, monkeypatch, capsys
+):
+    names = list(calibrate.parts("cpu"))
+    wanted = names[:3] if after == "some figures" else [*names, *names[:2]]
+
+    def figures(meter, keep):
+        for n, name in enumerate(wanted):
+            keep({name: float(n)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "figures", figures)
+    target = tmp_path / "cpu.json"
+    status = run("calibrate", "--quick", "--save", target)
+    assert "interrupted" in capsys.readouterr().err
+    if after == "some figures":
+        assert (status, target.exists()) == (1, False)
+    else:
+        assert status == 0
+        assert set(json.loads(target.read_text())["figures"]) == set(names)
+
+
+def test_parts_by_themselves_have_the_figures_of_all():
+    meter = calibrate.Meter(torch.device("cpu"), quick=True)
+    whole = calibrate.figures(meter)
+    parts = [calibrate.part_figures(name, meter) for name in calibrate.parts("cpu")]
+    assert set(whole) == {key for part in parts for key in part}
+    assert all(factor >= 1 for part in parts for factor in part.get("aliased", ()))
+
+
 def test_of_several_passes_the_best_figures_count():
     one = {
         "product": [[1, 2.0], [3, 4.0]],

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result.add(DESCRIBE.name, line)
     passed = result.close_stage(DESCRIBE.name, sum(d["seconds"] for d in described)) == PASSED
     try:
-        passed = run_groups(chosen, setting, result, begin, deadline) and passed
+        if "gpu" in known or options.device == "cpu":  # else nothing can run there
+            passed = run_groups(chosen, setting, result, begin, deadline) and passed
     finally:
         result.content["bars"] = bars.as_records(bars.evaluate(result.content))
         result.save()

@@ -7,7 +7,7 @@ from dbp_kernels.verify.workers import Case
 from .stage import Setting, Stage
 
 _LIMIT = 20.0  # seconds, compilation included
-_REHEARSED = 6  # checks: the interpreter takes its time
+_REHEARSED = 4  # checks: the interpreter takes its time
 # a wrong address is reported by the launch that it belongs to
 _ENV = {"CUDA_LAUNCH_BLOCKING": "1"}
 

@@ -72,7 +72,8 @@ def run(name: str, setting: Setting) -> dict:
     if method != kernels.OURS:
         times = record["methods"][kernels.PLAIN]
         record.update(methods={}, backends={method: {**found, "unfold": times}})
-    return {**judged(found), **_told(found), RESULT: {"kernels": [record]}}
+    what = {"kernel": method, "dtype": "bf16", "geometry": layer}
+    return {**what, **judged(found), **_told(found), RESULT: {"kernels": [record]}}
 
 
 def judged(found: dict) -> dict:

@@ -79,7 +79,7 @@ def run(name: str, setting: Setting) -> dict:
         for key, compute in calls.items()
     }
     bound = 2 * errors[_RIVAL] + 1e-5
-    found = {"kernel": what, "error": errors[family], "bound": bound}
+    found = {"kernel": f"{family} {what}", "dtype": "ieee", "error": errors[family], "bound": bound}
     if not errors[family] <= bound:
         return {
             "status": "failed",

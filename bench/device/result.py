@@ -8,17 +8,15 @@ stage its status, seconds, outcomes and cases.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from pathlib import Path
 
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
 
-from .. import peaks
+from .. import cli, peaks
 from .stage import RESULT, SKIPPED
 
 CUT_SHORT, FAILED = "cut short", "failed"
-_REWRITE = 0.5  # seconds between two writings of the whole file, at least
 
 
 def merge(into: dict, more: dict) -> None:
@@ -65,18 +63,16 @@ class Result:
         self.path = stem.with_name(stem.name + ".json")
         self.lines = stem.with_name(stem.name + ".jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._written = 0.0
         self._log = self.lines.open("w")
 
     def add(self, stage: str, line: dict) -> None:
-        """A case of a stage: a line at once, and soon the whole file."""
+        """A case of a stage: a line, and the whole file anew."""
         self._log.write(json.dumps({"stage": stage, **line}) + "\n")
         self._log.flush()
         merge(self.content, line.get(RESULT, {}))
         check = self.content["checks"].setdefault(stage, {"status": NOT_RUN, "cases": []})
         check["cases"].append({key: value for key, value in line.items() if key != RESULT})
-        if time.monotonic() - self._written > _REWRITE:
-            self.save()
+        self.save()
 
     def close_stage(self, stage: str, seconds: float) -> str:
         """Sums up a stage; returns its status."""
@@ -92,9 +88,8 @@ class Result:
         for record in self.content["kernels"] if measured else ():
             peaks.add_fractions(record, measured)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(cli.to_text(self.content))
         partial.replace(self.path)
-        self._written = time.monotonic()
 
 
 def _status(outcomes: Counter) -> str:

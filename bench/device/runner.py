@@ -45,21 +45,32 @@ def run_stage(
     if setting.rehearse:
         cases = faults.among(cases)
     command = [sys.executable, "-m", "bench.device.child", stage.name, setting.to_text()]
-    # kernels are measured whatever a verification on this machine has said of them
-    env = {"DBP_VERIFY": "off"}
-    if setting.device == "cpu":
-        env |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    else:
-        env |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // stage.workers))}
     run_cases(
         command,
         cases,
-        workers=stage.workers,
+        workers=_workers(stage),
         deadline=min(deadline, time.monotonic() + stage.seconds),
         record=heard,
-        env={**env, **stage.env},
+        env={**_environment(stage, setting), **stage.env},
         skip=skip,
     )
+
+
+def _workers(stage: Stage) -> int:
+    """At most one a core: they compile."""
+    return min(stage.workers, os.cpu_count() or 1)
+
+
+def _environment(stage: Stage, setting: Setting) -> dict[str, str]:
+    on_cpu = setting.device == "cpu"
+    threads = 1 if on_cpu else (os.cpu_count() or 1) // _workers(stage)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TRITON_INTERPRET": "1" if on_cpu else "0",
+        # what is measured is the package's own choice, whatever was verified on this machine
+        "DBP_BACKEND": "auto",
+        "DBP_VERIFY": "off",
+    }
 
 
 def run_groups(
@@ -107,9 +118,9 @@ def _run(
 
     try:
         run_stage(stage, setting, end, record)
-    except Exception as error:  # of what lists the cases: the next stage may be better off
+    except Exception as error:  # cases could not be listed, say: the next stage may be better off
         reason = f"{type(error).__name__}: {error}"
-        record({"case": "list of cases", "status": "raised", "seconds": 0.0, "reason": reason})
+        record({"case": "the stage itself", "status": "raised", "seconds": 0.0, "reason": reason})
     finally:
         status = result.close_stage(stage.name, time.monotonic() - begin)
         outcomes = result.content["checks"][stage.name]["outcomes"]

@@ -133,12 +133,16 @@ class _Child:
     def gone(self) -> dict | None:
         """How it ended, None while it runs. It stays a zombie: its group's number stays taken."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        end = os.waitid(os.P_PID, self.process.pid, flags)
+        try:
+            end = os.waitid(os.P_PID, self.process.pid, flags)
+        except ChildProcessError:  # the program around waits for all children, or ignores them
+            return {"reason": "ended, and something else learnt how"}
         if end is None:
             return None
         if end.si_code == os.CLD_EXITED:
             return {"exit_code": end.si_status, "reason": f"exit code {end.si_status}"}
-        name = signal.Signals(end.si_status).name
+        known = {number.value: number.name for number in signal.Signals}
+        name = known.get(end.si_status, f"signal {end.si_status}")
         return {"signal": name, "reason": f"killed by {name}"}
 
     def tail(self) -> str:

@@ -195,6 +195,16 @@ def test_what_there_is_a_reason_to_skip_is_not_run(toy):
     assert found["pass"]["status"] == "passed"
 
 
+def test_a_program_that_ignores_the_end_of_children(toy):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        found = toy("pass#1", "abort", "pass#2")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert [r["status"] for r in toy.found] == ["passed", "crashed", "passed"]
+    assert "something else" in found["abort"]["reason"]
+
+
 def test_a_record_that_raises_ends_everything(toy):
     def refuse(record):
         raise OSError("the disk is full")
