@@ -224,18 +224,18 @@ def _picture(result: dict) -> bytes | None:
 
 
 def prediction_errors(result: dict) -> list[str]:
-    """How the planner's seconds for patch_gram compare with the measured ones, by its choice."""
-    ratios: dict[str, list[float]] = {}
+    """How the measured seconds of patch_gram compare with the planner's, by its choice."""
+    ratios: dict[tuple[str, str], list[float]] = {}
     for record in result.get("kernels", ()):
-        ours = record["methods"].get(bars.OURS, {})
-        if "seconds" in ours and record.get("predicted_seconds"):
-            family = record["choice"].partition("[")[0]
-            measured = ours["seconds"]["median"]
-            ratios.setdefault(family, []).append(measured / record["predicted_seconds"])
+        ours, predicted = record["methods"].get(bars.OURS, {}), record.get("predicted_seconds")
+        for key, how in (("seconds", "as called"), ("replay", "replayed")):
+            if key in ours and predicted:
+                family = record["choice"].partition("[")[0]
+                ratios.setdefault((family, how), []).append(ours[key]["median"] / predicted)
     return [
-        f"{family}: measured over predicted seconds {statistics.median(values):.3g} in the median of "
-        f"{len(values)} ({min(values):.3g} to {max(values):.3g})"
-        for family, values in sorted(ratios.items())
+        f"{family}, {how}: measured over predicted seconds {statistics.median(found):.3g} "
+        f"({min(found):.3g} to {max(found):.3g} in {len(found)} cases)"
+        for (family, how), found in sorted(ratios.items())
     ]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shlex
 import sys
 import time
@@ -417,7 +416,7 @@ def header(device: torch.device, command: str) -> dict:
 
 def default_path(content: dict) -> Path:
     """E.g. dbp_kernels/calibrations/amd-epyc-2-threads.json."""
-    name = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    name = machine.slug(content["device"])
     threads = f"-{content['threads']}-threads" if content["type"] == "cpu" else ""
     return FOLDER / f"{name}{threads}.json"
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -290,7 +289,6 @@ def tune(
 
 def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER) -> Path:
     """Writes (or replaces) the GPU's file."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     content = {
         "capability": capability,
         "device": device_name,
@@ -301,7 +299,7 @@ def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER)
         },
         "pinned": table,
     }
-    path = folder / f"{name}.json"
+    path = folder / f"{machine.slug(device_name)}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

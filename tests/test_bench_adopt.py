@@ -338,20 +338,23 @@ def test_nothing_is_half_written(result, clone, monkeypatch):
 
 
 def test_how_well_the_planner_predicted_is_said():
-    def record(choice, predicted, measured):
-        method = {"status": "ok", "seconds": {"median": measured}}
+    def record(choice, predicted, measured, **more):
+        method = {"status": "ok", "seconds": {"median": measured}, **more}
         return {"choice": choice, "predicted_seconds": predicted, "methods": {"dbp": method}}
 
     records = [
-        record("triton_shift", 1e-3, 2e-3),
+        record("triton_shift", 1e-3, 2e-3, replay={"median": 1e-3}),
         record("triton_shift[unfold axis 1]", 1e-3, 3e-3),
         record("triton_shift", 1e-3, 9e-3),
         record("unfold", 2.0, 1.0),
         {"choice": "unfold", "predicted_seconds": 1.0, "methods": {"dbp": {"status": "wrong"}}},
+        {"methods": {"unfold": {"status": "ok", "seconds": {"median": 1.0}}}},
     ]
-    shift, unfold = adopt.prediction_errors({"kernels": records})
-    assert shift == ("triton_shift: measured over predicted seconds 3 in the median of 3 (2 to 9)")
-    assert unfold.startswith("unfold: measured over predicted seconds 0.5")
+    assert adopt.prediction_errors({"kernels": records}) == [
+        "triton_shift, as called: measured over predicted seconds 3 (2 to 9 in 3 cases)",
+        "triton_shift, replayed: measured over predicted seconds 1 (1 to 1 in 1 cases)",
+        "unfold, as called: measured over predicted seconds 0.5 (0.5 to 0.5 in 1 cases)",
+    ]
 
 
 def test_the_prediction_errors_are_printed(result, clone, capsys):

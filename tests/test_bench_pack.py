@@ -179,6 +179,16 @@ def test_run_installs_the_wheel_beside_and_returns_the_checks_status(packed, tmp
         assert Path(seen["package"]).is_relative_to(tmp_path)
 
 
+def test_run_takes_several_groups(packed, tmp_path):
+    assert run(packed[0], tmp_path, "rest", "train", "--rehearse").returncode == 7
+    saved = tmp_path / "out" / "rest-train.json"
+    arguments = json.loads(saved.read_text())["arguments"]
+    assert arguments == ["device-check", "rest", "train", "--save", str(saved), "--rehearse"]
+    assert run(packed[0], tmp_path, "all").returncode == 7
+    arguments = json.loads((tmp_path / "out" / "all.json").read_text())["arguments"]
+    assert arguments[:2] == ["device-check", "--save"]
+
+
 def test_run_wants_a_group(packed, tmp_path):
     for arguments in ((), ("second",)):
         done = run(packed[0], tmp_path, *arguments)

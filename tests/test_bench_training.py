@@ -37,7 +37,7 @@ def test_crops_are_windows_of_the_bordered_images(mirrored):
     assert not IMAGES.train[:, :BORDER].any()  # the border is black
 
 
-def test_both_methods_start_from_one_network_and_see_the_same_images(monkeypatch):
+def test_all_methods_start_from_one_network_and_see_the_same_images(monkeypatch):
     seen = {}
     honest = training.crops
     for method in training.METHODS:
@@ -50,9 +50,10 @@ def test_both_methods_start_from_one_network_and_see_the_same_images(monkeypatch
         seen[method].append(first.detach())
         for drawn in itertools.islice(run.batches(), 4):
             run.step(drawn)
-    assert len(seen["bp"]) == len(seen["dbp"]) == 5
-    for plain, decorrelated in zip(seen["bp"], seen["dbp"]):
-        torch.testing.assert_close(plain, decorrelated)
+    assert [len(shown) for shown in seen.values()] == [5, 5, 5]
+    for plain, *decorrelated in zip(*seen.values()):
+        for other in decorrelated:
+            torch.testing.assert_close(plain, other)
     assert not torch.equal(seen["bp"][1], seen["bp"][2])
 
 
@@ -67,10 +68,20 @@ def test_a_record_for_every_epoch(method):
     seconds = [r["seconds"] for r in records]
     assert seconds == sorted(seconds)
     losses = [r["decorrelation_loss"] for r in records]
-    if method == "dbp":
-        assert losses[-1] < losses[0]
-    else:
+    if method == "bp":
         assert losses == [None] * 3
+    else:
+        assert losses[-1] < losses[0]
+
+
+def test_the_eager_method_keeps_to_it(monkeypatch):
+    asked = []
+    honest = training.backend
+    monkeypatch.setattr(training, "backend", lambda name: asked.append(name) or honest(name))
+    for method in training.METHODS:
+        next(training.train(method, IMAGES, 1, TINY))
+    assert set(asked) == {"auto", "eager"}
+    assert asked.count("auto") == asked.count("eager") > 0
 
 
 def test_it_learns():
@@ -159,14 +170,19 @@ def test_both_methods_are_trained_for_what_the_slower_one_has_time_for(setting, 
     lines = [
         {"stage": "speed", "case": "bp", "status": "passed", "images_per_second": 1e9},
         {"stage": "speed", "case": "dbp", "images_per_second": 8.5 * epoch / train.SECONDS},
+        {"stage": "speed", "case": "dbp eager", "images_per_second": 1.0},
         {"stage": "layers", "case": "dbp", "images_per_second": 1.0},
-        {"stage": "speed", "case": "fault abort", "status": "crashed"},
     ]
     real = Setting("cpu", stem=setting.stem)
     assert len(train.epoch_cases(real)) == 2  # nothing is known: one epoch each
-    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = [case.name for case in train.epoch_cases(real)]
-    assert names == [f"{m}: epoch {n} of 8" for m in ("bp", "dbp") for n in range(1, 9)]
+
+    def names() -> list[str]:
+        (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return [case.name for case in train.epoch_cases(real)]
+
+    assert names() == [f"{m}: epoch {n} of 8" for m in ("bp", "dbp") for n in range(1, 9)]
+    lines[1] = {"stage": "speed", "case": "dbp", "status": "crashed"}
+    assert names() == ["bp: epoch 1 of 1", "dbp eager: epoch 1 of 1"]
 
 
 def test_after_a_lost_epoch_the_rest_of_the_method_is_skipped(setting, monkeypatch):
@@ -184,9 +200,10 @@ def test_after_a_lost_epoch_the_rest_of_the_method_is_skipped(setting, monkeypat
     assert train.run_epoch("dbp: epoch 3 of 3", setting)["status"] == SKIPPED
 
 
-def test_the_speed_of_both_methods_is_measured(setting):
-    assert [case.name for case in train.speed_cases(setting)] == ["bp", "dbp"]
-    assert all(train.run_speed(m, setting)["images_per_second"] > 0 for m in ("bp", "dbp"))
+def test_the_speed_of_all_methods_is_measured(setting):
+    names = [case.name for case in train.speed_cases(setting)]
+    assert names == ["bp", "dbp", "dbp eager"]
+    assert all(train.run_speed(name, setting)["images_per_second"] > 0 for name in names)
 
 
 # --------------------------------------------------------------------------- table and plot

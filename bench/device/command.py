@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -152,7 +151,7 @@ def _header(options: argparse.Namespace, arguments: Sequence[str]) -> dict:
 
 def _free(folder: Path, described: dict) -> Path:
     """<gpu>-<commit>.json, with a number if there is one already: nothing is overwritten."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", str(described.get("gpu", "cpu")).lower()).strip("-")
+    gpu = machine.slug(str(described.get("gpu", "cpu")))
     commit = described.get("commit")
     stem = f"{gpu}-{str(commit)[:10] if commit else 'unknown'}"
     names = [f"{stem}.json", *(f"{stem}-{n}.json" for n in range(2, 1000))]

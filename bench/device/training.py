@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BP, DBP = METHODS = ("bp", "dbp")
+from dbp_kernels.backends import backend
+
+BP, DBP, EAGER = METHODS = ("bp", "dbp", "dbp eager")  # eager: without kernels of our own
 TRAIN, TEST, CLASSES, SIZE = 50_000, 10_000, 10, 32  # of CIFAR-10
 BORDER = 4  # how far a crop may be off
 EPOCHS = (1, 2, 3, 5, 8, 12, 16, 24)  # of which the most that fit are trained
@@ -121,6 +123,7 @@ class Training:
     """One method's network, optimiser and schedule for so many steps."""
 
     def __init__(self, method: str, images: Images, steps: int, recipe: Recipe) -> None:
+        import dbp_kernels as dbp
         from experiments.models import build_model
 
         self.images, self.recipe = images, recipe
@@ -132,12 +135,11 @@ class Training:
             recipe.model, (3, SIZE, SIZE), CLASSES, widths=recipe.widths
         )
         self.decor = None
-        if method == DBP:
-            import dbp_kernels as dbp
-
+        if method != BP:
             dbp.decorrelate_model(self.model)
         self.model.to(self.device, memory_format=torch.channels_last)
-        if method == DBP:
+        self.backend = "eager" if method == EAGER else "auto"
+        if method != BP:
             self.decor = dbp.DecorUpdate(
                 self.model, lr=recipe.decor_lr, kappa=recipe.kappa, sample=recipe.sample
             )
@@ -169,7 +171,8 @@ class Training:
         loss.backward()
         self.optimizer.step()
         if self.decor is not None:
-            self.decor.step()
+            with backend(self.backend):
+                self.decor.step()
         self.schedule.step()
         return loss.detach()
 
