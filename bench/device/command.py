@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "gpu" in known or options.device == "cpu":  # else nothing can run there
             passed = run_groups(chosen, setting, result, begin, deadline) and passed
     finally:
+        result.content["took_seconds"] = round(time.monotonic() - begin, 1)
         result.content["bars"] = bars.as_records(bars.evaluate(result.content))
         result.save()
     text = summary(result.content)

@@ -113,7 +113,7 @@ def test_hanging_cases_end_at_their_limits(toy):
     found = toy("pass#1", *hanging, "pass#2")
     assert [r["status"] for r in toy.found] == ["passed", "hung", "hung", "passed"]
     for case in hanging:
-        assert case.limit <= found[case.name]["seconds"] < case.limit + 0.5
+        assert case.limit <= found[case.name]["seconds"] < case.limit + 2
     assert "limit of 0.5 s" in found["hang"]["reason"]
 
 
@@ -165,17 +165,17 @@ def test_a_command_that_is_not_there(toy):
 def test_the_start_has_a_limit_of_its_own(toy):
     begin = time.monotonic()
     found = toy("pass", how="endless start", start_limit=0.3)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
     assert "not ready within 0.3 s" in found["pass"]["reason"]
-    found = toy("pass", how="slow start", limit=0.5)
+    found = toy("pass", how="slow start", limit=1.2)
     assert found["pass"]["status"] == "passed"
-    assert found["pass"]["seconds"] < 0.5
+    assert found["pass"]["seconds"] < 1.2
 
 
 def test_the_deadline_ends_everything(toy):
     begin = time.monotonic()
     found = toy("pass", "hang", "fail", seconds=2)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 2 + 2 + 1
     assert found["pass"]["status"] == "passed"
     assert found["hang"]["status"] == found["fail"]["status"] == "not run"
     assert found["hang"]["reason"].startswith("stopped after")

@@ -91,5 +91,5 @@ if __name__ == "__main__":
     if how == "endless start":
         time.sleep(600)
     if how == "slow start":
-        time.sleep(1)
+        time.sleep(1.5)
     workers.serve(run)
