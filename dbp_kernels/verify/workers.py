@@ -19,8 +19,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 PASSED, FAILED, RAISED, OUT_OF_MEMORY = "passed", "failed", "raised", "out of memory"
@@ -169,6 +169,25 @@ class _Child:
         self.output.close()
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Within it, what handlers of SIGINT and SIGTERM raise waits: no case is between two lists then."""
+    received: list[tuple] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = {n: handler for n in numbers if callable(handler := signal.getsignal(n))}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *arguments: received.append(arguments))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in received[:1]:
+            handlers[number](number, frame)
+
+
 class _Pool:
     """The children, and the cases that none of them has begun."""
 
@@ -193,20 +212,23 @@ class _Pool:
         try:
             while self.pending or self.children:
                 left = deadline - time.monotonic()
-                if left <= 0:
-                    return self._end("the time was up")
-                self._start_children()
-                if not self.children:
-                    return self._end(f"no worker starts: {self.why_not}")
+                with _signals_wait():
+                    if left <= 0:
+                        return self._end("the time was up")
+                    self._start_children()
+                    if not self.children:
+                        return self._end(f"no worker starts: {self.why_not}")
+                    for child in list(self.children):
+                        self._look_at(child)
                 self.selector.select(min(_TICK, left))
-                for child in list(self.children):
-                    self._look_at(child)
         except (KeyboardInterrupt, SystemExit):
-            self._end("interrupted")
+            with _signals_wait():
+                self._end("interrupted")
             raise
         finally:
-            self._discard(*self.children)
-            self.selector.close()
+            with _signals_wait():
+                self._discard(*self.children)
+                self.selector.close()
 
     def _start_children(self) -> None:
         while (

@@ -217,6 +217,34 @@ def test_a_record_that_raises_ends_everything(toy):
         run_cases(command, cases, workers=2, deadline=deadline, record=refuse, env=env)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_at_any_moment_loses_no_case(toy, number):
+    """Here in the midst of a record, where it would do most harm."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    class Impatient(list):
+        def append(self, record):
+            if record["status"] == "passed":
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+            super().append(record)
+
+    before = signal.signal(number, interrupt)
+    found = Impatient()
+    command = [sys.executable, str(CHILD)]
+    options = {"env": environment(toy.folder), "deadline": time.monotonic() + 60}
+    cases = [Case(name, 20) for name in ("pass#1", "pass#2", "hang")]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_cases(command, cases, workers=1, record=found.append, **options)
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+    assert [r["status"] for r in found] == ["passed", "not run", "not run"]
+
+
 PARENT = """
 import json, sys, time
 from dbp_kernels.verify.workers import Case, run_cases
