@@ -76,8 +76,8 @@ def plan(result: dict, root: Path, force: bool = False) -> Adoption:
         raise Refused(f"{root} is no clone of the package")
     adoption = Adoption()
     before = hardware.committed(root / RESULTS)
-    for part in (_calibration, _pins):
-        part(result, list(before.values()), root, adoption)
+    _calibration(result, adoption)
+    _pins(result, [*before.values()], root, adoption)
     name = _name(result, before)
     adoption.files[f"{RESULTS}/{name}.json"] = cli.to_text(result).encode()
     picture = _picture(result)
@@ -97,7 +97,7 @@ def plan(result: dict, root: Path, force: bool = False) -> Adoption:
 # --------------------------------------------------------------------------- the planner's figures
 
 
-def _calibration(result: dict, before: list[dict], root: Path, adoption: Adoption) -> None:
+def _calibration(result: dict, adoption: Adoption) -> None:
     content, stage = result.get("calibration"), CALIBRATION.name
     if not content:
         adoption.said.append("no calibration: the result has none")
@@ -157,7 +157,10 @@ def _capability(result: dict) -> int:
 def _trusted(
     result: dict, before: list[dict], adoption: Adoption
 ) -> Iterator[tuple[str, str, dict]]:
-    """(kernel, precision, what tuning found for a problem), of shipped shapes and of kernels that no check on this GPU found wrong."""
+    """(kernel, precision, what tuning found for a problem) of everything that may be pinned.
+
+    That is of shapes that ship, and of kernels that no check on this GPU found wrong.
+    """
     from dbp_kernels.backends.triton import configs
 
     wrong = _wrong_kernels([result, *before], result)

@@ -13,7 +13,7 @@ import torch
 from dbp_kernels.calibration import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
-MANIFEST = "manifest.json"  # of a packed folder, which is no clone: says what it was made from
+MANIFEST = "packed.json"  # of a packed folder, which is no clone: says what it was made from
 
 
 def _git(*arguments: str) -> str | None:
@@ -45,7 +45,8 @@ def dirty() -> bool | None:
     if packed:
         return packed["dirty"]
     status = _git(
-        "status", "--porcelain", "--", "dbp_kernels", "bench", "experiments", ":!bench/results"
+        *("status", "--porcelain", "--"),
+        *("dbp_kernels", "csrc", "bench", "experiments", ":!bench/results"),
     )
     return None if status is None else bool(status)
 

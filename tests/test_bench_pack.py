@@ -40,12 +40,12 @@ def test_the_folder_holds_the_wheel_and_what_checks_it(packed):
         assert (folder / name).read_text() == (machine.ROOT / name).read_text()
     assert len(list(folder.glob("data/cifar10/*.parquet"))) == 2
     assert os.access(folder / "run.sh", os.X_OK)
-    assert manifest == json.loads((folder / "manifest.json").read_text())
+    assert manifest == json.loads((folder / "packed.json").read_text())
     assert (manifest["wheel"], manifest["cuda"], manifest["data"]) == (wheel.name, None, True)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".pyc", ".so", ".png")]
     assert sum(manifest["bytes"].values()) == sum(
-        path.stat().st_size for path in files if path.name != "manifest.json"
+        path.stat().st_size for path in files if path.name != "packed.json"
     )
 
 
@@ -68,7 +68,7 @@ def test_nothing_in_it_names_the_machine_that_made_it(packed):
 def test_a_packed_folder_knows_its_commit(packed, monkeypatch):
     folder, manifest = packed
     assert manifest["commit"] == machine.commit()
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "commit": "c0", "dirty": True}))
+    (folder / "packed.json").write_text(json.dumps({**manifest, "commit": "c0", "dirty": True}))
     monkeypatch.setattr(machine, "ROOT", folder)
     assert (machine.commit(), machine.dirty()) == ("c0", True)
 
@@ -126,7 +126,7 @@ def test_without_an_index_the_folder_is_made_without_spare_wheels(tmp_path, monk
     monkeypatch.setattr(pack, "SPARE", ("expecttest", "sortedcontainers"))
     assert cli.main(["device-check", "--pack", str(tmp_path / "folder")]) == 0
     assert "the machine must have them: expecttest, sortedcontainers" in capsys.readouterr().err
-    assert json.loads((tmp_path / "folder" / "manifest.json").read_text())["spare"] == []
+    assert json.loads((tmp_path / "folder" / "packed.json").read_text())["spare"] == []
 
 
 def test_a_wheel_that_does_not_build_says_why(tmp_path, monkeypatch):

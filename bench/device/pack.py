@@ -2,7 +2,7 @@
 
 It holds the wheel of this clone, with the CUDA library where nvcc is at hand; bench, tests and
 experiments, but no package beside them, so that what runs is what was built; CIFAR-10 where a folder
-of it is named; small pure wheels for tests that the machine may lack; ``manifest.json`` and
+of it is named; small pure wheels for tests that the machine may lack; ``packed.json`` and
 ``run.sh``, which needs nothing but Python with torch and pip.
 """
 
@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
+
+import torch
 
 from .. import machine
 
@@ -72,6 +74,7 @@ def _fill(folder: Path, data: Path | None, download: bool) -> dict:
         "wheel": wheel.name,
         "cuda": _cuda(wheel),
         "python": platform.python_version(),
+        "torch": torch.__version__,
         "spare": spare,
         "data": data is not None,
         "bytes": sizes(folder),
