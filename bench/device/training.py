@@ -97,7 +97,7 @@ def load(folder: Path) -> tuple[Images, str | None]:
     """CIFAR-10 if it is there and readable, else synthetic images and the reason."""
     try:
         return cifar10(folder), None
-    except (OSError, ValueError, RuntimeError, ImportError, SystemExit) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         return synthetic(), f"{type(error).__name__}: {error}"
 
 
