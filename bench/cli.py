@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import calibrate
 
         return calibrate.main(arguments[1:])
+    if arguments[:1] == ["precision"]:
+        from . import precision
+
+        return precision.main(arguments[1:])
     options = parser().parse_args(arguments)
     target = _target(options)
     if target is not None and target.exists():

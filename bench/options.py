@@ -18,6 +18,7 @@ python -m bench check                      compares a quick run's ratios with th
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 python -m bench calibrate                  measures the figures that the planner reckons with
+python -m bench precision                  what tensor cores' roundings would do to the update
 """
 
 

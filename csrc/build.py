@@ -105,9 +105,27 @@ def _entries(architectures: str) -> list[str]:
     return [entry for entry in re.split(r"[;, ]+", architectures) if entry]
 
 
+def shipped_architectures(known: set[str]) -> str:
+    """What of ``ARCHITECTURES`` a compiler has that knows these numbers ("90"), all in CUDA 12.8.
+
+    GPUs newer than the compiler then run the PTX of the newest target without a letter.
+    """
+    entries = _entries(ARCHITECTURES)
+    kept = [e for e in entries if re.sub(r"\D", "", e.removesuffix("+PTX")) in known]
+    if kept != entries:
+        newest = max(i for i, entry in enumerate(kept) if entry[-1].isdigit())
+        kept[newest] += "+PTX"
+    return ";".join(kept)
+
+
 def requested_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST, or all that are shipped."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    """TORCH_CUDA_ARCH_LIST, or all that are shipped and nvcc knows."""
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if requested:
+        return requested
+    command = [find_nvcc(), "--list-gpu-code"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return shipped_architectures(set(re.findall(r"sm_(\d+)", listed)))
 
 
 def gencode_flags(architectures: str) -> list[str]:

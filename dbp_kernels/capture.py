@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
+from dbp_kernels.precision import computed_dtype
 
 _next_key = count()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -79,8 +80,8 @@ class Recorder:
         if layer is not None and self.owns_layer:
             layer._recorder = layer._recorder_key = None
 
-    def record(self, input: Tensor) -> None:
-        """Copy the sampled images of one forward pass, free of any autograd graph.
+    def record(self, input: Tensor, dtype: torch.dtype) -> None:
+        """Copy the sampled images of one forward pass, free of any autograd graph, in a dtype.
 
         Raises RuntimeError while a CUDA graph is being captured.
         """
@@ -114,9 +115,9 @@ class Recorder:
                 # on the CPU whatever the default device is: there its generator lives
                 order = torch.randperm(images, generator=owner._generator, device="cpu")
                 chosen = order[:size]
-                self.samples.append(batch[chosen.to(batch.device, non_blocking=True)])
+                self.samples.append(batch[chosen.to(batch.device, non_blocking=True)].to(dtype))
             else:
-                self.samples.append(batch[:size].clone())
+                self.samples.append(batch[:size].to(dtype, copy=True))
         if begin is not None:
             owner._budget.add_span(begin, mark(input.device))
 
@@ -128,19 +129,33 @@ def recorder_of(layer: nn.Module) -> Recorder | None:
 
 
 def record(layer: nn.Module, input: Tensor) -> None:
-    """Called by a layer after its forward pass; does nothing unless an optimiser is attached."""
+    """Called by a layer after its forward pass; does nothing unless an optimiser is attached.
+
+    Samples are what the layer computes with: under autocast not the float32 images a first layer is
+    given, but what they are cast to.
+    """
     if layer._recorder is None or not layer.training:
         return
     # Traces run on example inputs, which are no samples, and their graphs are for use elsewhere.
     if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
-            torch.ops.dbp_nn.record(input.detach(), layer._recorder_key)
+        if not _exporting():
+            # cast here: autocast is a thing of the past when compiled code runs
+            computed = input.detach().to(computed_dtype(input))
+            torch.ops.dbp_nn.record(computed, layer._recorder_key)
         return
     if torch.jit.is_tracing() or isinstance(input, FakeTensor):
         return
     recorder = recorder_of(layer)
     if recorder is not None:
-        recorder.record(input)
+        recorder.record(input, computed_dtype(input))
+
+
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def _exporting() -> bool:
+    # torch 2.11 compiles is_exporting(), which returns this flag, to true: nothing would be learnt
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
 def _capturing(input: Tensor) -> bool:
@@ -158,7 +173,7 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ["cudagraph_unsafe"] if hasat
 def _record_op(input: Tensor, key: Tensor) -> None:
     recorder = _recorders.get(int(key))
     if recorder is not None:
-        recorder.record(input)
+        recorder.record(input, input.dtype)
 
 
 @_record_op.register_fake

@@ -1,4 +1,4 @@
-"""The planner asked on behalf of the backend that is selected now, for tensors of a dtype."""
+"""The planner asked on behalf of a backend, the selected one unless named, for tensors of a dtype."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import torch
 
 from . import backends, planner
 from .geometry import ConvGeometry
-from .precision import statistics_dtype, tf32
+from .precision import change_in_tf32, statistics_dtype, tf32
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def gram_choices(
-    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The algorithms for S of an input of this dtype, cheapest first."""
-    return planner.gram_choices(geometry, *_where(device_type, dtype)[:4])
+    return planner.gram_choices(geometry, *_where(device_type, dtype, backend)[:5])
 
 
 def update_choices(
-    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The plans for one update from samples of this dtype, cheapest first."""
-    return planner.update_choices(geometry, *_where(device_type, dtype))
+    return planner.update_choices(geometry, *_where(device_type, dtype, backend))
 
 
 def stats_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype
 ) -> tuple[planner.Choice, ...]:
     """The ways to C and V from samples of this dtype, cheapest first."""
-    return planner.stats_choices(geometry, *_where(device_type, dtype))
+    return planner.stats_choices(geometry, *_where(device_type, dtype)[:5])
 
 
-def _where(device_type: str, dtype: torch.dtype) -> tuple:
+def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
     """The planner's arguments, after the geometry."""
     itemsize = statistics_dtype(dtype).itemsize
-    backend = backends.selected(device_type)
-    if backend == "eager" or dtype == torch.float64:
-        return device_type, itemsize
-    float32 = "tf32" if tf32() else "ieee"
+    backend = backend or backends.selected(device_type)
+    if dtype == torch.float64 or (backend == "eager" and device_type != "cuda"):
+        return device_type, itemsize  # products of float32 or float64
+    float32, change = ("tf32" if allowed else "ieee" for allowed in (tf32(), change_in_tf32()))
     # interpreted kernels make the choices of a GPU
-    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, change

@@ -18,6 +18,7 @@ from .geometry import ConvGeometry
 from .ops import geometry_of
 from .param_groups import checked_options
 from .planner import Choice
+from .precision import computed_dtype, update_precision
 from .surgery import decorrelated_class
 
 
@@ -182,7 +183,9 @@ def _report(
         multiplied = input.numel() * math.prod(module.weight.shape[1:])
     else:
         multiplied = output.numel() * geometry.dim
-    where = (geometry, input.device.type, input.dtype)
+    where = (geometry, input.device.type, computed_dtype(input))
     # multiply-adds count twice; forward, gradient of the input, gradient of the weight
     step_gflop = 6 * multiplied / 1e9
-    return LayerReport(name, geometry, update_choices(*where), gram_choices(*where), step_gflop)
+    with update_precision(None, input.is_cuda):  # as a DecorUpdate does
+        plans, algorithms = update_choices(*where), gram_choices(*where)
+    return LayerReport(name, geometry, plans, algorithms, step_gflop)

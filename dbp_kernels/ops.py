@@ -21,11 +21,11 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends.eager.rows_times import rows_times
+from .backends.eager.rows_times import rows_times, times
 from .dispatch import nothing_between, plain
 from .geometry import ConvGeometry, make_geometry
 from .plans import UpdateRule
-from .precision import INPUT_DTYPES, statistics_dtype, without_autocast
+from .precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
 
 _lib = torch.library.Library("dbp", "DEF")
 SCHEMAS = tuple(
@@ -334,18 +334,21 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
         weight: (out, Cin/groups, *kernel) or (out, D).
         R: (groups, D, D), or (D, D) when groups = 1.
 
-    Formed in R's precision with autocast off, then cast: the shape and dtype of ``weight``.
+    Formed in R's precision with autocast off, then cast: the shape and dtype of ``weight``. A
+    float32 product on CUDA is in TF32 where that dtype, or autocast's, is half precision, to which A
+    is rounded anyway; its gradients are not, nor is it in compiled code.
     Raises ValueError if R does not fit. Source: DBP paper, section 2.2.
     """
     _check_groups(groups, weight.shape[0], "weight's output")
     _check_R(R, groups, math.prod(weight.shape[1:]))
+    rounded = computed_in_half(weight)
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
         # one matrix as such: libraries run mm faster than bmm of one, both ways
         batch = () if groups == 1 else (groups,)
         W = weight.to(dtype).reshape(*batch, weight.shape[0] // groups, R.shape[-1])
         R = R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1])
-        A = rows_times(W, R) if groups == 1 else W @ R
+        A = rows_times(W, R, rounded) if groups == 1 else times(W, R, rounded)
         return A.reshape(weight.shape).to(weight.dtype)
 
 
@@ -360,11 +363,12 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
     """
     _check_groups(groups, weight.shape[0], "weight's input")
     _check_R(R, groups, weight.shape[0] // groups)
+    rounded = computed_in_half(weight)
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
         batch = () if groups == 1 else (groups,)
         W = weight.to(dtype).reshape(*batch, R.shape[-1], math.prod(weight.shape[1:]))
-        A = R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1]).mT @ W
+        A = times(R.to(dtype).reshape(*batch, R.shape[-2], R.shape[-1]).mT, W, rounded)
         return A.reshape(weight.shape).to(weight.dtype)
 
 

@@ -235,11 +235,13 @@ def gram_choices(
     itemsize: int = 4,
     backend: str = "eager",
     precision: str = "ieee",
+    float32: str = "ieee",
 ) -> tuple[Choice, ...]:
     """The algorithms for S = patch_gram of this geometry, cheapest first.
 
-    ``itemsize`` is that of the accumulation, ``precision`` that of the operands. Backends with
-    kernels have their own algorithms beside the libraries'.
+    ``itemsize`` is that of the accumulation, ``precision`` that of the operands and ``float32`` what
+    it is where they are made float32. Backends with kernels have their own algorithms beside the
+    libraries'.
     """
     m = machine(device_type, precision, itemsize)
     choices = [_unfold_cost(geometry, m, itemsize, device_type)]
@@ -247,7 +249,8 @@ def gram_choices(
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
             if not all(unfolded):
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize, device_type))
-        choices.append(_self_wgrad_cost(geometry, m, itemsize))
+        convolving = machine(device_type, float32, itemsize)
+        choices.append(_self_wgrad_cost(geometry, convolving, itemsize))
     if backend in KERNEL_BACKENDS:
         choices.append(_kernel_direct_cost(geometry, m, itemsize, backend))
         if not geometry.pointwise:
@@ -271,24 +274,25 @@ def update_choices(
     backend: str = "eager",
     precision: str = "ieee",
     float32: str = "ieee",
+    change: str | None = None,
 ) -> tuple[Choice, ...]:
     """The plans for one update of R from this geometry's samples, cheapest first.
 
     Plan "samples" is left out for n > D, where its loss would lose its digits. ``precision`` is
-    that of S's operands, ``float32`` that of all other products; the rest as in ``gram_choices``.
+    that of S's operands, ``change`` that of what changes R, M' R (None: as ``float32``), ``float32``
+    that of all other products; the rest as in ``gram_choices``.
     """
     m = machine(device_type, float32, itemsize)
+    at_last = machine(device_type, change or float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
-    gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32)[0]
     bandwidth = m.bytes_per_second()
     square = itemsize * g * d * d
 
-    def plan(
-        name: str, products: list[tuple[float, int]], squares: float, blas: float = 0
-    ) -> Choice:
-        flop = sum(f for f, _ in products) + blas
-        seconds = sum(f / _dense_rate(m, side, d, g) for f, side in products)
-        seconds += blas / _dense_rate(m, few, d, g, blas=True)
+    def plan(name: str, squares: float, *products: tuple[float, float]) -> Choice:
+        """From D x D matrices read or written, and (operations, rate) of products."""
+        flop = sum(f for f, _ in products)
+        seconds = sum(f / rate for f, rate in products)
         seconds += squares * square / bandwidth + m.plan_call[PLANS.index(name)]
         return Choice(name, flop / 1e9, seconds)
 
@@ -296,11 +300,18 @@ def update_choices(
     copied = 0.0 if geometry.pointwise else _im2col_seconds(geometry, m, itemsize)
     if backend in KERNEL_BACKENDS:  # the products of a GPU do not hide writing and reading Z and X
         copied += 5 * itemsize * n * d * g / bandwidth
-    base = plan("gram", [(2.0 * g * d**3 * (2 + upper), d)], 8)
-    last = (2.0 * g * d**3, d)
-    direct = plan("direct", [(2.0 * g * n * d**2 * (1 + upper), few), last], 6)
-    in_place = 2.0 * g * n * d**2  # to R, by BLAS
-    samples = plan("samples", [(g * (4.0 * n * d**2 + 2.0 * n**2 * d), few)], 4, in_place)
+    whole, part = 2.0 * g * d**3, 2.0 * g * n * d**2  # D x D by D x D, and n x D by D x D
+    thin = _dense_rate(m, few, d, g)
+    last = whole, _dense_rate(at_last, d, d, g)
+    base = plan("gram", 8, (whole * (1 + upper), _dense_rate(m, d, d, g)), last)
+    direct = plan("direct", 6, (part * (1 + upper), thin), last)
+    samples = plan(
+        "samples",
+        4,
+        (part + 2.0 * g * n**2 * d, thin),
+        (part, _dense_rate(at_last, few, d, g)),
+        (part, _dense_rate(at_last, few, d, g, blas=True)),  # added to R in place
+    )
     choices = [
         Choice("gram", base.gflop + gram.gflop, base.seconds + gram.seconds, gram=gram),
         Choice("direct", direct.gflop, direct.seconds + copied),
@@ -326,7 +337,7 @@ def stats_choices(
     """
     m = machine(device_type, float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
-    gram = gram_choices(geometry, device_type, itemsize, backend, precision)[0]
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32)[0]
     bandwidth = m.bytes_per_second()
     upper = _upper(d, min(n, d))
     # P = R S, half of P R^T, and both read and written

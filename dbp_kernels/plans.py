@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends.eager.matmul import add_product_, matmul, symmetric_product
+from .precision import products_of_change
 
 RULES = ("standard", "normalized")
 
@@ -99,7 +100,8 @@ def _product_update(
     weight = rule.c_weight or 1.0
     diagonal.copy_(v * (rule.v_weight / weight))
     # at lr = 0 an Inf in M' R would still make R NaN
-    MR = matmul(M, R) if lr else torch.zeros_like(R)
+    with products_of_change(R):
+        MR = matmul(M, R) if lr else torch.zeros_like(R)
     return ProductUpdate(MR, -lr * weight), loss
 
 
@@ -166,13 +168,17 @@ class LowRankUpdate:
     def new(self, R: Tensor) -> Tensor:
         """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
         R_new = R * self.scale
-        add_product_(R_new, self.X.mT, self.U, -self.weight)
+        self._add_product_(R_new)
         return R_new
 
     def apply_(self, R: Tensor) -> None:
         """Change R (G, D, D) in place: two passes over it, and no other D x D memory for a dense R."""
         R.mul_(self.scale)
-        add_product_(R, self.X.mT, self.U, -self.weight)
+        self._add_product_(R)
+
+    def _add_product_(self, R: Tensor) -> None:
+        with products_of_change(R):
+            add_product_(R, self.X.mT, self.U, -self.weight)
 
     def finite(self) -> Tensor:
         """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
@@ -211,7 +217,9 @@ def low_rank_update(
     loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
     d = weights.v_weight * v - weights.c_weight * second
     scale = (1 - lr * d if lr else torch.ones_like(d)).unsqueeze(-1)
-    return LowRankUpdate(scale, X, matmul(X, R), lr * weights.c_weight / n), loss
+    with products_of_change(R):
+        U = matmul(X, R)
+    return LowRankUpdate(scale, X, U, lr * weights.c_weight / n), loss
 
 
 def update_from_samples(

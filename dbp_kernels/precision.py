@@ -1,9 +1,10 @@
-"""In what precision things are computed: the dtype of statistics, autocast off, TF32 on request."""
+"""In what precision things are computed: dtypes of statistics, autocast, TF32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,12 +23,20 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else statistics_dtype(x.dtype)
 
 
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Statistics, updates and A = W R keep their precision under autocast."""
-    device = x.device.type
-    if device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext()
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a layer computes in with the input x: autocast's, which leaves float64 alone."""
+    cast = _autocast(x) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
 # torch's precision of float32 products is read and set backend by backend here. The functions
@@ -46,12 +55,63 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def matmul_precision(name: str | None) -> AbstractContextManager:
-    """Products of float32 within it have this one of MATMUL_PRECISIONS; None: as torch is set."""
-    if name is None:
-        return nullcontext()
+def matmul_precision(name: str) -> AbstractContextManager:
+    """Products of float32 within it have this one of MATMUL_PRECISIONS."""
     cuda, cpu = MATMUL_PRECISIONS[name]
     return _set({torch.backends.cuda.matmul: cuda, torch.backends.mkldnn.matmul: cpu})
+
+
+# Without a name the update's products are float32, but on CUDA the last one, M' R, is TF32 (plan
+# "samples": the two it consists of). Those before it form M = R S R^T, whose large terms cancel:
+# with them in TF32, R does not converge where S is badly conditioned. M' R costs next to nothing in
+# TF32: its error shrinks with the change of R. From bench/results/precision (python -m bench
+# precision).
+_change_in_tf32: ContextVar[bool] = ContextVar("dbp_change_in_tf32", default=False)
+
+
+@contextmanager
+def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
+    """An update's products, some on CUDA or none, have this one of MATMUL_PRECISIONS, or None's."""
+    token = _change_in_tf32.set(name is None)
+    try:
+        with _full_float32(cuda) if name is None else matmul_precision(name):
+            yield
+    finally:
+        _change_in_tf32.reset(token)
+
+
+def _full_float32(cuda: bool) -> AbstractContextManager:
+    used = [torch.backends.mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
+    # "none": nobody has set anything. Small layers on CPUs would notice what setting takes.
+    lower = [operation for operation in used if operation.fp32_precision not in ("ieee", "none")]
+    return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
+
+
+def products_of_change(R: Tensor) -> AbstractContextManager:
+    """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
+    if _change_in_tf32.get() and on_cuda(R):
+        return tf32_products()
+    return nullcontext()
+
+
+def change_in_tf32() -> bool:
+    """Whether the products that form M' R are in TF32 on CUDA."""
+    return _change_in_tf32.get() or tf32()
+
+
+def tf32_products() -> AbstractContextManager:
+    """Products of float32 on CUDA within it are in TF32."""
+    return _set({torch.backends.cuda.matmul: "tf32"})
+
+
+def computed_in_half(weight: Tensor) -> bool:
+    """Whether a layer on CUDA rounds its weight to half precision before it uses it."""
+    return on_cuda(weight) and computed_dtype(weight) in (torch.float16, torch.bfloat16)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether x is on CUDA. Tests have tensors on a CPU pass for such."""
+    return x.is_cuda
 
 
 def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dbp_kernels import nn as dbp_nn
 from dbp_kernels.capture import recorder_of
 from dbp_kernels.distributed import ignore_in_ddp, unwrap
+from dbp_kernels.precision import without_autocast
 
 Rule = str | type | nn.Module | Callable[[str, nn.Module], bool]
 Filter = Rule | Iterable[Rule] | None
@@ -179,7 +180,8 @@ def _fused_weight(module: nn.Module) -> nn.Parameter:
     identity = dbp_nn.identity_R(*module._patch_size(), R.device, R.dtype)
     if not R.is_meta and torch.equal(R, identity):
         return weight
-    fused = nn.Parameter(module._condense().to(weight.dtype), weight.requires_grad)
+    with without_autocast(weight):  # nothing to be gained from, for a weight that is kept
+        fused = nn.Parameter(module._condense().to(weight.dtype), weight.requires_grad)
     fused.__dict__.update(weight.__dict__)  # marks that frameworks put on parameters
     return fused
 

@@ -79,8 +79,10 @@ class DecorUpdate(torch.optim.Optimizer):
         matmul_precision: the precision of the update's own products, under the names of
             torch.set_float32_matmul_precision: "highest" (float32), "high" (TF32 on GPUs) or
             "medium" (TF32 on GPUs; bfloat16 on CPUs where oneDNN makes that of it). R stays
-            float32; what it changes by, and the losses, are that precise. None: as all products
-            are set in torch.
+            float32; what it changes by, and the losses, are that precise. None: float32 on CPUs;
+            on GPUs float32 for what forms R S R^T (from patches in half precision S is of exact
+            products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
+            converge where S is badly conditioned. None does not follow torch's own setting.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
@@ -342,7 +344,8 @@ class DecorUpdate(torch.optim.Optimizer):
             for device_type in {job.R.device.type for job in jobs}:
                 if torch.amp.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
-            stack.enter_context(precision.matmul_precision(self._matmul_precision))
+            cuda = any(precision.on_cuda(job.R) for job in jobs)
+            stack.enter_context(precision.update_precision(self._matmul_precision, cuda))
             yield
 
     @property

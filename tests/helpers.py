@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbp_kernels import ops
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.choices import update_choices
 from dbp_kernels.geometry import ConvGeometry, make_geometry
 from dbp_kernels.planner import Choice, gram_choices
 
@@ -164,3 +167,28 @@ def error(result: Tensor, oracle: Tensor) -> float:
     difference = (result.double() - oracle.double()).abs().max()
     scale = oracle.double().abs().max()
     return (difference / scale if difference else difference).nan_to_num(nan=float("inf")).item()
+
+
+def products_of_change(samples: int, dim: int) -> int:
+    """How many products form M' R in the plan chosen for a linear layer's float32 update."""
+    choice = update_choices(rows((samples, dim)).geometry, "cpu", torch.float32)[0]
+    return 2 if choice.name == "samples" else 1
+
+
+class Products(TorchDispatchMode):
+    """Within it ``seen`` collects the precision of float32 on CUDA at every matrix product."""
+
+    _NAMES = ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "dbp":  # opaque: to be looked into
+            with self:
+                return getattr(ops, name)(*args, **(kwargs or {}))
+        if name.rstrip("_") in self._NAMES:
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))

@@ -1,5 +1,6 @@
 """``explain``: one row per layer, the planner's own choices, nothing changed in the model."""
 
+import importlib
 import weakref
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import dbp_kernels as dbp
+from dbp_kernels import precision
 from dbp_kernels.planner import update_choices
 
 
@@ -42,6 +44,22 @@ def test_rows_describe_the_layers(decorrelated):
     assert fourth.step_gflop == pytest.approx(6 * 20 * 256 * 10 / 1e9)
     for row in explanation.layers:
         assert row.plans == update_choices(row.geometry, "cpu", 4)
+
+
+def test_plans_are_those_of_an_update_of_the_default_precision(monkeypatch):
+    asked = []
+
+    def choices(geometry, device_type, dtype):
+        asked.append((dtype, precision.change_in_tf32()))
+        return update_choices(geometry, device_type, 4)
+
+    module = importlib.import_module("dbp_kernels.explain")  # dbp.explain is the function
+    monkeypatch.setattr(module, "update_choices", choices)
+    model, x = nn.Conv2d(3, 8, 3), torch.randn(2, 3, 16, 16)
+    dbp.explain(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        dbp.explain(model, x)
+    assert asked == [(torch.float32, True), (torch.bfloat16, True)]
 
 
 def test_prints_a_table_with_choice_and_alternatives():

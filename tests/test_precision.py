@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers import Products, products_of_change
+from torch import nn
 
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
-from dbp_kernels import precision
+from dbp_kernels import plans, precision
 from dbp_kernels import update as update_module
 from dbp_kernels.budget import Budget
 
@@ -106,6 +108,116 @@ def test_a_low_precision_is_near_the_full_one(samples):
         changes.append(layer.R - torch.eye(300))
     difference = (changes[1] - changes[0]).norm() / changes[0].norm()
     assert difference < 2**-7  # bfloat16 rounds to 2^-9 of a number; not all CPUs make use of it
+
+
+# Which product of an update runs in which precision: on CPU tensors in CUDA's place, where settings
+# for CUDA take no effect and are recorded.
+
+
+@pytest.fixture
+def as_cuda(monkeypatch):
+    """What asks whether it is on CUDA is told so; torch is set to TF32 there."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    monkeypatch.setattr(precision, "on_cuda", lambda x: True)
+
+
+# {plan: images that make it the planner's choice at D = 300, on most CPUs}
+PLANS = {"samples": 4, "direct": 280, "gram": 700}
+every_plan = pytest.mark.parametrize("images", PLANS.values(), ids=PLANS)
+
+
+def products_of_step(layers: list[nn.Module], inputs: list[torch.Tensor], **options) -> list[str]:
+    """The precisions of a step's products, in their order."""
+    update = dbp.DecorUpdate(nn.ModuleList(layers), lr=1e-2, sample=1.0, **options)
+    for layer, x in zip(layers, inputs):
+        layer(x)
+    before = now()
+    with Products() as products:
+        update.step()
+    assert now() == before
+    return products.seen
+
+
+def check_default(seen: list[str], last: int) -> None:
+    assert len(seen) > last
+    assert seen[-last:] == ["tf32"] * last
+    assert set(seen[:-last]) == {"ieee"}
+
+
+@every_plan
+def test_by_default_only_what_changes_R_is_in_tf32(images, as_cuda):
+    seen = products_of_step([dnn.DecorLinear(300, 2)], [torch.randn(images, 300)])
+    check_default(seen, products_of_change(images, 300))
+
+
+@pytest.mark.parametrize(
+    ("size", "images"), [(200, 4), (30, 40), (60, 3000)], ids=["samples", "direct", "gram"]
+)
+def test_layers_updated_together_too(size, images, as_cuda):
+    layers = [dnn.DecorLinear(size, 2) for _ in range(3)]
+    seen = products_of_step(layers, [torch.randn(images, size) for _ in layers])
+    check_default(seen, products_of_change(images, size))
+    assert len(seen) < 3 * 3  # not one by one
+
+
+def test_moments_of_batches_of_several_shapes_too(as_cuda):
+    layer = dnn.DecorConv2d(3, 2, 3)
+    update = dbp.DecorUpdate(layer, lr=1e-2, sample=1.0)
+    for height in (9, 12):
+        layer(torch.randn(8, 3, height, 9))
+    with Products() as products:
+        update.step()
+    check_default(products.seen, 1)
+
+
+def test_updates_beside_the_backward_pass_too(as_cuda):
+    layer = dnn.DecorLinear(300, 2)
+    update = dbp.DecorUpdate(layer, lr=1e-2, sample=1.0)
+    layer(torch.randn(4, 300))
+    before = now()
+    with Products() as products, update.overlap():
+        assert now() == before
+    assert now() == before
+    check_default(products.seen, products_of_change(4, 300))
+
+
+@every_plan
+@pytest.mark.parametrize("name", precision.MATMUL_PRECISIONS)
+def test_a_name_is_for_all_products(name, images, as_cuda):
+    x = torch.randn(images, 300)
+    seen = products_of_step([dnn.DecorLinear(300, 2)], [x], matmul_precision=name)
+    assert set(seen) == {precision.MATMUL_PRECISIONS[name][0]}
+
+
+@every_plan
+@pytest.mark.parametrize("set_to", ["ieee", "tf32"])
+def test_operators_by_themselves_follow_torch(set_to, images, as_cuda):
+    torch.backends.cuda.matmul.fp32_precision = set_to
+    with Products() as products:
+        dbp.decor_update(torch.randn(images, 300), torch.eye(300), (), lr=1e-2)
+    assert set(products.seen) == {set_to}
+
+
+def test_by_default_a_cpu_computes_in_float32_and_leaves_cuda_alone(seen):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    layer = dnn.DecorLinear(300, 2)
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0)
+    layer(torch.randn(64, 300))
+    update.step()
+    assert seen == 2 * [("tf32", "ieee")]
+    assert now() == ("tf32", "bf16")
+
+
+def test_an_error_ends_the_updates_precision(as_cuda, monkeypatch):
+    monkeypatch.setattr(plans, "matmul", lambda X, Y: 1 / 0)
+    update = dbp.DecorUpdate(layer := dnn.DecorLinear(300, 2), lr=0.1, sample=1.0)
+    layer(torch.randn(4, 300))
+    before = now()
+    with pytest.raises(ZeroDivisionError):
+        update.step()
+    assert now() == before
+    assert not precision._change_in_tf32.get()
 
 
 @pytest.mark.parametrize("value", ["low", "tf32", 1, ["high"]])

@@ -45,8 +45,7 @@ def _cases(layers: list[registry.Case], setting: Setting) -> list[Case]:
 def main_cases(setting: Setting) -> list[Case]:
     """One layer for each main kernel."""
     layers = all_layers(setting)
-    main = layers if setting.rehearse else [c for c in layers if c.name in _MAIN]
-    return _cases(sorted(main, key=lambda c: c.name not in _MAIN), setting)
+    return _cases([c for c in layers if setting.rehearse or c.name in _MAIN], setting)
 
 
 def all_cases(setting: Setting) -> list[Case]:

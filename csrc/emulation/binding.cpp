@@ -23,7 +23,8 @@ Value convert(const std::string& name, const py::handle& object) {
     if (!(array.flags() & py::array::c_style))
       throw std::invalid_argument(name + ": expected a C-contiguous array");
     const auto format = py::cast<std::string>(py::str(object.attr("dtype").attr("name")));
-    return HostArray{const_cast<void*>(array.data()), static_cast<size_t>(array.nbytes()), format};
+    return HostArray{const_cast<void*>(array.data()), static_cast<size_t>(array.nbytes()),
+                     static_cast<int64_t>(array.size()), format};
   }
   if (py::isinstance<py::float_>(object)) return py::cast<double>(object);
   if (py::isinstance<py::sequence>(object)) return py::cast<std::vector<int64_t>>(object);
@@ -31,7 +32,7 @@ Value convert(const std::string& name, const py::handle& object) {
 }
 
 cudaError_t call(const std::string& name, const py::kwargs& keywords, uint64_t seed,
-                 size_t shared_limit, const std::string& leave_out, bool record) {
+                 size_t shared_limit, int capability, const std::string& leave_out, bool record) {
   auto found = registry().find(name);
   if (found == registry().end()) throw std::invalid_argument(name + ": no such kernel");
   std::map<std::string, Value> values;
@@ -40,6 +41,7 @@ cudaError_t call(const std::string& name, const py::kwargs& keywords, uint64_t s
     values[keyword] = convert(keyword, value);
   }
   machine.reset(seed, shared_limit);
+  machine.set_capability(capability);
   machine.leave_out(leave_out);
   machine.record_only(record);
   Arguments arguments(std::move(values));
@@ -91,9 +93,10 @@ PYBIND11_MODULE(dbp_emulation, m) {
   py::register_exception<UninitialisedRead>(m, "UninitialisedRead", fault);
   py::register_exception<RaceFault>(m, "RaceFault", fault);
   py::register_exception<DeadlockFault>(m, "DeadlockFault", fault);
-  m.def("call", [](const std::string& name, uint64_t seed, size_t shared_limit,
+  m.def("call", [](const std::string& name, uint64_t seed, size_t shared_limit, int capability,
                    const std::string& leave_out, bool record, const py::kwargs& keywords) {
-    return static_cast<int>(call(name, keywords, seed, shared_limit, leave_out, record));
+    return static_cast<int>(
+        call(name, keywords, seed, shared_limit, capability, leave_out, record));
   });
   m.def("stats", &stats);
   m.def("launches", &launches);

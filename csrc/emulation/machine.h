@@ -90,6 +90,9 @@ class Machine {
   void leave_out(const std::string& site) { left_out_ = site; }
   const std::vector<Site>& sites() const { return sites_; }
   void record_only(bool on) { recording_ = on; }
+  // Of the device that is emulated: 90 for 9.0.
+  void set_capability(int capability) { capability_ = capability; }
+  int capability() const { return capability_; }
   cudaError_t launch(const std::string& kernel, const void* function, dim3 grid, dim3 block,
                      size_t shared_bytes, const void* params, size_t params_bytes,
                      std::function<void()> body);
@@ -239,6 +242,7 @@ class Machine {
 
   std::mt19937_64 random_;
   size_t shared_limit_ = 227 * 1024;
+  int capability_ = 90;
   bool recording_ = false;
   Stats stats_;
   std::vector<Launch> launches_;

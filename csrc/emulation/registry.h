@@ -15,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "../kernels/arguments.cuh"
 #include "../kernels/simt.cuh"
 
 namespace dbp::emulation {
@@ -23,6 +24,7 @@ namespace dbp::emulation {
 struct HostArray {
   void* data;
   size_t bytes;
+  int64_t elements;
   std::string format;
 };
 using Value = std::variant<std::nullptr_t, int64_t, double, std::vector<int64_t>, HostArray>;
@@ -90,9 +92,24 @@ class Arguments {
     if (!array || !format_fits<T>(array->format))
       throw std::invalid_argument(std::string(name) + ": expected an array of another dtype" +
                                   (array ? ", not " + array->format : ""));
+    elements_[name] = array->elements;
     void* device = machine.allocate(name, array->data, array->bytes);
     out.raw = static_cast<T*>(device);
     if constexpr (!std::is_const_v<T>) copies_.push_back({array->data, device, array->bytes});
+    return *this;
+  }
+
+  // Refuses arrays of other sizes than the kernel's; of an address the size is not known.
+  template <size_t N>
+  Arguments& operator()(const std::array<ArraySize, N>& sizes) {
+    for (const ArraySize& size : sizes) {
+      const auto found = elements_.find(size.name);
+      if (found == elements_.end()) continue;
+      if (found->second < size.elements || (size.exact && found->second > size.elements))
+        throw std::invalid_argument(std::string(size.name) + ": expected " +
+                                    std::to_string(size.elements) + " elements, not " +
+                                    std::to_string(found->second));
+    }
     return *this;
   }
 
@@ -120,6 +137,7 @@ class Arguments {
   }
 
   std::map<std::string, Value> values_;
+  std::map<std::string, int64_t> elements_;
   std::vector<Copy> copies_;
 };
 

@@ -24,6 +24,12 @@ cudaError_t make_tensor_map(TensorMap& map, DType dtype, emulation::GlobalPointe
                             int rank, const int64_t* size, const int64_t* stride_bytes,
                             const int32_t* box, Swizzle swizzle);
 
+#define DBP_SM90_THREADS(threads) threads
+template <class Params>
+cudaError_t check_sm90_code(void (*)(Params), int) {
+  return emulation::machine.capability() == 90 ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
 namespace emulation {
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, int rank,
               const int32_t* at);

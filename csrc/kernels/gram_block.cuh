@@ -6,9 +6,13 @@
 
 namespace dbp {
 
+constexpr bool gram_block_exists(int side) {
+  return side == 16 || side == 32 || side == 64 || side == 128;
+}
+
 template <DType K, int Block>
 struct GramBlock {
-  static_assert(Block == 16 || Block == 32 || Block == 64 || Block == 128);
+  static_assert(gram_block_exists(Block));
   // A warp's tile: 16 kM x 8 kS.
   static constexpr int kM = Block == 128 ? 4 : Block == 64 ? 2 : 1;
   static constexpr int kS = Block >= 64 ? 4 : Block == 32 ? 2 : 1;

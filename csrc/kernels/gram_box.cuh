@@ -8,6 +8,7 @@
 // are items.
 #pragma once
 
+#include "arguments.cuh"
 #include "gram_block.cuh"
 
 namespace dbp {
@@ -109,13 +110,36 @@ __global__ void __launch_bounds__(GramBlock<K, Block>::kThreads, 1)
   tile.store(p.workspace, slot);
 }
 
+inline Problem gram_box_problem(const GramBoxParams& p) {
+  const int64_t vector = 16 / size_of(p.dtype);
+  auto bad = [&](int64_t stride) { return stride < 0 || stride % vector != 0; };
+  const char* expected = "a multiple of 16 bytes";
+  return first_problem({
+      {p.item_count < 0, "item_count", p.item_count, "0 or more"},
+      {!gram_block_exists(p.block), "block", p.block, "16, 32, 64 or 128"},
+      {p.channels < 1 || bad(p.channels), "channels", p.channels, expected},
+      {bad(p.stride_n), "stride_n", p.stride_n, expected},
+      {bad(p.stride[0]), "stride", p.stride[0], expected},
+      {bad(p.stride[1]), "stride", p.stride[1], expected},
+      {bad(p.stride[2]), "stride", p.stride[2], expected},
+      {p.step[0] < 1, "step", p.step[0], "1 or more along z"},
+      {p.step[1] < 1, "step", p.step[1], "1 or more along y"},
+      {p.step[2] < 1, "step", p.step[2], "1 or more along x"},
+  });
+}
+
+// For `boxes` boxes and `slots` tiles in the workspace.
+inline std::array<ArraySize, 3> gram_box_sizes(const GramBoxParams& p, int64_t slots,
+                                               int64_t boxes) {
+  return {{{"workspace", elements({slots, p.block, p.block}), false},
+           {"items", elements({p.item_count, 6}), true},
+           {"boxes", elements({boxes, 15}), true}}};
+}
+
 template <DType K, int Block>
 cudaError_t launch_gram_box_as(const GramBoxParams& p, cudaStream_t stream) {
   using Shape = GramBoxShape<K, Block>;
-  constexpr int kVector = 16 / element_bytes(K);
   static_assert(Shape::kShared <= 99 * 1024);
-  for (int64_t stride : {p.stride_n, p.stride[0], p.stride[1], p.stride[2], int64_t{p.channels}})
-    if (stride % kVector) return cudaErrorInvalidValue;
   return launch(gram_box_kernel<K, Block>, dim3(p.item_count), dim3(Shape::kThreads),
                 Shape::kShared, stream, p);
 }
@@ -137,7 +161,7 @@ cudaError_t launch_gram_box_as(const GramBoxParams& p, cudaStream_t stream) {
 }
 
 inline cudaError_t launch_gram_box(const GramBoxParams& p, cudaStream_t stream) {
-  if (p.item_count < 0) return cudaErrorInvalidValue;
+  if (gram_box_problem(p).found || !aligned16(p.x)) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::fp32:
       return launch_gram_box_as<DType::fp32>(p, stream);

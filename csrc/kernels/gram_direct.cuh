@@ -7,6 +7,7 @@
 // no reordering. Only tiles on and above the diagonal are items.
 #pragma once
 
+#include "arguments.cuh"
 #include "gram_block.cuh"
 
 namespace dbp {
@@ -128,6 +129,33 @@ __global__ void __launch_bounds__(GramBlock<K, Block>::kThreads, 1)
   tile.store(p.workspace, int64_t{item[5]});
 }
 
+inline Problem gram_direct_problem(const GramDirectParams& p) {
+  const char* expected = "1 or more along every axis";
+  for (int d = 0; d < 3; ++d) {
+    const Problem problem = first_problem({
+        {p.size[d] < 1, "size", p.size[d], expected},
+        {p.output[d] < 1, "output", p.output[d], expected},
+        {p.kernel[d] < 1, "kernel", p.kernel[d], expected},
+        {p.conv_stride[d] < 1, "conv_stride", p.conv_stride[d], expected},
+        {p.dilation[d] < 1, "dilation", p.dilation[d], expected},
+    });
+    if (problem.found) return problem;
+  }
+  const int64_t taps = elements({p.kernel[0], p.kernel[1], p.kernel[2]});
+  return first_problem({
+      {p.item_count < 0, "item_count", p.item_count, "0 or more"},
+      {!gram_block_exists(p.block), "block", p.block, "16, 32, 64 or 128"},
+      {p.columns < 1 || p.columns % taps != 0, "columns", p.columns,
+       "a multiple of the kernel's taps"},
+  });
+}
+
+// For `slots` tiles in the workspace.
+inline std::array<ArraySize, 2> gram_direct_sizes(const GramDirectParams& p, int64_t slots) {
+  return {{{"workspace", elements({slots, p.block, p.block}), false},
+           {"items", elements({p.item_count, 6}), true}}};
+}
+
 template <DType K, int Block>
 cudaError_t launch_gram_direct_as(const GramDirectParams& p, cudaStream_t stream) {
   using Shape = GramDirectShape<K, Block>;
@@ -152,9 +180,7 @@ cudaError_t launch_gram_direct_as(const GramDirectParams& p, cudaStream_t stream
 }
 
 inline cudaError_t launch_gram_direct(const GramDirectParams& p, cudaStream_t stream) {
-  if (p.item_count < 0 || p.columns < 0) return cudaErrorInvalidValue;
-  for (int d = 0; d < 3; ++d)
-    if (p.size[d] < 1 || p.output[d] < 1 || p.kernel[d] < 1) return cudaErrorInvalidValue;
+  if (gram_direct_problem(p).found) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::fp32:
       return launch_gram_direct_as<DType::fp32>(p, stream);

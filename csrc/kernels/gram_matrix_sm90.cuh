@@ -35,7 +35,7 @@ struct GramMatrixSm90Shape {
 };
 
 template <class T>
-__global__ void __launch_bounds__(GramMatrixSm90Shape::kThreads, 1)
+__global__ void __launch_bounds__(DBP_SM90_THREADS(GramMatrixSm90Shape::kThreads), 1)
     gram_matrix_sm90_kernel(const __grid_constant__ GramMatrixSm90Params params) {
   using Shape = GramMatrixSm90Shape;
   const GramMatrixParams& p = params.matrix;
@@ -99,24 +99,40 @@ __global__ void __launch_bounds__(GramMatrixSm90Shape::kThreads, 1)
   }
 }
 
+inline Problem gram_matrix_sm90_problem(const GramMatrixParams& p) {
+  return first_problem({
+      sm90_dtype_problem(p.dtype),
+      {p.item_count < 0, "item_count", p.item_count, "0 or more"},
+      {p.rows < 0 || p.rows > kMaxPixels, "rows", p.rows, "0 to 2147418112"},
+      {p.row_stride < 1 || p.row_stride % 8 != 0, "row_stride", p.row_stride,
+       "a multiple of 16 bytes"},
+      {p.channels < 1 || p.channels % 8 != 0 || p.channels > p.row_stride, "channels", p.channels,
+       "a multiple of 16 bytes, at most row_stride"},
+  });
+}
+
+// For `slots` tiles in the workspace.
+inline std::array<ArraySize, 2> gram_matrix_sm90_sizes(const GramMatrixParams& p, int64_t slots) {
+  constexpr int kBlock = GramMatrixSm90Shape::kBlock;
+  return {{{"workspace", elements({slots, kBlock, kBlock}), false},
+           {"items", elements({p.item_count, 6}), true}}};
+}
+
 inline cudaError_t launch_gram_matrix_sm90(const GramMatrixParams& p, cudaStream_t stream) {
   using Shape = GramMatrixSm90Shape;
-  if (p.item_count < 0 || p.rows < 0 || p.channels > p.row_stride || p.channels % 8 ||
-      p.row_stride % 8)
-    return cudaErrorInvalidValue;
-  if (p.dtype != DType::bf16 && p.dtype != DType::fp16) return cudaErrorNotSupported;
+  if (gram_matrix_sm90_problem(p).found || !aligned16(p.x)) return cudaErrorInvalidValue;
   if (p.item_count == 0) return cudaSuccess;
+  const auto kernel =
+      p.dtype == DType::bf16 ? gram_matrix_sm90_kernel<bf16> : gram_matrix_sm90_kernel<fp16>;
+  cudaError_t error = check_sm90_code(kernel, Shape::kThreads);
+  if (error != cudaSuccess) return error;
   GramMatrixSm90Params params{};
   params.matrix = p;
   const int64_t size[] = {p.channels, p.rows}, stride[] = {p.row_stride * 2};
   const int32_t box[] = {64, Shape::kRows};
-  const cudaError_t error =
-      make_tensor_map(params.map, p.dtype, p.x, 2, size, stride, box, Swizzle::bytes128);
+  error = make_tensor_map(params.map, p.dtype, p.x, 2, size, stride, box, Swizzle::bytes128);
   if (error != cudaSuccess) return error;
-  const dim3 grid(p.item_count), block(Shape::kThreads);
-  if (p.dtype == DType::bf16)
-    return launch(gram_matrix_sm90_kernel<bf16>, grid, block, Shape::kShared, stream, params);
-  return launch(gram_matrix_sm90_kernel<fp16>, grid, block, Shape::kShared, stream, params);
+  return launch(kernel, dim3(p.item_count), dim3(Shape::kThreads), Shape::kShared, stream, params);
 }
 
 }  // namespace dbp

@@ -146,23 +146,31 @@ __global__ void __launch_bounds__(GramShiftShape<K, Block>::kThreads, 1)
                     Block, 0, part + column, acc[s]);
 }
 
-// Shifts per row of `shifts`, and parts that the columns of a tile are cut into; 0 for an unknown
-// block.
+// Shifts of a set: a row of masks has a bit for each.
 inline int gram_shift_set(int block) {
-  return block == 64 || block == 32 ? GramShiftShape<DType::bf16, 32>::shifts()
-         : block == 16              ? GramShiftShape<DType::bf16, 16>::shifts()
-                                    : 0;
+  return block == 16 ? GramShiftShape<DType::bf16, 16>::shifts()
+                     : GramShiftShape<DType::bf16, 32>::shifts();
+}
+
+template <int Block>
+int64_t gram_shift_shared_bytes(const GramShiftParams& p) {
+  return size_of(p.dtype) == 2 ? GramShiftShape<DType::bf16, Block>::shared_bytes(p.halo)
+                               : GramShiftShape<DType::fp32, Block>::shared_bytes(p.halo);
+}
+
+inline Problem gram_shift_problem(const GramShiftParams& p) {
+  const int64_t shared = p.block == 16   ? gram_shift_shared_bytes<16>(p)
+                         : p.block == 32 ? gram_shift_shared_bytes<32>(p)
+                                         : gram_shift_shared_bytes<64>(p);
+  const bool known = p.block == 16 || p.block == 32 || p.block == 64;
+  return gram_shift_problem(p, known, "16, 32 or 64", shared);
 }
 
 template <DType K, int Block>
 cudaError_t launch_gram_shift_as(const GramShiftParams& p, cudaStream_t stream) {
   using Shape = GramShiftShape<K, Block>;
-  constexpr int kVector = 16 / element_bytes(K);
-  if (p.row_stride % kVector || p.channels % kVector) return cudaErrorInvalidValue;
-  const int64_t shared = Shape::shared_bytes(p.halo);
-  if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
   return launch(gram_shift_kernel<K, Block>, dim3(p.item_count), dim3(Shape::kThreads),
-                static_cast<size_t>(shared), stream, p);
+                static_cast<size_t>(Shape::shared_bytes(p.halo)), stream, p);
 }
 
 template <DType K>
@@ -180,9 +188,7 @@ cudaError_t launch_gram_shift_as(const GramShiftParams& p, cudaStream_t stream) 
 }
 
 inline cudaError_t launch_gram_shift(const GramShiftParams& p, cudaStream_t stream) {
-  if (p.item_count < 0 || p.pixels < 0 || p.halo < 0 || p.channels > p.row_stride ||
-      p.size[0] < 1 || p.size[1] < 1 || p.size[2] < 1)
-    return cudaErrorInvalidValue;
+  if (gram_shift_problem(p).found || !aligned16(p.x)) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::fp32:
       return launch_gram_shift_as<DType::fp32>(p, stream);

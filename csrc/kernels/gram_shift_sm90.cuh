@@ -37,6 +37,8 @@ struct GramShiftSm90Shape {
   __host__ __device__ static constexpr int64_t ring_tiles(int64_t halo) {
     return ceil_div(halo, int64_t{kPixels}) + kStages;
   }
+  // of shifts that one item computes
+  static constexpr int shifts() { return kGroups * kShifts; }
   static constexpr int64_t shared_bytes(int64_t halo) {
     return kRing + ring_tiles(halo) * kTile + kRest;
   }
@@ -108,7 +110,7 @@ __device__ __forceinline__ void gram_shift_consume(const GramShiftParams& p, int
 }
 
 template <class T>
-__global__ void __launch_bounds__(GramShiftSm90Shape::kThreads, 1)
+__global__ void __launch_bounds__(DBP_SM90_THREADS(GramShiftSm90Shape::kThreads), 1)
     gram_shift_sm90_kernel(const __grid_constant__ GramShiftSm90Params params) {
   using Shape = GramShiftSm90Shape;
   const GramShiftParams& p = params.shift;
@@ -175,28 +177,29 @@ __global__ void __launch_bounds__(GramShiftSm90Shape::kThreads, 1)
   }
 }
 
+inline Problem gram_shift_sm90_problem(const GramShiftParams& p) {
+  using Shape = GramShiftSm90Shape;
+  return first_problem(
+      {sm90_dtype_problem(p.dtype),
+       gram_shift_problem(p, p.block == Shape::kBlock, "64", Shape::shared_bytes(p.halo))});
+}
+
 inline cudaError_t launch_gram_shift_sm90(const GramShiftParams& p, cudaStream_t stream) {
   using Shape = GramShiftSm90Shape;
-  if (p.item_count < 0 || p.pixels < 0 || p.halo < 0 || p.channels > p.row_stride ||
-      p.size[0] < 1 || p.size[1] < 1 || p.size[2] < 1 || p.block != Shape::kBlock ||
-      p.channels % 8 || p.row_stride % 8)
-    return cudaErrorInvalidValue;
-  if (p.dtype != DType::bf16 && p.dtype != DType::fp16) return cudaErrorNotSupported;
+  if (gram_shift_sm90_problem(p).found || !aligned16(p.x)) return cudaErrorInvalidValue;
   if (p.item_count == 0) return cudaSuccess;
-  const int64_t shared = Shape::shared_bytes(p.halo);
-  if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
+  const auto kernel =
+      p.dtype == DType::bf16 ? gram_shift_sm90_kernel<bf16> : gram_shift_sm90_kernel<fp16>;
+  cudaError_t error = check_sm90_code(kernel, Shape::kThreads);
+  if (error != cudaSuccess) return error;
   GramShiftSm90Params params{};
   params.shift = p;
   const int64_t size[] = {p.channels, p.pixels}, stride[] = {p.row_stride * 2};
   const int32_t box[] = {Shape::kBlock, Shape::kPixels};
-  const cudaError_t error =
-      make_tensor_map(params.map, p.dtype, p.x, 2, size, stride, box, Swizzle::bytes128);
+  error = make_tensor_map(params.map, p.dtype, p.x, 2, size, stride, box, Swizzle::bytes128);
   if (error != cudaSuccess) return error;
-  const dim3 grid(p.item_count), block(Shape::kThreads);
-  const auto bytes = static_cast<size_t>(shared);
-  if (p.dtype == DType::bf16)
-    return launch(gram_shift_sm90_kernel<bf16>, grid, block, bytes, stream, params);
-  return launch(gram_shift_sm90_kernel<fp16>, grid, block, bytes, stream, params);
+  return launch(kernel, dim3(p.item_count), dim3(Shape::kThreads),
+                static_cast<size_t>(Shape::shared_bytes(p.halo)), stream, params);
 }
 
 }  // namespace dbp

@@ -2,6 +2,7 @@
 // pixel takes part in.
 #pragma once
 
+#include "arguments.cuh"
 #include "simt.cuh"
 
 namespace dbp {
@@ -31,6 +32,37 @@ struct GramShiftParams {
   int32_t block;  // channels of a tile: 16, 32 or 64
   DType dtype;
 };
+
+// What neither of the kernels takes. `block_fits` and `shared_bytes`, of a block of threads, are
+// the kernel's own.
+inline Problem gram_shift_problem(const GramShiftParams& p, bool block_fits, const char* blocks,
+                                  int64_t shared_bytes) {
+  const int64_t vector = 16 / size_of(p.dtype), image = elements({p.size[0], p.size[1], p.size[2]});
+  return first_problem({
+      {p.item_count < 0, "item_count", p.item_count, "0 or more"},
+      {!block_fits, "block", p.block, blocks},
+      {p.size[0] < 1, "size", p.size[0], "1 or more along z"},
+      {p.size[1] < 1, "size", p.size[1], "1 or more along y"},
+      {p.size[2] < 1, "size", p.size[2], "1 or more along x"},
+      {p.pixels < 0 || p.pixels > kMaxPixels || (image > 0 && p.pixels % image), "pixels", p.pixels,
+       "those of whole images of this size, at most 2147418112"},
+      {p.row_stride < 1 || p.row_stride % vector != 0, "row_stride", p.row_stride,
+       "a multiple of 16 bytes"},
+      {p.channels < 1 || p.channels % vector != 0 || p.channels > p.row_stride, "channels",
+       p.channels, "a multiple of 16 bytes, at most row_stride"},
+      {p.halo < 0 || shared_bytes > 227 * 1024, "halo", p.halo,
+       "0 or more, and no more than fits into 227 KB of shared memory"},
+  });
+}
+
+// For `sets` rows of masks, `set_shifts` shifts of each, and `slots` tiles in the workspace.
+inline std::array<ArraySize, 4> gram_shift_sizes(const GramShiftParams& p, int64_t slots,
+                                                 int64_t sets, int64_t set_shifts) {
+  return {{{"workspace", elements({slots, p.block, p.block}), false},
+           {"items", elements({p.item_count, 8}), true},
+           {"shifts", elements({sets, set_shifts, 4}), true},
+           {"masks", elements({sets, int64_t{p.size[0]} + p.size[1] + p.size[2]}), true}}};
+}
 
 // Which shifts' boxes the left pixels first, first + step, ... of a set lie in, as bits.
 struct GramShiftMasks {

@@ -3,6 +3,7 @@
 // subtracts a mean per channel on the way.
 #pragma once
 
+#include "arguments.cuh"
 #include "simt.cuh"
 
 namespace dbp {
@@ -109,17 +110,28 @@ inline void merge_dimensions(PackParams& p) {
 
 }  // namespace pack
 
-inline cudaError_t launch_pack(PackParams p, cudaStream_t stream) {
-  for (int64_t size : p.size) {
-    if (size < 0) return cudaErrorInvalidValue;
-    if (size == 0) return cudaSuccess;
-  }
+inline Problem pack_problem(const PackParams& p) {
   const int vector = 16 / size_of(p.out_dtype);
-  bool aligned = p.row % vector == 0 && p.channels <= p.row && p.channels >= 0;
-  for (int d = 0; d < 4; ++d) aligned &= p.size[d] == 1 || p.out_stride[d] % vector == 0;
-  if (!aligned) return cudaErrorInvalidValue;
+  for (int d = 0; d < 4; ++d) {
+    const bool whole = p.size[d] == 1 || p.out_stride[d] % vector == 0;
+    if (p.size[d] < 0) return {true, "size", p.size[d], "0 or more"};
+    if (!whole) return {true, "out_stride", p.out_stride[d], "a multiple of 16 bytes"};
+  }
+  return first_problem({
+      {p.channels < 0, "channels", p.channels, "0 or more"},
+      {p.row < p.channels || p.row % vector != 0, "row", p.row,
+       "a multiple of 16 bytes, at least channels"},
+  });
+}
+
+inline cudaError_t launch_pack(PackParams p, cudaStream_t stream) {
+  if (pack_problem(p).found) return cudaErrorInvalidValue;
+  for (int64_t size : p.size)
+    if (size == 0) return cudaSuccess;
+  if (!aligned16(p.out)) return cudaErrorInvalidValue;
   pack::merge_dimensions(p);
-  const int64_t blocks = p.size[0] * p.size[1] * p.size[2] * ceil_div(p.size[3], pack::kPixels);
+  const int64_t blocks =
+      elements({p.size[0], p.size[1], p.size[2], ceil_div(p.size[3], pack::kPixels)});
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks), ceil_div(p.row, pack::kChannels));
   const size_t shared = sizeof(float) * pack::kPixels * pack::kPitch;

@@ -4,6 +4,7 @@
 // agree bit for bit; elements without a slot are zero, and nothing has to be cleared beforehand.
 #pragma once
 
+#include "arguments.cuh"
 #include "simt.cuh"
 
 namespace dbp {
@@ -94,16 +95,46 @@ __global__ void __launch_bounds__(kSquare* kRows) reduce_kernel(ReduceParams p) 
   }
 }
 
+inline int64_t block_count(const ReduceParams& p) {
+  const int64_t squares = ceil_div(int64_t{p.block} * p.tap_count, kSquare);
+  return elements({p.upper, squares, squares});
+}
+
 }  // namespace reduce
 
+inline Problem reduce_problem(const ReduceParams& p) {
+  return first_problem({
+      {p.tap_count < 1, "tap_count", p.tap_count, "1 or more"},
+      {p.block < 1, "block", p.block, "1 or more"},
+      {p.channels < 0, "channels", p.channels, "0 or more"},
+      {p.group_channels < 1 || p.channels % p.group_channels != 0, "group_channels",
+       p.group_channels, "a divisor of channels"},
+      {p.straight < 0, "straight", p.straight, "0 or more"},
+      {p.symmetric < 0, "symmetric", p.symmetric, "0 or more"},
+      {p.symmetric_base < 0 || (p.straight > 0 && p.symmetric_base % p.straight != 0),
+       "symmetric_base", p.symmetric_base, "a multiple of straight"},
+      {p.upper < 0 || reduce::block_count(p) > 0x7fffffff, "upper", p.upper,
+       "0 or more, and a grid of at most 2147483647 blocks"},
+  });
+}
+
+// For `entries` of all lists of slots.
+inline std::array<ArraySize, 5> reduce_sizes(const ReduceParams& p, int64_t entries) {
+  const int64_t groups = p.channels / p.group_channels,
+                dim = int64_t{p.group_channels} * p.tap_count;
+  const int64_t slots = p.symmetric_base + int64_t{p.upper} * p.symmetric;
+  return {{{"workspace", elements({slots, p.block, p.block}), false},
+           {"out", elements({groups, dim, dim}), true},
+           {"tiles", elements({p.upper, 4}), true},
+           {"taps", elements({p.tap_count, p.tap_count, 3}), true},
+           {"slots", entries, true}}};
+}
+
 inline cudaError_t launch_reduce(const ReduceParams& p, cudaStream_t stream) {
-  if (p.channels < 0 || p.group_channels < 0 || p.tap_count < 1 || p.block < 1)
-    return cudaErrorInvalidValue;
-  const int64_t squares = ceil_div(int64_t{p.block} * p.tap_count, reduce::kSquare);
-  const int64_t blocks = p.upper * squares * squares;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (reduce_problem(p).found) return cudaErrorInvalidValue;
+  const auto blocks = static_cast<unsigned>(reduce::block_count(p));
   const auto kernel = p.tap_count == 1 ? reduce::reduce_kernel<1> : reduce::reduce_kernel<0>;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(reduce::kSquare, reduce::kRows),
+  return launch(kernel, dim3(blocks), dim3(reduce::kSquare, reduce::kRows),
                 sizeof(float) * reduce::kSquare * reduce::kPitch, stream, p);
 }
 

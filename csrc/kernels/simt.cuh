@@ -250,7 +250,8 @@ DBP_MMA(float, "m16n8k8", "tf32", "tf32")
 
 // --- Launch ----------------------------------------------------------------------------------
 
-// Launches kernel(params) after checking the device's limits. Never synchronises.
+// Launches kernel(params) after checking the device's limits. Never synchronises. What it returns
+// is not left behind as the runtime's last error.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const Params& params) {
@@ -263,11 +264,12 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-    if (shared_bytes > static_cast<size_t>(limit)) return cudaErrorInvalidConfiguration;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error == cudaSuccess && shared_bytes > static_cast<size_t>(limit))
+      return cudaErrorInvalidConfiguration;
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cudaGetLastError(), error;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(params);
   return cudaGetLastError();

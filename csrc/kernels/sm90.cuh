@@ -12,6 +12,7 @@
 // The kernel's parameters are `const __grid_constant__ Params p`: tensor maps are read in place.
 #pragma once
 
+#include "arguments.cuh"
 #include "simt.cuh"
 
 #ifdef DBP_EMULATE
@@ -40,14 +41,48 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
          uint64_t{(next_rows & 0x3ffffu) >> 4} << 32 | code << 62;
 }
 
+inline Problem sm90_dtype_problem(DType dtype) {
+  return {dtype != DType::bf16 && dtype != DType::fp16, "dtype", static_cast<int64_t>(dtype),
+          "2 or 3: float16 or bfloat16"};
+}
+
 #ifndef DBP_EMULATE
 
-// In code for other targets these functions trap: a launcher must not choose such a kernel there.
+// In code for other targets these functions trap, which would take the context with it. There a
+// kernel also has launch bounds that its blocks pass: not even the driver lets it start.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DBP_SM90(...) asm volatile(__VA_ARGS__)
 #else
 #define DBP_SM90(...) __trap()
 #endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DBP_SM90_THREADS(threads) 32
+#else
+#define DBP_SM90_THREADS(threads) threads
+#endif
+
+// Host. Whether the current device has sm_90a code of a kernel for blocks of so many threads: that
+// of another capability has not, nor any if the library was built for plain sm_90.
+template <class Params>
+cudaError_t check_sm90_code(void (*kernel)(Params), int threads) {
+  thread_local int last_device = -1;  // where the kernel last asked for was found
+  thread_local void (*last_kernel)(Params) = nullptr;
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device == last_device && kernel == last_kernel) return cudaSuccess;
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return error;
+  if (major != 9 || minor != 0) return cudaErrorNoKernelImageForDevice;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return cudaGetLastError(), error;
+  if (attributes.maxThreadsPerBlock < threads) return cudaErrorNoKernelImageForDevice;
+  last_device = device, last_kernel = kernel;
+  return cudaSuccess;
+}
 
 // --- Tensor maps -----------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 // partial sums in a fixed order and separates the diagonal. All arithmetic is ieee fp32.
 #pragma once
 
+#include "arguments.cuh"
 #include "simt.cuh"
 
 namespace dbp {
@@ -43,7 +44,10 @@ struct Shape {
 };
 
 inline int64_t sample_count(const StatsParams& p) {
-  return p.images * p.output[0] * p.output[1] * p.output[2];
+  return elements({p.images, p.output[0], p.output[1], p.output[2]});
+}
+inline int64_t patch_length(const StatsParams& p) {
+  return elements({p.group_channels, p.kernel[0], p.kernel[1], p.kernel[2]});
 }
 
 __device__ __forceinline__ void add_products(float& sum, float4 a, float4 b) {
@@ -214,16 +218,30 @@ inline int32_t stats_splits(int64_t samples, int64_t groups, int64_t dim, int mu
   return static_cast<int32_t>(chunks < 1 ? 1 : wanted < chunks ? wanted : chunks);
 }
 
-inline cudaError_t launch_stats(const StatsParams& p, cudaStream_t stream) {
-  int64_t dim = p.group_channels;
-  for (int axis = 0; axis < 3; ++axis) {
-    if (p.kernel[axis] < 1 || p.stride[axis] < 1 || p.dilation[axis] < 1 || p.output[axis] < 1)
-      return cudaErrorInvalidValue;
-    dim *= p.kernel[axis];
+inline Problem stats_problem(const StatsParams& p) {
+  const char* expected = "1 or more along every axis";
+  for (int d = 0; d < 3; ++d) {
+    const Problem problem = first_problem({
+        {p.output[d] < 1, "output", p.output[d], expected},
+        {p.kernel[d] < 1, "kernel", p.kernel[d], expected},
+        {p.stride[d] < 1, "stride", p.stride[d], expected},
+        {p.dilation[d] < 1, "dilation", p.dilation[d], expected},
+    });
+    if (problem.found) return problem;
   }
-  if (p.groups < 0 || p.images < 0 || p.splits < 1) return cudaErrorInvalidValue;
-  const int64_t samples = stats::sample_count(p);
-  if (!stats_supported(dim) || samples > 0x7fffffff - 128) return cudaErrorNotSupported;
+  return first_problem({
+      {p.groups < 0 || p.groups > 65535, "groups", p.groups, "0 to 65535"},
+      {p.splits < 1, "splits", p.splits, "1 or more"},
+      {!stats_supported(stats::patch_length(p)), "group_channels", p.group_channels,
+       "patches of 1 to 128 elements"},
+      {p.images < 0 || stats::sample_count(p) > 0x7fffffff - 128, "images", p.images,
+       "at most 2147483519 samples"},
+  });
+}
+
+inline cudaError_t launch_stats(const StatsParams& p, cudaStream_t stream) {
+  if (stats_problem(p).found) return cudaErrorInvalidValue;
+  const int64_t samples = stats::sample_count(p), dim = stats::patch_length(p);
   if (samples > 0) {
     const cudaError_t error = with_dtype(p.dtype, [&](auto type) {
       using T = typename decltype(type)::type;

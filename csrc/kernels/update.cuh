@@ -4,6 +4,7 @@
 // a fixed order of summation: every block writes one partial sum, a second kernel adds them.
 #pragma once
 
+#include "arguments.cuh"
 #include "block_sum.cuh"
 #include "simt.cuh"
 
@@ -72,10 +73,17 @@ inline size_t update_workspace_bytes(int64_t groups, int64_t dim) {
   return sizeof(float) * static_cast<size_t>(groups * update::chunks(dim));
 }
 
+inline Problem update_problem(const UpdateParams& p) {
+  return first_problem({
+      {p.dim < 0, "dim", p.dim, "0 or more"},
+      {p.groups < 0 || elements({p.groups, update::chunks(p.dim)}) > 0x7fffffff, "groups", p.groups,
+       "0 or more, and a grid of at most 2147483647 blocks"},
+  });
+}
+
 inline cudaError_t launch_update(const UpdateParams& p, cudaStream_t stream) {
-  if (p.groups < 0 || p.dim < 0) return cudaErrorInvalidValue;
+  if (update_problem(p).found) return cudaErrorInvalidValue;
   const int64_t blocks = p.groups * update::chunks(p.dim);
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   // with an even dim every group's matrix is a whole number of 16-byte vectors
   const bool vectors = p.dim % 2 == 0 && aligned16(p.m) && aligned16(p.e);
   const cudaError_t error = launch(vectors ? update::update_kernel<4> : update::update_kernel<1>,

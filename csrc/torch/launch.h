@@ -10,16 +10,19 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <initializer_list>
 #include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../kernels/arguments.cuh"
 #include "../kernels/simt.cuh"
 
 namespace dbp_torch {
@@ -78,13 +81,29 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// A kernel's tensors by name. The first is there; later ones may be absent.
+using Tensors = std::initializer_list<std::pair<const char*, const std::optional<Tensor>>>;
+
+// The library's targets, as the build names them.
+constexpr const char* kTargets = DBP_TARGETS;
+constexpr const char* kAnyTarget = "that of one of the library's targets";
+
+// "cuda:0 has compute capability 8.0, expected ..." for a device that a kernel has no code for.
+inline std::string no_code(int32_t device, const char* expected) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  std::ostringstream text;
+  text << "cuda:" << device << " has compute capability " << major << "." << minor << ", expected "
+       << expected << "; the library was built for " << kTargets;
+  return text.str();
+}
+
 // Calls run(stream), which returns a cudaError_t, with the device of `tensors` current. Throws if
-// they are not on one CUDA device or the launch fails, naming the kernel and the tensors. The first
-// tensor is there; later ones may be absent.
+// they are not on one CUDA device or the launch fails, naming the kernel and the tensors.
+// `capability`: of the devices that the kernel has code for.
 template <class Run>
-void launch(const char* kernel,
-            std::initializer_list<std::pair<const char*, const std::optional<Tensor>>> tensors,
-            Run&& run) {
+void launch(const char* kernel, Tensors tensors, Run&& run, const char* capability = kAnyTarget) {
   const int32_t device = tensors.begin()->second->get_device_index();
   for (const auto& [name, tensor] : tensors) {
     if (!tensor) continue;
@@ -98,15 +117,66 @@ void launch(const char* kernel,
   if (error == cudaSuccess) error = run(current_stream(device));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is reported here, not again by the next launch
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    require(false, "dbp: ", kernel, " has no code for this GPU: ", no_code(device, capability));
   std::ostringstream arguments;
   for (const auto& [name, tensor] : tensors) {
     if (tensor) arguments << " " << name << " " << describe(*tensor);
   }
-  require(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error), ":", arguments.str());
+  require(false, "dbp: ", kernel, " failed: ", cudaGetErrorString(error),
+          error == cudaErrorInvalidConfiguration
+              ? " (more shared memory or more blocks than this GPU takes):"
+              : ":",
+          arguments.str());
 }
 
 // --- Arguments: tensors and integers to the fields of a kernel's parameters
 // ------------------------
+
+// What a kernel's `<name>_problem` found.
+inline void require_none(const char* kernel, const dbp::Problem& problem) {
+  require(!problem.found, "dbp: ", kernel, ": ", problem.argument, " is ", problem.value,
+          ", expected ", problem.expected);
+}
+
+// The sizes that a kernel's `<name>_sizes` gives.
+template <size_t N>
+void require_sizes(const char* kernel, const std::array<dbp::ArraySize, N>& sizes,
+                   Tensors tensors) {
+  for (const dbp::ArraySize& size : sizes)
+    for (const auto& [name, tensor] : tensors)
+      if (std::string_view(name) == size.name)
+        require(
+            tensor->numel() == size.elements || (!size.exact && tensor->numel() > size.elements),
+            "dbp: ", kernel, ": ", name, " is ", describe(*tensor), ", expected ",
+            size.exact ? "" : "at least ", size.elements, " elements");
+}
+
+struct Dimension {
+  int64_t size, stride;
+};
+
+// Elements from an array's first to its last; the largest number if that is exceeded.
+inline int64_t extent(const std::vector<Dimension>& dimensions) {
+  int64_t total = 1;
+  for (const auto& [size, stride] : dimensions) {
+    if (size == 0) return 0;
+    if (size == 1) continue;  // of any stride
+    if (__builtin_add_overflow(total, dbp::elements({size - 1, stride}), &total))
+      return std::numeric_limits<int64_t>::max();
+  }
+  return total;
+}
+
+// That what a kernel takes for these dimensions lies within the tensor.
+inline void require_extent(const char* kernel, const char* name, const Tensor& t,
+                           const std::vector<Dimension>& dimensions) {
+  std::vector<Dimension> own;
+  for (int64_t d = 0; d < t.dim(); ++d) own.push_back({t.size(d), t.stride(d)});
+  const int64_t there = extent(own), wanted = extent(dimensions);
+  require(wanted <= there, "dbp: ", kernel, ": ", name, " is ", describe(t), " over ", there,
+          " elements of memory, expected at least ", wanted);
+}
 
 inline int32_t int32(const char* kernel, const char* name, int64_t value) {
   require(
@@ -131,7 +201,7 @@ constexpr ScalarType scalar_type() {
 
 // The data of a contiguous tensor of this type with at least `least` elements.
 template <class T>
-T* data(const char* kernel, const char* name, const Tensor& t, int64_t least) {
+T* data(const char* kernel, const char* name, const Tensor& t, int64_t least = 0) {
   const ScalarType expected = scalar_type<T>();
   require(t.scalar_type() == expected && t.is_contiguous() && t.numel() >= least, "dbp: ", kernel,
           ": ", name, " is ", describe(t), ", expected a contiguous ", name_of(expected),
@@ -143,7 +213,7 @@ T* data(const char* kernel, const char* name, const Tensor& t, int64_t least) {
   }
 }
 
-inline void check_aligned(const char* kernel, const char* name, const Tensor& t) {
+inline void require_aligned(const char* kernel, const char* name, const Tensor& t) {
   require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "dbp: ", kernel, ": ", name,
           " does not begin at a multiple of 16 bytes");
 }

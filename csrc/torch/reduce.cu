@@ -9,16 +9,11 @@ using namespace dbp_torch;
 void reduce(const Tensor& workspace, const Tensor& out, const Tensor& tiles, const Tensor& taps,
             const Tensor& slots, int64_t upper, int64_t channels, int64_t group_channels,
             int64_t tap_count, int64_t block, int64_t straight, int64_t symmetric,
-            int64_t symmetric_base, double scale) {
+            int64_t symmetric_base, int64_t entries, double scale) {
   const char* kernel = "reduce";
-  require(group_channels > 0 && channels % group_channels == 0, "dbp: reduce: group_channels is ",
-          group_channels, ", expected a divisor of ", channels);
+  const Tensors tensors = {
+      {"workspace", workspace}, {"out", out}, {"tiles", tiles}, {"taps", taps}, {"slots", slots}};
   dbp::ReduceParams p{};
-  p.workspace = data<const float>(kernel, "workspace", workspace, 0);
-  p.out = data<float>(kernel, "out", out, channels * group_channels * tap_count * tap_count);
-  p.tiles = data<const int32_t>(kernel, "tiles", tiles, 4 * upper);
-  p.taps = data<const int32_t>(kernel, "taps", taps, 3 * tap_count * tap_count);
-  p.slots = data<const int32_t>(kernel, "slots", slots, 0);
   p.upper = int32(kernel, "upper", upper);
   p.channels = int32(kernel, "channels", channels);
   p.group_channels = int32(kernel, "group_channels", group_channels);
@@ -28,20 +23,23 @@ void reduce(const Tensor& workspace, const Tensor& out, const Tensor& tiles, con
   p.symmetric = int32(kernel, "symmetric", symmetric);
   p.symmetric_base = int32(kernel, "symmetric_base", symmetric_base);
   p.scale = static_cast<float>(scale);
-  launch(
-      kernel,
-      {{"workspace", workspace}, {"out", out}, {"tiles", tiles}, {"taps", taps}, {"slots", slots}},
-      [&](cudaStream_t stream) { return dbp::compiled::reduce(p, stream); });
+  require_none(kernel, dbp::reduce_problem(p));
+  require_sizes(kernel, dbp::reduce_sizes(p, int32(kernel, "entries", entries)), tensors);
+  p.workspace = data<const float>(kernel, "workspace", workspace);
+  p.out = data<float>(kernel, "out", out);
+  p.tiles = data<const int32_t>(kernel, "tiles", tiles);
+  p.taps = data<const int32_t>(kernel, "taps", taps);
+  p.slots = data<const int32_t>(kernel, "slots", slots);
+  launch(kernel, tensors, [&](cudaStream_t s) { return dbp::compiled::reduce(p, s); });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dbp_cuda, m) {
   m.def(
-      "reduce(Tensor workspace, Tensor(a!) out, Tensor tiles, Tensor taps, Tensor slots, int "
-      "upper, "
-      "int channels, int group_channels, int tap_count, int block, int straight, int symmetric, "
-      "int symmetric_base, float scale) -> ()");
+      "reduce(Tensor workspace, Tensor(a!) out, Tensor tiles, Tensor taps, Tensor slots, "
+      "int upper, int channels, int group_channels, int tap_count, int block, int straight, "
+      "int symmetric, int symmetric_base, int entries, float scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dbp_cuda, CompositeExplicitAutograd, m) {

@@ -21,14 +21,6 @@ void stats(const Tensor& x, const Tensor& r, const Tensor& workspace, const Tens
   fill(name, "stride", stride, p.stride);
   fill(name, "padding", padding, p.padding);
   fill(name, "dilation", dilation, p.dilation);
-  const int64_t dim = group_channels * taps[0] * taps[1] * taps[2];
-  const auto partials =
-      static_cast<int64_t>(dbp::stats_workspace_bytes(groups, dim, splits) / sizeof(float));
-  p.x = x.const_data_ptr();
-  p.r = data<const float>(name, "r", r, groups * dim * dim);
-  p.workspace = data<float>(name, "workspace", workspace, partials);
-  p.c = data<float>(name, "c", c, groups * dim * dim);
-  p.v = data<float>(name, "v", v, groups * dim);
   p.dtype = dtype(name, "x", x, element);
   p.image_stride = image_stride;
   p.channel_stride = channel_stride;
@@ -36,6 +28,20 @@ void stats(const Tensor& x, const Tensor& r, const Tensor& workspace, const Tens
   p.groups = int32(name, "groups", groups);
   p.group_channels = int32(name, "group_channels", group_channels);
   p.splits = int32(name, "splits", splits);
+  require_none(name, dbp::stats_problem(p));
+  require_extent(name, "x", x,
+                 {{images, image_stride},
+                  {groups * group_channels, channel_stride},
+                  {p.size[0], p.pixel_stride[0]},
+                  {p.size[1], p.pixel_stride[1]},
+                  {p.size[2], p.pixel_stride[2]}});
+  const int64_t dim = dbp::stats::patch_length(p);
+  p.x = x.const_data_ptr();
+  p.r = data<const float>(name, "r", r, groups * dim * dim);
+  p.workspace =
+      data<float>(name, "workspace", workspace, dbp::elements({groups, dim, dim, splits}));
+  p.c = data<float>(name, "c", c, groups * dim * dim);
+  p.v = data<float>(name, "v", v, groups * dim);
   launch(name, {{"x", x}, {"r", r}, {"workspace", workspace}, {"c", c}, {"v", v}},
          [&](cudaStream_t stream) { return dbp::compiled::stats(p, stream); });
 }

@@ -10,18 +10,19 @@ void update(const Tensor& m, const Tensor& e, const Tensor& partials, const Tens
             int64_t groups, int64_t dim, double c_weight, double v_weight, double c_loss,
             double v_loss) {
   const char* kernel = "update";
-  const auto sums = static_cast<int64_t>(dbp::update_workspace_bytes(groups, dim) / sizeof(float));
   dbp::UpdateParams p{};
-  p.m = data<const float>(kernel, "m", m, groups * dim * dim);
-  p.e = data<float>(kernel, "e", e, groups * dim * dim);
-  p.partials = data<float>(kernel, "partials", partials, sums);
-  p.loss = data<float>(kernel, "loss", loss, groups);
   p.groups = int32(kernel, "groups", groups);
   p.dim = int32(kernel, "dim", dim);
   p.c_weight = static_cast<float>(c_weight);
   p.v_weight = static_cast<float>(v_weight);
   p.c_loss = static_cast<float>(c_loss);
   p.v_loss = static_cast<float>(v_loss);
+  require_none(kernel, dbp::update_problem(p));
+  const auto sums = static_cast<int64_t>(dbp::update_workspace_bytes(groups, dim) / sizeof(float));
+  p.m = data<const float>(kernel, "m", m, dbp::elements({groups, dim, dim}));
+  p.e = data<float>(kernel, "e", e, dbp::elements({groups, dim, dim}));
+  p.partials = data<float>(kernel, "partials", partials, sums);
+  p.loss = data<float>(kernel, "loss", loss, groups);
   launch(kernel, {{"m", m}, {"e", e}, {"partials", partials}, {"loss", loss}},
          [&](cudaStream_t stream) { return dbp::compiled::update(p, stream); });
 }

@@ -160,16 +160,18 @@ def call(
     /,
     seed: int = 0,
     shared_limit: int = SHARED_LIMIT,
+    capability: int = 90,
     leave_out: str = "",
     **arguments,
 ) -> dict:
     """Runs a registered kernel under emulation; returns what the emulation counted.
 
+    ``capability``: of the device that is emulated, 90 for 9.0.
     ``leave_out`` names a barrier or wait to ignore, one of the ``sites`` of the result:
     "pack.cuh:58".
     """
     module = load()
-    code = module.call(kernel, seed, shared_limit, leave_out, False, **arguments)
+    code = module.call(kernel, seed, shared_limit, capability, leave_out, False, **arguments)
     if code:
         raise LaunchError(kernel, code)
     return module.stats()
@@ -194,7 +196,7 @@ def unneeded(kernel: str, /, seeds: Iterable[int] = range(3), **arguments) -> li
 def record(kernel: str, /, **arguments) -> list[dict]:
     """The launches a call would make (kernel, grid, block, shared_bytes, params), none of them run."""
     module = load()
-    code = module.call(kernel, 0, SHARED_LIMIT, "", True, **arguments)
+    code = module.call(kernel, 0, SHARED_LIMIT, 90, "", True, **arguments)
     if code:
         raise LaunchError(kernel, code)
     return module.launches()

@@ -66,6 +66,7 @@ def reduce(run: Run, workspace: np.ndarray, work: W.Work, samples: int) -> torch
         straight=work.straight,
         symmetric=work.symmetric,
         symmetric_base=work.symmetric_base,
+        entries=work.entries,
         scale=1 / samples,
     )
     return torch.from_numpy(out)
@@ -89,6 +90,8 @@ def box_arguments(
         "item_count": len(work.items),
         "block": work.block,
         "dtype": DTYPES[dtype],
+        "slots": work.slots,
+        "box_count": len(work.program.boxes),
     }
 
 
@@ -109,6 +112,8 @@ def shift_arguments(rows: np.ndarray, plan: ShiftPlan, dtype: str, workspace: np
         "item_count": len(plan.items),
         "block": plan.work.block,
         "dtype": DTYPES[dtype],
+        "slots": plan.work.slots,
+        "sets": len(plan.masks),
     }
 
 
@@ -139,4 +144,5 @@ def direct_arguments(
         "item_count": len(work.items),
         "block": work.block,
         "dtype": DTYPES[dtype],
+        "slots": work.slots,
     }

@@ -44,6 +44,13 @@ def test_architecture_list():
     assert shipped == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"}
 
 
+def test_an_older_compiler_leaves_newer_gpus_its_ptx():
+    known = {"75", "80", "86", "87", "89", "90"}  # CUDA 12.0 to 12.6
+    assert build.shipped_architectures(known) == "8.0;8.6;8.9+PTX;9.0a"
+    assert build.shipped_architectures(known | {"100", "120"}) == build.ARCHITECTURES
+    assert set(build._entries(build.requested_architectures()))  # of the compiler that is here
+
+
 @pytest.mark.parametrize("bad", ["Hopper", "7.5", "8", "9.0b", ";"])
 def test_bad_architectures_are_refused(bad):
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
@@ -124,6 +131,32 @@ print(json.dumps([torch.ops.dbp_cuda.build(), torch.ops.dbp_cuda.device_problem(
     assert re.fullmatch(r"dbp_cuda build: nvcc \d+\.\d+, targets .*", text)
     assert text.endswith(targets().replace(";", " "))
     assert problem  # there is no device of this number
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_cuda_12_builds_the_library_too(tmp_path):
+    """By the toolkit in DBP_CUDA12_HOME, e.g. one made by csrc/cuda12.sh."""
+    home = os.environ.get("DBP_CUDA12_HOME")
+    if home is None:
+        pytest.skip("DBP_CUDA12_HOME names no CUDA 12 toolkit")
+    settings = {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": "8.9+PTX;9.0a", "MAX_JOBS": "2"}
+    done = run(sys.executable, ROOT / "csrc/build.py", "--directory", tmp_path, **settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    code = f"""
+import json, torch
+torch.ops.load_library({str(tmp_path / build.LIBRARY)!r})
+print(json.dumps([torch.ops.dbp_cuda.build(), torch.ops.dbp_cuda.device_problem(99)]))
+"""
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    text, problem = json.loads(done.stdout)
+    assert re.fullmatch(r"dbp_cuda build: nvcc 12\.\d+, targets 8\.9\+PTX 9\.0a", text)
+    if "no NVIDIA driver" in problem:
+        assert problem.endswith("needs driver 525 or later")
+    # no spills, and tensor cores where they belong; registers are compared for one compiler only
+    limits, _ = resources.read_limits(ROOT / "tests" / "cuda" / "limits.json")
+    assert resources.violations(resources.report(tmp_path), limits, same_compiler=False) == []
 
 
 # --------------------------------------------------------------------------- resources

@@ -3,13 +3,23 @@
 import pytest
 import torch
 from emulation import record
-from helpers import LAYOUTS, case, cases, error, moment_error, random, rows
+from helpers import (
+    LAYOUTS,
+    Products,
+    case,
+    cases,
+    error,
+    moment_error,
+    products_of_change,
+    random,
+    rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_in import array, emulated
 
 import dbp_kernels as dbp
-from dbp_kernels import backends, plans, reference
+from dbp_kernels import backends, plans, precision, reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.backends.triton.work import shift_program
 from dbp_kernels.choices import gram_choices
@@ -229,6 +239,30 @@ def test_update_from_gram(shape, rule, kappa, seed):
         assert overwrite or torch.equal(ours_S, S.float())
         for result, oracle, rival in zip(ours, exact, plain):
             assert error(result, oracle) <= bound(error(rival, oracle))
+
+
+@pytest.mark.parametrize("images", [4, 400, 3000], ids=["samples", "direct", "gram"])
+def test_precision_of_each_product_of_an_update(images, monkeypatch):
+    """By default what forms R S R^T, kernels and library calls, is float32 and M' R is TF32."""
+    monkeypatch.setattr(precision, "on_cuda", lambda x: True)
+    launch, products, kernels = library.launch, Products(), []
+
+    def spy(kernel, **arguments):
+        kernels.append((kernel, torch.backends.cuda.matmul.fp32_precision))
+        launch(kernel, **arguments)
+
+    monkeypatch.setattr(library, "launch", spy)
+    layer = dbp.nn.DecorLinear(300, 2)
+    optimizer = dbp.DecorUpdate(layer, lr=1e-2, sample=1.0)
+    layer(random((images, 300), torch.float32))
+    with emulated(), precision.matmul_precision("high"):
+        with precision.update_precision(None, True):
+            last = products_of_change(images, 300)
+        with products:
+            optimizer.step()
+    assert products.seen[-last:] == ["tf32"] * last
+    assert set(products.seen[:-last]) == {"ieee"}
+    assert {setting for _, setting in kernels} <= {"ieee"}
 
 
 @pytest.mark.parametrize("plan", ["gram", "direct", "samples"])

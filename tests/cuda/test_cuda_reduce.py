@@ -54,6 +54,7 @@ def arguments_of(work: W.Work, workspace: torch.Tensor, samples: int) -> dict:
         "straight": work.straight,
         "symmetric": work.symmetric,
         "symmetric_base": work.symmetric_base,
+        "entries": work.entries,
         "scale": 1 / samples,
     }
 

@@ -46,6 +46,7 @@ def matrix_arguments(matrix: np.ndarray, work: W.Work, dtype: str, workspace: np
         "channels": matrix.shape[-1],
         "item_count": len(work.items),
         "dtype": NUMBERS[dtype],
+        "slots": work.slots,
     }
 
 

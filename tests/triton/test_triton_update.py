@@ -5,12 +5,14 @@ import simulator
 import torch
 import triton
 import triton.language as tl
-from helpers import DEVICE, error, random
+from helpers import DEVICE, Products, error, random
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dbp_kernels import plans
+from dbp_kernels import precision as precision_module
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.backends.triton import update as update_module
 from dbp_kernels.backends.triton.configs import configs
 from dbp_kernels.backends.triton.dot import round_tf32
 from dbp_kernels.backends.triton.update import (
@@ -93,6 +95,30 @@ def test_both_plans_match_the_oracle(groups, n, dim, kappa, rule, seed):
         assert result[1].shape == (groups,)
         for got, reference, exact in zip(result, torchs, expected):
             assert error(got, exact) <= 2 * error(reference, exact) + 1e-6
+
+
+@pytest.mark.parametrize("source", ["gram", "direct"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(None, ["ieee", "ieee", "tf32"]), ("highest", ["ieee"] * 3), ("high", ["tf32"] * 3)],
+)
+def test_precision_of_each_product(name, expected, source, precision, monkeypatch):
+    """P or X, M by the kernel, M' R, as DecorUpdate sets them."""
+    monkeypatch.setattr(precision_module, "on_cuda", lambda x: True)
+    products = Products()
+
+    def spy(*arguments, PRECISION, **named):
+        products.seen.append(PRECISION)
+        launch(*arguments, PRECISION=PRECISION, **named)
+
+    launch = update_module.launch
+    monkeypatch.setattr(update_module, "launch", spy)
+    z, r = problem(2, 30, 20)
+    ours, inputs = (update_from_gram, second_moment(z)) if source == "gram" else (update_direct, z)
+    precision("tf32")
+    with precision_module.update_precision(name, True), products:
+        ours(inputs, r, LR, 0.5)
+    assert products.seen == expected
 
 
 @pytest.mark.parametrize(("name", "config"), CONFIGS)

@@ -83,6 +83,8 @@ def _launch_boxes(x: Tensor, geometry: ConvGeometry, work: Work, workspace: Tens
         item_count=len(work.items),
         block=work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=work.slots,
+        box_count=len(work.program.boxes),
     )
 
 
@@ -117,6 +119,8 @@ def _launch_shifts(kernel: str, x: Tensor, plan: ShiftPlan, workspace: Tensor) -
         item_count=len(plan.items),
         block=plan.work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=plan.work.slots,
+        sets=len(plan.masks),
     )
 
 
@@ -166,6 +170,7 @@ def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
         channels=x.shape[1],
         item_count=len(work.items),
         dtype=dtype_number(x.dtype),
+        slots=work.slots,
     )
     return reduce(workspace, work, tables, geometry.samples)
 
@@ -223,5 +228,6 @@ def patch_gram_direct(x: Tensor, geometry: ConvGeometry, block: int | None = Non
         item_count=len(work.items),
         block=work.block,
         dtype=dtype_number(x.dtype, product=True),
+        slots=work.slots,
     )
     return reduce(workspace, work, tables, geometry.samples)

@@ -29,6 +29,7 @@ def reduce(workspace: Tensor, work: Work, tables: Tables, samples: int) -> Tenso
         straight=work.straight,
         symmetric=work.symmetric,
         symmetric_base=work.symmetric_base,
+        entries=work.entries,
         scale=1 / samples,
     )
     return S

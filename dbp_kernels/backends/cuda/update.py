@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import plans
+from ...precision import products_of_change
 from ..eager.matmul import symmetric_product
 from . import library
 
@@ -48,7 +49,8 @@ def update_from_gram(
     P = torch.bmm(S, R.mT)
     M = symmetric_product(P, R.mT, out=S if overwrite and S.is_contiguous() else None)
     loss = weigh(M, weights)
-    return torch.baddbmm(R, M, R, alpha=-lr, out=P), loss
+    with products_of_change(R):
+        return torch.baddbmm(R, M, R, alpha=-lr, out=P), loss
 
 
 def update_direct(
@@ -61,4 +63,5 @@ def update_direct(
     X = torch.bmm(Z, R.mT)
     M = symmetric_product(X, X, alpha=1 / Z.shape[1])
     loss = weigh(M, weights)
-    return torch.baddbmm(R, M, R, alpha=-lr), loss
+    with products_of_change(R):
+        return torch.baddbmm(R, M, R, alpha=-lr), loss

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import plans
+from ...choices import gram_choices, update_choices
 from ...geometry import ConvGeometry
-from ...planner import Choice, gram_choices, update_choices
+from ...planner import Choice
 from ...precision import statistics_dtype
 from .matmul import matmul
 from .self_wgrad import patch_gram_self_wgrad
@@ -19,16 +20,12 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) 
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
     if choice is None and geometry.pointwise:  # one algorithm: not worth a small layer's time
         return patch_gram_unfold(x, geometry)
-    choice = choice or gram_choices(geometry, x.device.type, _itemsize(x))[0]
+    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "eager")[0]
     if choice.name == "shift":
         return patch_gram_shift(x, geometry, choice.unfolded)
     if choice.name == "self_wgrad":
         return patch_gram_self_wgrad(x, geometry)
     return patch_gram_unfold(x, geometry)
-
-
-def _itemsize(x: Tensor) -> int:
-    return statistics_dtype(x.dtype).itemsize
 
 
 def patch_mean(x: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -52,7 +49,7 @@ def _centred_gram(x: Tensor, geometry: ConvGeometry, demean: bool, choice: Choic
 
 def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
     """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
-    choice = update_choices(geometry, x.device.type, _itemsize(x))[0]
+    choice = update_choices(geometry, x.device.type, x.dtype, "eager")[0]
     if choice.name == "gram":
         M = matmul(matmul(R, patch_gram(x, geometry, choice.gram)), R.mT)
     else:
@@ -85,7 +82,7 @@ def work_out(
     choice: Choice | None = None,
 ) -> tuple[plans.Update, Tensor]:
     """The update that R is due, and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or update_choices(geometry, x.device.type, _itemsize(x))[0]
+    choice = choice or update_choices(geometry, x.device.type, x.dtype, "eager")[0]
     if choice.name == "gram":
         S = _centred_gram(x, geometry, demean, choice.gram)
         return plans.gram_update(S, R, lr, kappa, rule, overwrite=True)

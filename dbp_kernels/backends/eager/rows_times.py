@@ -1,4 +1,4 @@
-"""A = W R, few rows by a large square matrix, and its derivatives."""
+"""A = W R, few rows by a large square matrix, and its derivatives; in TF32 where A is rounded anyway."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import plain
+from ...precision import tf32_products
 from . import onednn
 
 # BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
@@ -13,12 +14,12 @@ from . import onednn
 _THREADED_ROWS, _LARGE, _PART = 32, 2048, 256
 
 
-def rows_times(X: Tensor, R: Tensor) -> Tensor:
-    """X R for X (a, D), R (D, D), differentiable."""
+def rows_times(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
+    """X R for X (a, D), R (D, D), differentiable; ``rounded`` as for ``times``."""
     rows, dim = X.shape[0], R.shape[0]
     known = type(rows) is type(dim) is int  # to ask a symbol would make it a constant
-    if not (R.is_cpu and known):
-        return X @ R
+    if rounded or not (R.is_cpu and known):
+        return times(X, R, rounded)
     few = rows <= _THREADED_ROWS
     # few rows of more terms than that go faster in parts, both ways
     if (dim <= onednn.TERMS or not few) and _by_onednn(X, R):
@@ -28,6 +29,36 @@ def rows_times(X: Tensor, R: Tensor) -> Tensor:
         return X @ R
     parts = (dim // _PART, _PART)
     return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
+
+
+def times(X: Tensor, Y: Tensor, rounded: bool) -> Tensor:
+    """X Y for X (..., a, n), Y (..., n, b), differentiable. ``rounded``: TF32 on CUDA will do.
+
+    Compiled, and under forward-mode and functorch's transforms, it has the precision torch is set
+    to: its setting cannot be changed within what they trace.
+    """
+    if rounded and X.dtype == Y.dtype == torch.float32 and plain(X, Y):
+        return _InTF32.apply(X, Y)
+    return X @ Y
+
+
+class _InTF32(torch.autograd.Function):
+    """X Y, whose derivatives, not rounded to half precision everywhere, are as torch is set."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, Y: Tensor) -> Tensor:
+        of_X, of_Y = ctx.needs_input_grad
+        ctx.save_for_backward(Y if of_X else None, X if of_Y else None)
+        with tf32_products():
+            return torch.matmul(X, Y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        Y, X = ctx.saved_tensors
+        return (
+            None if Y is None else gradient @ Y.mT,
+            None if X is None else X.mT @ gradient,
+        )
 
 
 def _by_onednn(X: Tensor, Y: Tensor) -> bool:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plans import UpdateRule
+from ...precision import products_of_change
 from .configs import Config, configs, pinned
 from .dot import dot
 from .runtime import KernelCase, dot_precision, launch, sm_count, target
@@ -182,7 +183,8 @@ def update_from_gram(
     # R S and not S R^T, which is its transpose: the kernel wants rows with K contiguous
     P = torch.bmm(R, S)
     E, loss = symmetric_update(P, R, 1.0, weights, config, out=S if overwrite else None)
-    return torch.baddbmm(R, E, R, alpha=-lr, out=P), loss
+    with products_of_change(R):
+        return torch.baddbmm(R, E, R, alpha=-lr, out=P), loss
 
 
 def update_direct(
@@ -197,7 +199,8 @@ def update_direct(
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     X = torch.bmm(R, Z.mT)  # (G, D, n)
     E, loss = symmetric_update(X, X, 1 / Z.shape[1], weights, config)
-    return torch.baddbmm(R, E, R, alpha=-lr), loss
+    with products_of_change(R):
+        return torch.baddbmm(R, E, R, alpha=-lr), loss
 
 
 def cases(capability: int) -> list[KernelCase]:

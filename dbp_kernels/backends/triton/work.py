@@ -193,6 +193,11 @@ class Work:
         """Tiles in the workspace."""
         return self.symmetric_base + len(self.upper) * self.symmetric
 
+    @cached_property
+    def entries(self) -> int:
+        """Slots that all lists name together, those of equal lists once."""
+        return sum(map(len, set(self.lists)))
+
     @property
     def workspace(self) -> int:
         """float32 elements of the workspace."""
