@@ -278,7 +278,7 @@ def _fastest_rival(methods: dict, but: str) -> str:
     others = {
         name: method.get("replay", method["seconds"])["median"]
         for name, method in methods.items()
-        if name not in (OURS, but) and "seconds" in method
+        if name not in (OURS, but) and "seconds" in method and not method.get("ours")
     }
     return min(others, key=others.get, default="any other rival")
 

@@ -367,6 +367,28 @@ def _kernels(meter: Meter) -> dict:
     return {"kernels": points, "gather": min(1.0, rate(128, 3) / rate(1152, 1))}
 
 
+def _sm90(meter: Meter) -> dict:
+    """Fractions of the bfloat16 peak, by padded side, of the form for compute capability 9.0."""
+    from dbp_kernels import backends
+    from dbp_kernels.backends.cuda import library, ops
+    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planner import gram_choices
+
+    if backends.unusable("cuda", "cuda") or library.sm90_problem():
+        return {}
+    peak = _peak(meter, torch.bfloat16)
+
+    def rate(channels: int) -> float:
+        x = meter.random(64, channels, 56, 56).bfloat16()
+        x = x.contiguous(memory_format=torch.channels_last)
+        geometry = make_geometry(x.shape, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+        offered = gram_choices(geometry, "cuda", 4, "cuda", "bf16", sm90=True)
+        choice = next(c for c in offered if c.name == "cuda_sm90")
+        return choice.gflop / meter.seconds(lambda: ops.patch_gram(x, geometry, choice)) / peak
+
+    return {"sm90": [[side, rate(side)] for side in (64, 128)]}
+
+
 PARTS: dict[str, Callable[[Meter], dict]] = {
     "product": lambda meter: {"product": _products(meter, 1, SIDES)},
     "grouped": lambda meter: {"grouped": _products(meter, GROUPS, GROUPED_SIDES)},
@@ -389,6 +411,7 @@ PARTS: dict[str, Callable[[Meter], dict]] = {
 GPU_PARTS: dict[str, Callable[[Meter], dict]] = {
     "tensor_cores": _tensor_cores,  # peaks of other precisions
     "kernels": _kernels,  # fractions of them that our kernels reach
+    "sm90": _sm90,
 }
 
 

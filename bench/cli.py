@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import tune
 
         return tune.main(arguments[1:])
+    if arguments[:1] == ["host-time"]:
+        from . import host_time
+
+        return host_time.main(arguments[1:])
     if arguments[:1] == ["calibrate"]:
         from . import calibrate
 
@@ -101,7 +105,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
     from tqdm import tqdm
 
     begin = time.perf_counter()
-    whole = not (options.filter or options.batch or options.quick)
+    whole = not (options.filter or options.batch or options.quick or options.methods)
     whole = whole and (options.suite == "kernels" or options.sample == bars.SAMPLE)
     result: dict = {
         "format": 1,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import check, machine
+from .algorithms import algorithms
 from .memory import extra_bytes
 from .registry import Case
 from .rivals import RIVALS, NotApplicable, Rival, rivals_on
@@ -53,6 +54,22 @@ def default_methods(device: torch.device = CPU) -> dict[str, Rival]:
     return {OURS: Rival("dbp.patch_gram", patch_gram, lambda case: ""), **rivals_on(device)}
 
 
+def chosen_methods(names: str | None, settings: Settings) -> dict[str, Rival] | None:
+    """The methods of these names, separated by commas; None for no names: the default ones.
+
+    Beside the default ones there is every single algorithm of a backend. Raises ValueError for a
+    name that is neither.
+    """
+    if names is None:
+        return None
+    known = default_methods(settings.device) | algorithms(settings.device, settings.dtype)
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"--methods {name}: expected some of {', '.join(known)}")
+    return {name: known[name] for name in chosen}
+
+
 def run_case(
     case: Case,
     settings: Settings,
@@ -61,9 +78,10 @@ def run_case(
 ) -> dict:
     """Checks, times and weighs every method on one case; returns the case's result record.
 
-    Each method's record has "status": "ok" (with "seconds", "error", "extra_bytes"), "wrong" or
-    "failed" (with a reason and no number), or "n/a". "seconds" are those of calls; "replay", if the
-    settings ask for it, those of replays, or else there is "no_replay", why not.
+    Each method's record has "status": "ok" (with "seconds", "error", "extra_bytes", and "ours" if
+    it is no rival), "wrong" or "failed" (with a reason and no number), or "n/a". "seconds" are those
+    of calls; "replay", if the settings ask for it, those of replays, or else there is "no_replay",
+    why not.
     """
     methods = default_methods(settings.device) if methods is None else methods
     x = make_input(case, settings)
@@ -141,6 +159,7 @@ def _rotating(method: Rival, inputs: Sequence[Tensor], case: Case) -> Callable[[
 def _judge(
     name: str, method: Rival, x: Tensor, case: Case, exact: Tensor, plain_error: float
 ) -> dict:
+    ours = {"ours": True} if method.ours else {}
     reason = method.why_not(case)
     if reason:
         return {"status": "n/a", "reason": reason}
@@ -156,7 +175,7 @@ def _judge(
         limit = check.plain_cap(x)
     if not err <= limit:
         return {"status": "wrong", "reason": f"error {err:.2e} above the bound {limit:.2e}"}
-    return {"status": "ok", "error": float(f"{err:.2e}")}
+    return {"status": "ok", "error": float(f"{err:.2e}"), **ours}
 
 
 def failed(failure: Exception) -> dict:

@@ -18,6 +18,7 @@ python -m bench check                      compares a quick run's ratios with th
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them
 python -m bench calibrate                  measures the figures that the planner reckons with
+python -m bench host-time                  what Python takes for one call, with every launch stubbed
 python -m bench precision                  what tensor cores' roundings would do to the update
 """
 
@@ -69,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--sample", type=float, default=0.1, help="fraction of the images (default: 0.1)"
+    )
+    out.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help="kernels suite: only these, separated by commas; beside dbp and its rivals there are "
+        "single algorithms, e.g. cuda_sm90,cuda_shift,triton_shift",
     )
     out.add_argument(
         "--samplings",
@@ -132,6 +139,8 @@ def inconsistency(options: argparse.Namespace) -> str | None:
     more = options.samplings or options.faster or options.compile
     if more and options.suite not in ("step", "all"):
         return f"--samplings, --faster and --compile are for step, not {options.suite}"
+    if options.methods and options.suite != "kernels":
+        return f"--methods is for kernels, not {options.suite}"
     if not 0 < options.sample <= 1:
         return f"--sample must be in (0, 1], got {options.sample:g}"
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):

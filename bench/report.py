@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from . import bars
+from . import bars, host_time
 from .budget import budget_table
 from .kernel_tables import kernel_table, means_text, scaling_table
 from .network_tables import memory_table, step_table, step_text, update_table
@@ -23,6 +23,7 @@ _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
     "regret": ("the planner's choices", regret_table),
     "budget": ("budgets", budget_table),
     "training": ("training", training_table),
+    "host_time": ("Python's part of one call of patch_gram", host_time.table),
 }
 
 

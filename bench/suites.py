@@ -61,8 +61,9 @@ def _batch(options: argparse.Namespace) -> int | None:
 
 def _kernels(options: argparse.Namespace, settings: Settings) -> Iterator[Job]:
     tag = "core" if options.quick and not options.filter else None
+    methods = kernels.chosen_methods(options.methods, settings)
     for case in registry.select(options.filter, _batch(options), tag):
-        run = lambda tick, case=case: kernels.run_case(case, settings, tick=tick)  # noqa: E731
+        run = lambda tick, case=case: kernels.run_case(case, settings, methods, tick)  # noqa: E731
         yield Job("kernels", case.name, run, settings.pairs or DEFAULT_PAIRS)
 
 

@@ -60,6 +60,7 @@ class Machine:
             the weights: of their results, and of adding up S from these. 0 where not measured.
         tensor_cores: peak rates that other operand precisions have in place of ieee float32's.
         kernels: points (padded side, fraction of the peak) of our own GPU kernels.
+        sm90: the same of those for compute capability 9.0 only; as ``kernels`` where not known.
         gather: what gathering taps leaves of that rate.
         speed: rate of the operand precision over that of ieee float32.
     """
@@ -87,6 +88,7 @@ class Machine:
     onednn: Points = ()
     tensor_cores: tuple[tuple[str, float], ...] = ()
     kernels: Points = ()
+    sm90: Points = ()
     gather: float = 1.0
     speed: float = 1.0
 
@@ -115,9 +117,10 @@ class Machine:
         """Operations per second of a weight-gradient convolution."""
         return self.speed * 1e9 * interpolate(self.wgrad, channels)
 
-    def kernel_rate(self, side: int) -> float:
-        """Operations per second of our own GPU kernels."""
-        return self.peak * interpolate(self.kernels, side) if self.kernels else self.peak
+    def kernel_rate(self, side: int, sm90: bool = False) -> float:
+        """Operations per second of our own GPU kernels, or of those for compute capability 9.0."""
+        table = (sm90 and self.sm90) or self.kernels
+        return self.peak * interpolate(table, side) if table else self.peak
 
     def bytes_per_second(self) -> float:
         """Copy bandwidth, bytes read and written both counted."""
@@ -351,6 +354,7 @@ _PARSERS = {
     "onednn": _points,
     "tensor_cores": _rates,
     "kernels": _points,
+    "sm90": _points,
     "gather": _number,
 }
-_OPTIONAL = {"wgrad_weight", "onednn", "tensor_cores", "kernels", "gather"}
+_OPTIONAL = {"wgrad_weight", "onednn", "tensor_cores", "kernels", "sm90", "gather"}

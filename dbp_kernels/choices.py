@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends, planner
+from .backends.cuda import library
 from .geometry import ConvGeometry
 from .precision import change_in_tf32, statistics_dtype, tf32
 
@@ -15,7 +16,8 @@ def gram_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The algorithms for S of an input of this dtype, cheapest first."""
-    return planner.gram_choices(geometry, *_where(device_type, dtype, backend)[:5])
+    where = _where(device_type, dtype, backend)
+    return planner.gram_choices(geometry, *where[:5], *where[6:])
 
 
 def update_choices(
@@ -26,18 +28,20 @@ def update_choices(
 
 
 def stats_choices(
-    geometry: ConvGeometry, device_type: str, dtype: torch.dtype
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[planner.Choice, ...]:
     """The ways to C and V from samples of this dtype, cheapest first."""
-    return planner.stats_choices(geometry, *_where(device_type, dtype)[:5])
+    where = _where(device_type, dtype, backend)
+    return planner.stats_choices(geometry, *where[:5], *where[6:])
 
 
 def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
-    """The planner's arguments, after the geometry."""
+    """The planner's arguments, after the geometry; the sixth is for updates only."""
     itemsize = statistics_dtype(dtype).itemsize
     backend = backend or backends.selected(device_type)
     if dtype == torch.float64 or (backend == "eager" and device_type != "cuda"):
         return device_type, itemsize  # products of float32 or float64
     float32, change = ("tf32" if allowed else "ieee" for allowed in (tf32(), change_in_tf32()))
+    sm90 = backend == "cuda" and library.sm90_problem() is None
     # interpreted kernels make the choices of a GPU
-    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, change
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, change, sm90

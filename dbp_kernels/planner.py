@@ -17,6 +17,7 @@ from .backends.eager import onednn, self_wgrad
 from .backends.eager.matmul import panels
 from .backends.eager.shift import shift_layout
 from .backends.eager.unfold import images_per_chunk, patch_elements, patch_expansion, strided
+from .backends.prepared import forget
 from .calibration import Machine, calibration, cost_at, machine
 from .geometry import Axis, ConvGeometry
 
@@ -28,6 +29,7 @@ ALGORITHMS = (
     "self_wgrad",
     "unfold",
     *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
+    "cuda_sm90",
 )
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of a product's operands; float32 is ieee or tf32
 
@@ -188,16 +190,17 @@ def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str
     return Choice("unfold", flop / 1e9, seconds)
 
 
-def _tiles(side: int) -> tuple[int, int]:
+def _tiles(side: int, smallest: int = 16, largest: int = 128) -> tuple[int, int]:
     """(padded side, tiles along it) of the GPU kernels' square output tiles."""
-    tile = min(128, max(16, 1 << (side - 1).bit_length()))
+    tile = min(largest, max(smallest, 1 << (side - 1).bit_length()))
     count = -(-side // tile)
     return count * tile, count
 
 
-def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, backend: str) -> Choice:
+def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, name: str) -> Choice:
     """Products of boxes of pixels: no mask at borders, only the upper tiles of a shift of zero."""
-    side, count = _tiles(geometry.group_channels)
+    sm90 = name == "cuda_sm90"
+    side, count = _tiles(geometry.group_channels, *((64, 64) if sm90 else ()))
     pixels, self_pixels = [], []
     for axis in geometry.axes:
         lengths = [
@@ -213,19 +216,25 @@ def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, backend: s
     block = geometry.groups * side**2
     moved = size * (3 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     moved += 2 * 4 * boxes * block  # partial sums, written and read
-    seconds = flop / m.kernel_rate(side)
+    seconds = flop / m.kernel_rate(side, sm90)
     seconds += moved / m.bytes_per_second() + 3 * m.call
-    return Choice(f"{backend}_shift", flop / 1e9, seconds)
+    return Choice(name, flop / 1e9, seconds)
 
 
-def _kernel_direct_cost(geometry: ConvGeometry, m: Machine, size: int, backend: str) -> Choice:
+def _kernel_direct_cost(geometry: ConvGeometry, m: Machine, size: int, name: str) -> Choice:
     """The upper tiles of Z^T Z, its columns gathered from the input."""
-    side, count = _tiles(geometry.dim)
+    sm90 = name == "cuda_sm90"
+    side, count = _tiles(geometry.dim, *((128, 128) if sm90 else ()))
     flop = geometry.groups * geometry.samples * side**2 * (1 + 1 / count)
     moved = size * (2 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
-    rate = m.kernel_rate(min(side, 128)) * (1 if geometry.pointwise else m.gather)
+    rate = m.kernel_rate(min(side, 128), sm90) * (1 if geometry.pointwise else m.gather)
     seconds = flop / rate + moved / m.bytes_per_second() + 2 * m.call
-    return Choice(f"{backend}_direct", flop / 1e9, seconds)
+    return Choice(name, flop / 1e9, seconds)
+
+
+def _sm90_covers(geometry: ConvGeometry, precision: str) -> bool:
+    """Whether the kernels for compute capability 9.0 are for such an input."""
+    return precision in ("bf16", "fp16") and all(a.stride == 1 for a in geometry.axes)
 
 
 @lru_cache(maxsize=4096)
@@ -236,12 +245,13 @@ def gram_choices(
     backend: str = "eager",
     precision: str = "ieee",
     float32: str = "ieee",
+    sm90: bool = False,
 ) -> tuple[Choice, ...]:
     """The algorithms for S = patch_gram of this geometry, cheapest first.
 
     ``itemsize`` is that of the accumulation, ``precision`` that of the operands and ``float32`` what
     it is where they are made float32. Backends with kernels have their own algorithms beside the
-    libraries'.
+    libraries'. ``sm90``: there is a GPU of compute capability 9.0, and kernels for it were compiled.
     """
     m = machine(device_type, precision, itemsize)
     choices = [_unfold_cost(geometry, m, itemsize, device_type)]
@@ -252,9 +262,12 @@ def gram_choices(
         convolving = machine(device_type, float32, itemsize)
         choices.append(_self_wgrad_cost(geometry, convolving, itemsize))
     if backend in KERNEL_BACKENDS:
-        choices.append(_kernel_direct_cost(geometry, m, itemsize, backend))
+        choices.append(_kernel_direct_cost(geometry, m, itemsize, f"{backend}_direct"))
         if not geometry.pointwise:
-            choices.append(_kernel_shift_cost(geometry, m, itemsize, backend))
+            choices.append(_kernel_shift_cost(geometry, m, itemsize, f"{backend}_shift"))
+    if backend == "cuda" and sm90 and _sm90_covers(geometry, precision):
+        cost = _kernel_direct_cost if geometry.pointwise else _kernel_shift_cost
+        choices.append(cost(geometry, m, itemsize, "cuda_sm90"))
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
@@ -275,6 +288,7 @@ def update_choices(
     precision: str = "ieee",
     float32: str = "ieee",
     change: str | None = None,
+    sm90: bool = False,
 ) -> tuple[Choice, ...]:
     """The plans for one update of R from this geometry's samples, cheapest first.
 
@@ -285,7 +299,7 @@ def update_choices(
     m = machine(device_type, float32, itemsize)
     at_last = machine(device_type, change or float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
-    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32)[0]
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32, sm90)[0]
     bandwidth = m.bytes_per_second()
     square = itemsize * g * d * d
 
@@ -329,6 +343,7 @@ def stats_choices(
     backend: str = "eager",
     precision: str = "ieee",
     float32: str = "ieee",
+    sm90: bool = False,
 ) -> tuple[Choice, ...]:
     """The ways to C and V, cheapest first; arguments as of ``update_choices``.
 
@@ -337,7 +352,7 @@ def stats_choices(
     """
     m = machine(device_type, float32, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
-    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32)[0]
+    gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32, sm90)[0]
     bandwidth = m.bytes_per_second()
     upper = _upper(d, min(n, d))
     # P = R S, half of P R^T, and both read and written
@@ -362,3 +377,4 @@ def reset() -> None:
     """Forgets all answers and calibrations, so that the next question reads DBP_CALIBRATION anew."""
     for cached in (gram_choices, update_choices, stats_choices, machine, calibration):
         cached.cache_clear()
+    forget()

@@ -15,6 +15,7 @@ from bench import (
     bars,
     check,
     cli,
+    kernel_tables,
     kernels,
     memory,
     more_rivals,
@@ -29,6 +30,7 @@ from bench import (
 )
 from bench.published import PublishedConv2d, publish_model, publish_update
 from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
+from dbp_kernels.backends.triton import runtime
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
 # --- registry -----------------------------------------------------------------------------------
@@ -482,7 +484,8 @@ def test_committed_results_can_be_reported(path, tmp_path):
     )
     for record in report.judged_records({**result, "regret": []}):
         assert f"| {record.get('sweep', record['name'])}" in text
-    drawn = any(result.get(suite) for suite in report._SUITES if suite != "regret")
+    undrawn = ("regret", "host_time")
+    drawn = any(result.get(suite) for suite in report._SUITES if suite not in undrawn)
     assert plots.plot(result, tmp_path / "plot.png") == drawn
 
 
@@ -543,3 +546,43 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
     assert not result["complete"]
     assert len(result["kernels"]) == 1
     assert "INCOMPLETE" in report.text_report(result)
+
+
+# --- single algorithms ----------------------------------------------------------------------------
+
+
+def test_a_single_algorithm_of_a_backend_is_a_method():
+    names = "unfold,triton_direct,triton_shift,cuda_direct,cuda_sm90"
+    methods = kernels.chosen_methods(names, FAST)
+    assert ",".join(methods) == names
+    assert kernels.chosen_methods(None, FAST) is None
+    with pytest.raises(ValueError, match=r"cuda_sm80: expected some of dbp, .*cuda_sm90"):
+        kernels.chosen_methods("dbp,cuda_sm80", FAST)
+
+    records = kernels.run_case(TINY, FAST, methods)["methods"]
+    assert "CUDA" in records["cuda_direct"]["reason"] or "built" in records["cuda_direct"]["reason"]
+    assert "float32" in records["cuda_sm90"]["reason"]
+    strided, linear = registry.conv(1, 3, 6, 3, stride=2), registry.linear(4, 3)
+    assert methods["cuda_sm90"].why_not(strided) == "strided"
+    assert "cuda_direct" in kernels.chosen_methods("cuda_shift", FAST)["cuda_shift"].why_not(linear)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="needs CPU tensors")
+def test_a_single_algorithm_is_no_rival():
+    methods = kernels.chosen_methods("dbp,unfold,triton_direct,triton_shift", FAST)
+    record = kernels.run_case(TINY, FAST, methods)
+    ours = {name for name, m in record["methods"].items() if m.get("ours")}
+    assert ours == {"triton_direct", "triton_shift"}
+    assert {m["status"] for m in record["methods"].values()} == {"ok"}
+    for name in ours:
+        record["methods"][name]["seconds"]["median"] = 1e-9
+    assert bars._fastest_rival(record["methods"], but="") == "unfold"
+    means = kernel_tables.geometric_means([record])
+    assert means["best rival, all cases"] == means["unfold, all cases"]
+
+
+def test_methods_are_for_the_kernels_suite(capsys):
+    assert cli.main(["--suite", "step", "--methods", "dbp"]) == 2
+    assert "--methods is for kernels" in capsys.readouterr().err
+    assert cli.main(["--suite", "kernels", "--methods", "none"]) == 2
+    assert "--methods none" in capsys.readouterr().err

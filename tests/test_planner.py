@@ -25,15 +25,16 @@ from dbp_kernels.planner import (
     cases(),
     st.sampled_from(["cpu", "cuda", "something else"]),
     st.sampled_from([4, 8]),
-    st.sampled_from(["eager", "triton"]),
+    st.sampled_from(["eager", "triton", "cuda"]),
     st.sampled_from(PRECISIONS),
+    st.booleans(),
 )
-def test_choices_are_sound(c, device, itemsize, backend, precision):
+def test_choices_are_sound(c, device, itemsize, backend, precision, sm90):
     where = (device, itemsize, backend, precision)
     for choices, names in (
-        (gram_choices(c.geometry, *where), ALGORITHMS),
-        (update_choices(c.geometry, *where), PLANS),
-        (stats_choices(c.geometry, *where), STATISTICS),
+        (gram_choices(c.geometry, *where, sm90=sm90), ALGORITHMS),
+        (update_choices(c.geometry, *where, sm90=sm90), PLANS),
+        (stats_choices(c.geometry, *where, sm90=sm90), STATISTICS),
     ):
         assert choices
         for choice in choices:
@@ -45,7 +46,7 @@ def test_choices_are_sound(c, device, itemsize, backend, precision):
                 assert len(choice.unfolded) == len(c.geometry.axes)
                 assert not all(choice.unfolded)
             if choice.name == "gram":
-                assert choice.gram == gram_choices(c.geometry, *where)[0]
+                assert choice.gram == gram_choices(c.geometry, *where, sm90=sm90)[0]
                 assert choice.gflop > choice.gram.gflop
         keys = [(choice.name, choice.unfolded) for choice in choices]
         assert len(set(keys)) == len(keys)
@@ -127,6 +128,37 @@ def test_each_backend_has_its_own_algorithms(c):
     assert "triton_direct" in names
     assert ("triton_shift" in names) == (not c.geometry.pointwise)
     assert not any("triton" in choice.name for choice in gram_choices(c.geometry, "cuda", 4))
+
+
+@settings(max_examples=100)
+@given(
+    cases(),
+    st.sampled_from(["eager", "triton", "cuda"]),
+    st.sampled_from(PRECISIONS),
+    st.booleans(),
+)
+def test_kernels_of_capability_9_0_are_offered_where_they_run(c, backend, precision, sm90):
+    offered = gram_choices(c.geometry, "cuda", 4, backend, precision, sm90=sm90)
+    covered = precision in ("bf16", "fp16") and set(c.stride) <= {1}
+    names = [choice.name for choice in offered]
+    assert names.count("cuda_sm90") == (backend == "cuda" and sm90 and covered)
+
+
+@pytest.mark.parametrize("c", [case(26, 64, (28, 28), 3, padding=1), case(26, 64, (28, 28), 1)])
+def test_kernels_of_capability_9_0_have_a_figure_of_their_own(c, machines):
+    def seconds(**figures) -> dict[str, float]:
+        machines(**figures)
+        return {
+            x.name: x.seconds
+            for x in gram_choices(c.geometry, "cuda", 4, "cuda", "bf16", sm90=True)
+        }
+
+    kernels = ((64, 0.3), (128, 0.3))
+    plain = seconds(kernels=kernels)
+    fast, slow = (seconds(kernels=kernels, sm90=((64, r), (128, r))) for r in (0.6, 0.1))
+    assert fast["cuda_sm90"] < plain["cuda_sm90"] < slow["cuda_sm90"]
+    for times in (fast, slow):
+        assert {name for name in plain if times[name] != plain[name]} == {"cuda_sm90"}
 
 
 def test_small_patches_are_decorrelated_in_one_kernel():

@@ -65,7 +65,10 @@ def run(name: str, setting: Setting) -> dict:
     methods = kernels.default_methods(device)
     methods.pop("compiled", None)  # compiling for every layer takes longer than all else
     if method != kernels.OURS:
-        methods = {method: kernel_method(method), kernels.PLAIN: RIVALS[kernels.PLAIN]}
+        methods = {
+            method: kernel_method(method, device, DTYPE),
+            kernels.PLAIN: RIVALS[kernels.PLAIN],
+        }
     record = kernels.run_case(case, settings, methods)
     found = record["methods"][method]
     if method != kernels.OURS:

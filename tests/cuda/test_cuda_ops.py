@@ -1,5 +1,8 @@
 """The cuda backend behind the opaque ops, every kernel emulated, against the float64 definitions."""
 
+import dataclasses
+import weakref
+
 import pytest
 import torch
 from emulation import record
@@ -13,13 +16,14 @@ from helpers import (
     products_of_change,
     random,
     rows,
+    strided,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_in import array, emulated
 
 import dbp_kernels as dbp
-from dbp_kernels import backends, plans, precision, reference
+from dbp_kernels import backends, planner, plans, precision, reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.backends.triton.work import shift_program
 from dbp_kernels.choices import gram_choices
@@ -106,6 +110,39 @@ def test_packed_input_is_not_copied(dtype):
     assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
 
 
+@pytest.mark.parametrize(
+    "c",
+    [case(2, 8, (6, 5), 3, padding=1), case(3, 3, (9, 9), 5, stride=2), case(2, 24, (4, 4), 1)],
+    ids=str,
+)
+def test_one_shape_in_many_layouts(c):
+    """Each of them prepared once, whichever came before; nothing keeps an input alive."""
+    x, R = c.input(torch.bfloat16), c.R(torch.float32)
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+    inputs = [*(strided(x, layout) for layout in LAYOUTS), moved]
+    with emulated():
+        for _ in range(2):
+            for one in inputs:
+                S = torch.ops.dbp.patch_gram(one, *c.arguments)
+                assert moment_error(S, reference.patch_gram(one.double(), *c.arguments)) < 1e-5
+                torch.ops.dbp.decor_stats(one, R, *c.arguments)
+        alive = weakref.ref(moved)
+        del inputs, moved, one
+        assert alive() is None
+
+
+def test_prepared_in_inference_mode_and_used_outside():
+    c = case(2, 8, (5, 7), 3, padding=1)
+    x = c.input(torch.float32)
+    with emulated():
+        with torch.inference_mode():
+            first = torch.ops.dbp.patch_gram(x, *c.arguments)
+        second = torch.ops.dbp.patch_gram(x.requires_grad_(), *c.arguments)
+        second.sum().backward()
+    assert torch.equal(first, second)
+    assert not second.is_inference()
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_matmul_precision_decides_between_ieee_and_tf32(precision):
     c = case(4, 24, (8, 8), 3, padding=1)
@@ -181,6 +218,55 @@ def test_planner_offers_the_kernels():
         names = [choice.name for choice in gram_choices(first, "cuda", torch.bfloat16)]
     assert {"cuda_direct", "cuda_shift", "self_wgrad", "unfold"} <= set(names)
     assert not [name for name in names if name.startswith("triton")]
+
+
+@pytest.mark.parametrize(
+    ("c", "kernel"),
+    [
+        (case(2, 64, (6, 5), 3, padding=1), "gram_shift_sm90"),
+        (rows((300, 128)), "gram_matrix_sm90"),
+        (case(2, 64, (6, 5), 3, stride=2), None),
+    ],
+    ids=str,
+)
+def test_planner_offers_the_kernels_of_a_device_of_capability_9_0(c, kernel, monkeypatch):
+    monkeypatch.setattr(library, "sm90_problem", lambda device=None: None)
+    # so fast that they are the choice wherever they are offered
+    free = {"sm90": ((64, 1e6), (128, 1e6)), "call": 1e-12, "gbytes": 1e9}
+    fast = dataclasses.replace(planner.machine("cuda", "bf16"), **free)
+    planner.reset()
+    monkeypatch.setattr(planner, "machine", lambda *arguments: fast)
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = c.input(dtype)
+            with emulated() as launched:
+                S = torch.ops.dbp.patch_gram(x, *c.arguments)
+                layer = torch.nn.Conv2d(64, 2, 3, dtype=dtype)
+                table = str(dbp.explain(layer, random((8, 64, 28, 28), dtype), sample=1.0))
+            wanted = {kernel} if kernel and dtype == torch.bfloat16 else set()
+            assert {name for name in launched if "sm90" in name} == wanted
+            assert ("cuda_sm90" in table) == (dtype == torch.bfloat16)
+            assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+    finally:
+        monkeypatch.undo()
+        planner.reset()
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "runs"),
+    [
+        ((9, 0), "nvcc 13.0, targets 8.0 9.0a", True),
+        ((9, 0), "nvcc 13.0, targets 8.0 9.0", False),
+        ((9, 0), None, False),
+        ((10, 0), "nvcc 13.0, targets 8.0 9.0a", False),
+    ],
+)
+def test_where_the_kernels_of_capability_9_0_run(capability, build, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(library, "build_text", lambda: build)
+    assert (library.sm90_problem() is None) == runs
 
 
 @settings(max_examples=60)

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import tune
+from bench import registry, tune
+from dbp_kernels.backends import prepared
 from dbp_kernels.backends.triton import configs, runtime
 from dbp_kernels.backends.triton.configs import Config, precision_key
 
@@ -148,20 +149,46 @@ def test_the_tuner_refuses_during_capture(monkeypatch):
     assert "captured" in tune.refuse()
 
 
-@pytest.mark.skipif(not runtime.INTERPRET, reason="needs CPU tensors")
-def test_tuning_problems_run():
-    """The problems as they are on a GPU, on a small layer: every candidate computes its result."""
-    from bench import registry
-
+def small_problems(dim: int) -> list[tune.Problem]:
+    """As they are on a GPU, of small layers."""
     found = []
     for case in (registry.conv(1, 9, 4, 3, padding=0), registry.conv(2, 20, 3, 1)):
         for precision in ("bf16", "tf32"):
             found += [shape.make(CPU) for shape in tune.gram_shapes(case, precision)]
     found.append(tune._stats_problem("ieee", registry.conv(2, 3, 5, 3), CPU))
-    found.append(tune._update_problem("tf32", 2, 24, CPU))
+    found.append(tune._update_problem("tf32", 2, dim, CPU))
     found = list(filter(None, found))
     kernels = {"gram_shift", "gram_shift_tma", "gram_direct", "decor_stats", "symmetric_update"}
     assert {p.kernel for p in found} == kernels
+    return found
+
+
+def test_every_kernel_takes_what_the_tuner_pins(monkeypatch):
+    started, pinned = [], {}
+    monkeypatch.setattr(configs, "_measured", lambda k, p, s, device: pinned.get((k, p, str(s))))
+
+    def start(kernel, grid, arguments, num_warps, num_stages):
+        if "SQUARE" not in arguments and "BLOCK" in arguments:  # no reduction, no packing
+            started.append((arguments["BLOCK"], num_warps, num_stages))
+
+    runtime.simulate(runtime.Simulator(90, start))
+    try:
+        for p in small_problems(64):
+            assert len(p.candidates) > 1
+            for best in p.candidates:
+                pinned[p.kernel, p.precision, str(p.sizes)] = {"config": asdict(best)}
+                prepared.forget()
+                p.run(None)
+                assert started.pop() == (best.block_m, best.num_warps, best.num_stages), p.kernel
+                assert not started
+    finally:
+        runtime.simulate(None)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="needs CPU tensors")
+def test_tuning_problems_run():
+    """Every candidate computes its result."""
+    found = small_problems(24)
     for p in found:
         assert p.candidates
         exact = p.exact()

@@ -126,7 +126,7 @@ def test_fits():
     assert not fits(rows((9, 129)).geometry, TARGET, "tf32")
     assert not fits(rows((0, 8)).geometry, TARGET, "ieee")
     with pytest.raises(ValueError, match="D=129"):
-        choose_config(129, "tf32", TARGET)
+        choose_config(rows((9, 129)).geometry, "tf32", DEVICE)
 
 
 # ---------------------------------------------------------------------------- compiled code

@@ -1,10 +1,11 @@
 """The whole contract of the ops with the Triton backend: interpreted on the CPU, or on the device."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
-from helpers import DEVICE, LAYOUTS, Case, case, cases, error, moment_error, random, rows
+from helpers import DEVICE, LAYOUTS, Case, case, cases, error, moment_error, random, rows, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +15,7 @@ import dbp_kernels as dbp
 from dbp_kernels import backends, choices, plans, reference
 from dbp_kernels import nn as dnn
 from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.prepared import forget
 from dbp_kernels.backends.triton import ops, runtime
 from dbp_kernels.planner import Choice
 
@@ -111,6 +113,24 @@ def test_every_algorithm_on_any_geometry(c, dtype, layout, name):
     assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", ["few channels", "1x1"])
+def test_one_shape_in_many_layouts(name):
+    """Each of them prepared once, whichever came before; nothing keeps an input alive."""
+    c = CASES[name]
+    x, R = c.input(torch.bfloat16).to(DEVICE), c.R(torch.float32).to(DEVICE)
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view_as(x).copy_(x)
+    inputs = [strided(x.cpu(), layout).to(DEVICE) for layout in LAYOUTS] + [moved]
+    for _ in range(2):
+        for one in inputs:
+            S = torch.ops.dbp.patch_gram(one, *c.arguments)
+            assert moment_error(S, reference.patch_gram(one.double(), *c.arguments)) < 1e-5
+            torch.ops.dbp.decor_stats(one, R, *c.arguments)
+    alive = weakref.ref(moved)
+    del inputs, moved, one
+    assert alive() is None
+
+
 @pytest.mark.parametrize("choice", ["gram", "direct", "samples"])
 @pytest.mark.parametrize("demean", [False, True])
 def test_every_plan(choice, demean):
@@ -125,10 +145,22 @@ def test_every_plan(choice, demean):
     assert error(loss.mean(), expected[1]) < 1e-5
 
 
+@pytest.fixture
+def nothing_prepared():
+    """No earlier test's launches in this one, and none of its in later ones."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("nothing_prepared")
 def test_the_planner_takes_the_kernels(monkeypatch):
     taken = []
     for name in ops._OWN:
-        spy = lambda x, g, name=name: taken.append(name) or x.new_zeros(1)  # noqa: E731
+
+        def spy(x, g, name=name):
+            return lambda x: taken.append(name) or x.new_zeros(1)
+
         monkeypatch.setitem(ops._OWN, name, spy)
     for channels, expected in ((64, "triton_shift"), (3, "triton_direct")):
         c = case(8, channels, (28, 28), 3, padding=1)
@@ -147,8 +179,8 @@ def test_the_planner_takes_the_kernels(monkeypatch):
 def test_tensor_descriptors_are_taken_where_they_were_faster(pointers, tma, taken, monkeypatch):
     measured = {"gram_shift": pointers, "gram_shift_tma": tma}
     monkeypatch.setattr(ops.configs, "seconds", lambda kernel, *rest: measured[kernel])
-    monkeypatch.setattr(ops.gram_shift, "patch_gram_shift", lambda x, g: "pointers")
-    monkeypatch.setattr(ops.gram_shift_tma, "patch_gram_shift_tma", lambda x, g: "tma")
+    monkeypatch.setattr(ops.gram_shift, "shift_gram", lambda x, g: "pointers")
+    monkeypatch.setattr(ops.gram_shift_tma, "tma_gram", lambda x, g: "tma")
     monkeypatch.setattr(ops.gram_shift_tma, "usable", lambda x, g: x.dtype == torch.bfloat16)
     c = CASES["2d"]
     for dtype in DTYPES:
@@ -302,8 +334,9 @@ def test_a_step_equals_the_eager_backend_s(sample, demean, monkeypatch):
 def test_equal_layers_go_through_one_chain(monkeypatch):
     """Plan "gram" on a batch of matrices: as many launches as for one."""
     counts = []
-    launch = ops.update.launch
-    monkeypatch.setattr(ops.update, "launch", lambda *a, **k: counts.append(1) or launch(*a, **k))
+    start = runtime.Launch.__call__
+    spy = lambda *a, **k: counts.append(1) or start(*a, **k)  # noqa: E731
+    monkeypatch.setattr(runtime.Launch, "__call__", spy)
     S = torch.randn(5, 20, 20, device=DEVICE)
     S, R = S @ S.mT, torch.eye(20, device=DEVICE).repeat(5, 1, 1)
     R_new, loss = ops.update_from_gram(S, R, 0.1, 0.5)

@@ -192,13 +192,3 @@ def test_too_many_pixels_are_refused():
     geometry = case(2**20, 1, (2**11,), 1).geometry
     with pytest.raises(ValueError, match="batch=1048576"):
         W.shift_work(geometry, 16, 16, 1)
-
-
-def test_tables_of_captured_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(W, "_captured", set())
-    table, cuda = torch.zeros(1), torch.device("cuda")
-    for capturing in (False, True, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
-        assert W.keep_if_captured(table, cuda) is table
-        W.keep_if_captured(table, torch.device("cpu"))
-        assert len(W._captured) == int(capturing)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...precision import tf32
+from ..prepared import ALIGNMENT
 
 _NUMBERS = {torch.float16: 2, torch.bfloat16: 3}  # enum class DType in csrc/kernels/simt.cuh
-_ALIGNMENT = 16  # bytes
 
 
 def dtype_number(dtype: torch.dtype, product: bool = False) -> int:
@@ -18,18 +18,18 @@ def dtype_number(dtype: torch.dtype, product: bool = False) -> int:
 
 def padded(channels: int, dtype: torch.dtype) -> int:
     """Channels of a row in memory: a multiple of 16 bytes."""
-    unit = _ALIGNMENT // dtype.itemsize
+    unit = ALIGNMENT // dtype.itemsize
     return -(-channels // unit) * unit
 
 
 def aligned_rows(x: Tensor) -> bool:
     """Whether x (N, C, *spatial) is made of rows of channels at multiples of 16 bytes."""
-    unit = _ALIGNMENT // x.dtype.itemsize
+    unit = ALIGNMENT // x.dtype.itemsize
     strides = [s for d, (s, n) in enumerate(zip(x.stride(), x.shape)) if d != 1 and n > 1]
     return (
         (x.stride(1) == 1 or x.shape[1] == 1)
         and x.shape[1] % unit == 0
-        and x.data_ptr() % _ALIGNMENT == 0
+        and x.data_ptr() % ALIGNMENT == 0
         and all(s % unit == 0 for s in strides)
     )
 

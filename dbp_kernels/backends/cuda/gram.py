@@ -2,30 +2,26 @@
 
 ``gram_shift`` computes the main boxes of a stride-1 convolution and ``gram_box`` all others; of a
 strided or pointwise one ``gram_box`` computes all. ``gram_direct`` gathers patches (few channels).
-``gram_shift_sm90`` and ``gram_matrix_sm90`` are for bf16 and fp16 on compute capability 9.0; the planner
-does not offer them before they have been measured.
+``gram_shift_sm90`` and ``gram_matrix_sm90`` are for bf16 and fp16 without strides, on compute
+capability 9.0.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from ..triton.work import (
-    MAX_PIXELS,
-    Work,
-    direct_program,
-    keep_if_captured,
-    make_tables,
-    make_work,
-    tile_pairs,
-)
+from ..prepared import Gram, prepared
+from ..triton.work import MAX_PIXELS, Work, direct_program, make_tables, make_work, tile_pairs
 from ..triton.work import shift_work as box_work
 from . import library
-from .arguments import dtype_number, four
-from .pack import pack, rows_of_channels
-from .reduce import reduce
+from .arguments import aligned_rows, dtype_number, four
+from .pack import empty_rows, pack
+from .reduce import reduction
 from .shift_plan import BLOCKS as SHIFT_BLOCKS
 from .shift_plan import ShiftPlan, make_shift_tables, shift_plan
 
@@ -46,6 +42,7 @@ def supported(x: Tensor, geometry: ConvGeometry) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
 def choose_block(channels: int, group_channels: int, blocks: tuple[int, ...]) -> int:
     """The tile that wastes least."""
 
@@ -59,33 +56,20 @@ def _parallel(x: Tensor) -> int:
     return _RESIDENT * library.multiprocessors(x.device)
 
 
-def _workspace(x: Tensor, work: Work) -> Tensor:
-    return torch.empty(work.workspace, dtype=torch.float32, device=x.device)
+def sm90_problem(x: Tensor, geometry: ConvGeometry) -> str | None:
+    """None if the kernels for compute capability 9.0 cover this input, else why not."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"they multiply float16 and bfloat16, not {x.dtype}"
+    if any(a.stride != 1 for a in geometry.axes):
+        return "they do not cover strided convolutions"
+    return library.sm90_problem(x.device) if x.is_cuda else None  # emulated
 
 
-def _launch_boxes(x: Tensor, geometry: ConvGeometry, work: Work, workspace: Tensor) -> None:
-    """x: rows of channels."""
-    if not work.items:
-        return
-    tables = make_tables(work, x.device)
-    _, strides = four(x)
-    library.launch(
-        "gram_box",
-        x=x,
-        workspace=workspace,
-        items=tables.items,
-        boxes=tables.boxes,
-        # a dimension of one pixel may have any stride
-        stride_n=strides[0] if geometry.batch > 1 else 0,
-        stride=[s if n > 1 else 0 for s, n in zip(strides[1:], four(x)[0][1:])],
-        step=[1] * (3 - len(geometry.axes)) + [a.stride for a in geometry.axes],
-        channels=x.shape[1],
-        item_count=len(work.items),
-        block=work.block,
-        dtype=dtype_number(x.dtype, product=True),
-        slots=work.slots,
-        box_count=len(work.program.boxes),
-    )
+# --------------------------------------------------------------------------- the input
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _as_rows(x: Tensor) -> Tensor | None:
@@ -100,14 +84,67 @@ def _row_stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
-def _launch_shifts(kernel: str, x: Tensor, plan: ShiftPlan, workspace: Tensor) -> None:
-    """x: rows of channels with nothing between the pixels."""
-    tables = keep_if_captured(make_shift_tables(plan, x.device), x.device)
+def _rows_of_channels(
+    x: Tensor, geometry: ConvGeometry, even: bool = False
+) -> tuple[tuple[Callable[[Tensor], Tensor], ...], Tensor]:
+    """How x becomes rows of channels, with nothing between the pixels if ``even``; the result's form."""
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if not geometry.axes and x.dim() != 2:
+        steps.append(_as_matrix)
+        x = _as_matrix(x)
+    if not aligned_rows(x) or (even and _as_rows(x) is None):
+        steps.append(pack)
+        x = empty_rows(x)
+    return tuple(steps), x
+
+
+# --------------------------------------------------------------------------- launches
+
+
+def _gram(
+    steps: tuple[Callable[[Tensor], Tensor], ...],
+    products: tuple[Callable[..., None], ...],
+    work: Work,
+    geometry: ConvGeometry,
+    device: torch.device,
+) -> Gram:
+    shape = (geometry.groups, geometry.dim, geometry.dim)
+    reduce = reduction(work, make_tables(work, device), geometry.samples)
+    return Gram(steps, products, work.workspace, reduce, shape)
+
+
+def _boxes(x: Tensor, geometry: ConvGeometry, work: Work) -> tuple[Callable[..., None], ...]:
+    """The launch of the work's items, if there are any. x: rows of channels."""
+    if not work.items:
+        return ()
+    tables = make_tables(work, x.device)
+    sizes, strides = four(x)
+    launch = partial(
+        library.launch,
+        "gram_box",
+        items=tables.items,
+        boxes=tables.boxes,
+        # a dimension of one pixel may have any stride
+        stride_n=strides[0] if geometry.batch > 1 else 0,
+        stride=[s if n > 1 else 0 for s, n in zip(strides[1:], sizes[1:])],
+        step=[1] * (3 - len(geometry.axes)) + [a.stride for a in geometry.axes],
+        channels=x.shape[1],
+        item_count=len(work.items),
+        block=work.block,
+        dtype=dtype_number(x.dtype, product=True),
+        slots=work.slots,
+        box_count=len(work.program.boxes),
+    )
+    return (launch,)
+
+
+def _shifts(kernel: str, x: Tensor, plan: ShiftPlan) -> Callable[..., None]:
+    """The launch of the plan's items. x: rows of channels with nothing between the pixels."""
+    tables = make_shift_tables(plan, x.device)
     rows = _as_rows(x)
-    library.launch(
+    return partial(
+        library.launch,
         kernel,
-        x=x,
-        workspace=workspace,
         items=tables.items,
         shifts=tables.shifts,
         masks=tables.masks,
@@ -124,47 +161,40 @@ def _launch_shifts(kernel: str, x: Tensor, plan: ShiftPlan, workspace: Tensor) -
     )
 
 
-def _evenly_spaced(x: Tensor) -> Tensor:
-    """x as rows of channels with nothing between the pixels; a copy if need be."""
-    x = rows_of_channels(x)
-    return x if _as_rows(x) is not None else pack(x)
+# --------------------------------------------------------------------------- forms
 
 
-def patch_gram_shift(
+@prepared
+def shift_gram(
     x: Tensor, geometry: ConvGeometry, block: int | None = None, sm90: bool = False
-) -> Tensor:
-    """S (groups, D, D) by products of shifted pixels. At least one axis and one sample."""
-    x = _evenly_spaced(x)
-    block = block or choose_block(geometry.channels, geometry.group_channels, SHIFT_BLOCKS)
+) -> Gram:
+    """By products of shifted pixels. At least one axis and one sample."""
+    steps, rows = _rows_of_channels(x, geometry, even=True)
     if sm90:
         size, limit = 2, _SM90_SHARED
         plan = shift_plan(geometry, 64, size, _STEP, _parallel(x), shared_limit=limit, sm90=True)
     else:
+        block = block or choose_block(geometry.channels, geometry.group_channels, SHIFT_BLOCKS)
         plan = shift_plan(geometry, block, x.element_size(), _STEP, _parallel(x))
     if plan is None:
-        return patch_gram_box(x, geometry)
-    workspace = _workspace(x, plan.work)
-    _launch_shifts("gram_shift_sm90" if sm90 else "gram_shift", x, plan, workspace)
-    _launch_boxes(x, geometry, plan.work, workspace)
-    return reduce(workspace, plan.work, make_tables(plan.work, x.device), geometry.samples)
+        return box_gram(x, geometry)
+    kernel = "gram_shift_sm90" if sm90 else "gram_shift"
+    products = (_shifts(kernel, rows, plan), *_boxes(rows, geometry, plan.work))
+    return _gram(steps, products, plan.work, geometry, x.device)
 
 
-def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """S (groups, D, D) of pointwise patches without strides, or of rows, as X^T X."""
-    if not geometry.axes:
-        x = x.reshape(-1, x.shape[-1])
-    x = _evenly_spaced(x)
+@prepared
+def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
+    """Of pointwise patches without strides, or of rows, as X^T X."""
+    steps, x = _rows_of_channels(x, geometry, even=True)
     rows = _as_rows(x)
     program = direct_program(geometry.samples)
     channels = geometry.channels, geometry.group_channels
     work = make_work(program, 1, *channels, 128, 64, _parallel(x))
-    tables = make_tables(work, x.device)
-    workspace = _workspace(x, work)
-    library.launch(
+    launch = partial(
+        library.launch,
         "gram_matrix_sm90",
-        x=x,
-        workspace=workspace,
-        items=tables.items,
+        items=make_tables(work, x.device).items,
         rows=rows.shape[0],
         row_stride=_row_stride(rows),
         channels=x.shape[1],
@@ -172,49 +202,31 @@ def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
         dtype=dtype_number(x.dtype),
         slots=work.slots,
     )
-    return reduce(workspace, work, tables, geometry.samples)
+    return _gram(steps, (launch,), work, geometry, x.device)
 
 
-def sm90_problem(x: Tensor, geometry: ConvGeometry) -> str | None:
-    """None if the kernels for compute capability 9.0 cover this input, else why not."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"they multiply float16 and bfloat16, not {x.dtype}"
-    if any(a.stride != 1 for a in geometry.axes):
-        return "they do not cover strided convolutions"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has another compute capability"
-    if x.is_cuda and "9.0a" not in library.build_text():
-        return "the library was not built for 9.0a"
-    return None
-
-
-def patch_gram_box(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
-    """S (groups, D, D), all boxes by one kernel: any stride, and 1x1 or no kernel as X^T X."""
-    if not geometry.axes:
-        x = x.reshape(-1, x.shape[-1])
-    x = rows_of_channels(x)
+@prepared
+def box_gram(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Gram:
+    """All boxes by one kernel: any stride, and 1x1 or no kernel as X^T X."""
+    steps, x = _rows_of_channels(x, geometry)
     block = block or choose_block(geometry.channels, geometry.group_channels, BLOCKS)
     work = box_work(geometry, block, _STEP, _parallel(x))
-    workspace = _workspace(x, work)
-    _launch_boxes(x, geometry, work, workspace)
-    return reduce(workspace, work, make_tables(work, x.device), geometry.samples)
+    return _gram(steps, _boxes(x, geometry, work), work, geometry, x.device)
 
 
-def patch_gram_direct(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
-    """S (groups, D, D) by gathered patches, for x of any strides. At least one axis."""
+@prepared
+def direct_gram(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Gram:
+    """By gathered patches, for x of any strides. At least one axis."""
     columns = geometry.groups * geometry.dim
     block = block or choose_block(columns, geometry.dim, BLOCKS)
     program = direct_program(geometry.samples)
     work = make_work(program, 1, columns, geometry.dim, block, _STEP, _parallel(x))
-    tables = make_tables(work, x.device)
-    workspace = _workspace(x, work)
     sizes, strides = four(x)
     absent = [1] * (3 - len(geometry.axes))
-    library.launch(
+    launch = partial(
+        library.launch,
         "gram_direct",
-        x=x,
-        workspace=workspace,
-        items=tables.items,
+        items=make_tables(work, x.device).items,
         stride_n=strides[0],
         stride_c=x.stride(1),
         stride=strides[1:],
@@ -230,4 +242,26 @@ def patch_gram_direct(x: Tensor, geometry: ConvGeometry, block: int | None = Non
         dtype=dtype_number(x.dtype, product=True),
         slots=work.slots,
     )
-    return reduce(workspace, work, tables, geometry.samples)
+    return _gram((), (launch,), work, geometry, x.device)
+
+
+def patch_gram_shift(
+    x: Tensor, geometry: ConvGeometry, block: int | None = None, sm90: bool = False
+) -> Tensor:
+    """S (groups, D, D) by ``shift_gram``."""
+    return shift_gram(x, geometry, block, sm90)(x)
+
+
+def patch_gram_box(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
+    """S (groups, D, D) by ``box_gram``."""
+    return box_gram(x, geometry, block)(x)
+
+
+def patch_gram_direct(x: Tensor, geometry: ConvGeometry, block: int | None = None) -> Tensor:
+    """S (groups, D, D) by ``direct_gram``."""
+    return direct_gram(x, geometry, block)(x)
+
+
+def patch_gram_matrix_sm90(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """S (groups, D, D) by ``matrix_gram_sm90``."""
+    return matrix_gram_sm90(x, geometry)(x)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..prepared import forget
+
 LIBRARY = Path(__file__).with_name("libdbp_cuda.so")
 
 # A stand-in for the GPU: called with a kernel's name and arguments, it writes the results.
@@ -25,6 +27,7 @@ def simulate(simulator: Simulator | None) -> None:
     """From now on launches go to ``simulator`` and the backend takes CPU tensors; None ends it."""
     global _simulator
     _simulator = simulator
+    forget()
 
 
 def simulated() -> bool:
@@ -70,6 +73,17 @@ def unusable(device_type: str) -> str | None:
     return load() or _device_problem(torch.cuda.current_device())
 
 
+def sm90_problem(device: torch.device | None = None) -> str | None:
+    """None if the kernels for compute capability 9.0 run on a GPU (None: the current one), else why not."""
+    if simulated() or not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has another compute capability"
+    if "9.0a" not in (build_text() or ""):
+        return "the library was not built for 9.0a"
+    return None
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of this GPU; few where a simulator stands in for it."""
@@ -86,4 +100,9 @@ def launch(kernel: str, /, **arguments: Any) -> None:
     if _simulator is not None:
         _simulator(kernel, arguments)
     else:
-        getattr(torch.ops.dbp_cuda, kernel)(**arguments)
+        _op(kernel)(**arguments)
+
+
+@lru_cache
+def _op(kernel: str) -> Callable[..., None]:
+    return getattr(torch.ops.dbp_cuda, kernel).default  # which overload is not asked at every call

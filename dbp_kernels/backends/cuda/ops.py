@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
+from ...precision import change_in_tf32
 from ..eager import ops as eager
 from ..eager.matmul import symmetric_product
 from ..eager.unfold import rows
+from ..prepared import prepared
 from . import gram, stats
 from .update import update_direct, update_from_gram
 
@@ -20,14 +25,19 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample.
 
-    Beside what the planner offers there is "cuda_sm90": TMA and wgmma, not measured yet. Raises
-    RuntimeError where these kernels do not apply.
+    Raises RuntimeError if that is "cuda_sm90" and its kernels do not cover this input or device.
     """
-    choice = choice or gram_choices(geometry, x.device.type, x.dtype)[0]
+    return _gram(x, geometry, choice)(x)
+
+
+@prepared
+def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None) -> Callable[[Tensor], Tensor]:
+    """What computes S of an input that looks like x."""
+    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "cuda")[0]
     if not choice.name.startswith("cuda_"):
-        return eager.patch_gram(x, geometry, choice)
+        return partial(eager.patch_gram, geometry=geometry, choice=choice)
     if not gram.supported(x, geometry):
-        return eager.patch_gram(x, geometry)
+        return partial(eager.patch_gram, geometry=geometry)
     if choice.name.endswith("_sm90"):
         problem = gram.sm90_problem(x, geometry)
         if problem:
@@ -35,13 +45,13 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) 
                 f"the kernels for compute capability 9.0 were asked for, but {problem}"
             )
         if geometry.pointwise:
-            return gram.patch_gram_matrix_sm90(x, geometry)
-        return gram.patch_gram_shift(x, geometry, sm90=True)
+            return gram.matrix_gram_sm90(x, geometry)
+        return gram.shift_gram(x, geometry, None, True)
     if geometry.pointwise:
-        return gram.patch_gram_box(x, geometry)
+        return gram.box_gram(x, geometry)
     if choice.name == "cuda_shift":
-        return gram.patch_gram_shift(x, geometry)
-    return gram.patch_gram_direct(x, geometry)
+        return gram.shift_gram(x, geometry)
+    return gram.direct_gram(x, geometry)
 
 
 def decor_stats(
@@ -50,10 +60,7 @@ def decor_stats(
     """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
     if R.dtype != torch.float32:
         return eager.decor_stats(x, R, geometry)
-    if choice is None:
-        fused = stats.supported(x, geometry)
-        offered = stats_choices(geometry, x.device.type, x.dtype)
-        choice = next(c for c in offered if fused or c.name != "fused")
+    choice = choice or _stats_choice(x, geometry)
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)
     if choice.name == "gram":
@@ -67,6 +74,19 @@ def decor_stats(
     return M, V
 
 
+@prepared
+def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
+    fused = stats.supported(x, geometry)
+    offered = stats_choices(geometry, x.device.type, x.dtype, "cuda")
+    return next(c for c in offered if fused or c.name != "fused")
+
+
+@prepared
+def _update_choice(x: Tensor, geometry: ConvGeometry, change: bool) -> Choice:
+    """``change``: of what it depends on, the one thing that others do not."""
+    return update_choices(geometry, x.device.type, x.dtype, "cuda")[0]
+
+
 def decor_update(
     x: Tensor,
     R: Tensor,
@@ -78,7 +98,7 @@ def decor_update(
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or update_choices(geometry, x.device.type, x.dtype)[0]
+    choice = choice or _update_choice(x, geometry, change_in_tf32())
     if choice.name == "samples":
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
     if choice.name == "direct":

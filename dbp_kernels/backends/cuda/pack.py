@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..prepared import prepared
 from . import library
-from .arguments import aligned_rows, dtype_number, four, padded
+from .arguments import dtype_number, four, padded
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What ``pack`` writes: like x (N, C, *spatial), channels-last and padded to 16 bytes."""
+    dtype = dtype or x.dtype
+    shape = (x.shape[0], *x.shape[2:], padded(x.shape[1], dtype))
+    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
+
+
+@prepared
+def _launch(x: Tensor, dtype: torch.dtype | None) -> Callable[..., None]:
+    out = empty_rows(x, dtype)
+    size, x_stride = four(x)
+    return partial(
+        library.launch,
+        "pack",
+        size=size,
+        x_stride=x_stride,
+        out_stride=four(out)[1],
+        x_channel_stride=x.stride(1),
+        channels=x.shape[1],
+        row=out.shape[1],
+        x_dtype=dtype_number(x.dtype),
+        out_dtype=dtype_number(out.dtype),
+    )
 
 
 def pack(x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
@@ -14,27 +43,6 @@ def pack(x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None
 
     Channels are padded with zeros to a multiple of 16 bytes.
     """
-    dtype = dtype or x.dtype
-    row = padded(x.shape[1], dtype)
-    out = torch.empty((x.shape[0], *x.shape[2:], row), dtype=dtype, device=x.device).movedim(-1, 1)
-    size, x_stride = four(x)
-    library.launch(
-        "pack",
-        x=x,
-        out=out,
-        mean=mean,
-        size=size,
-        x_stride=x_stride,
-        out_stride=four(out)[1],
-        x_channel_stride=x.stride(1),
-        channels=x.shape[1],
-        row=row,
-        x_dtype=dtype_number(x.dtype),
-        out_dtype=dtype_number(dtype),
-    )
+    out = empty_rows(x, dtype)
+    _launch(x, dtype)(x=x, out=out, mean=mean)
     return out
-
-
-def rows_of_channels(x: Tensor) -> Tensor:
-    """x itself if its channels lie together at multiples of 16 bytes, else a packed copy."""
-    return x if aligned_rows(x) else pack(x)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from ..triton.work import Tables, Work
 from . import library
 
 
-def reduce(workspace: Tensor, work: Work, tables: Tables, samples: int) -> Tensor:
-    """S (groups, D, D) from the workspace (slots, block, block): sums divided by ``samples``."""
-    dim = work.group_channels * work.program.taps
-    groups = work.channels // work.group_channels
-    S = torch.empty(groups, dim, dim, dtype=torch.float32, device=workspace.device)
-    library.launch(
+def reduction(work: Work, tables: Tables, samples: int) -> Callable[..., None]:
+    """The launch that makes out (groups, D, D) of workspace (slots, block, block), its arguments.
+
+    Sums are divided by ``samples``.
+    """
+    return partial(
+        library.launch,
         "reduce",
-        workspace=workspace,
-        out=S,
         tiles=tables.tiles,
         taps=tables.taps,
         slots=tables.slots,
@@ -32,4 +31,3 @@ def reduce(workspace: Tensor, work: Work, tables: Tables, samples: int) -> Tenso
         entries=work.entries,
         scale=1 / samples,
     )
-    return S

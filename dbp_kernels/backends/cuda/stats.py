@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..prepared import prepared
 from . import library
 from .arguments import dtype_number, four
 
@@ -29,22 +33,15 @@ def splits(geometry: ConvGeometry, multiprocessors: int) -> int:
     return max(1, min(wanted, -(-geometry.samples // chunk)))
 
 
-def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D); R in float32. At least one sample."""
-    groups, dim = geometry.groups, geometry.dim
-    if not geometry.axes:
-        x = x.reshape(-1, x.shape[-1])
+@prepared
+def _launch(x: Tensor, geometry: ConvGeometry) -> tuple[Callable[..., None], int]:
+    """The launch without its tensors, and into how many parts it splits the samples."""
     absent = [1] * (3 - len(geometry.axes))
     sizes, strides = four(x)
     parts = splits(geometry, library.multiprocessors(x.device))
-    C, V = R.new_empty(groups, dim, dim), R.new_empty(groups, dim)
-    library.launch(
+    launch = partial(
+        library.launch,
         "stats",
-        x=x,
-        r=R.contiguous(),
-        workspace=R.new_empty(groups * parts, dim, dim),
-        c=C,
-        v=V,
         dtype=dtype_number(x.dtype),
         image_stride=strides[0],
         channel_stride=x.stride(1),
@@ -56,8 +53,20 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
         stride=absent + [a.stride for a in geometry.axes],
         padding=[0] * len(absent) + [a.padding for a in geometry.axes],
         dilation=absent + [a.dilation for a in geometry.axes],
-        groups=groups,
+        groups=geometry.groups,
         group_channels=geometry.group_channels,
         splits=parts,
     )
+    return launch, parts
+
+
+def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D); R in float32. At least one sample."""
+    if not geometry.axes:
+        x = x.reshape(-1, x.shape[-1])
+    groups, dim = geometry.groups, geometry.dim
+    launch, parts = _launch(x, geometry)
+    C, V = R.new_empty(groups, dim, dim), R.new_empty(groups, dim)
+    workspace = R.new_empty(groups * parts, dim, dim)
+    launch(x=x, r=R.contiguous(), workspace=workspace, c=C, v=V)
     return C, V

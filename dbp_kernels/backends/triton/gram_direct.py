@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Axis, ConvGeometry
+from ..prepared import Gram, prepared
 from . import gram_shift, runtime
 from .configs import Config, configs, pinned, precision_key
 from .dot import dot
 from .im2col import STRIDES, columns, im2col, patches, pixels
-from .reduce import reduce
-from .runtime import KernelCase
+from .reduce import reduction
+from .runtime import KernelCase, Launch
 from .work import direct_program, make_tables, make_work, tile_pairs
 
 
@@ -92,23 +93,21 @@ def choose(groups: int, dim: int, precision: str, target: int) -> Config:
     return min(configs(KERNEL, precision, target), key=cost)
 
 
-def patch_gram_direct(
+@prepared
+def direct_gram(
     x: Tensor,
     geometry: ConvGeometry,
     config: Config | None = None,
     parallel: int | None = None,
     index64: bool = False,
-) -> Tensor:
-    """S (groups, D, D) in float32 of x, of any strides. At least one sample.
-
-    Args:
-        x: (N, C, *spatial), or (..., C) for a geometry without axes.
-        config: a square tile; chosen by the number of columns if not given.
-        parallel: programs assumed to run at the same time, if the device's own number is not meant.
-        index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
-    """
+) -> Gram:
+    """What ``patch_gram_direct`` does, for inputs that look like x."""
     if geometry.pointwise:
-        return gram_shift.patch_gram_shift(*_as_pixels(x, geometry), config, parallel, index64)
+        if geometry.axes:
+            return gram_shift.shift_gram(x, geometry, config, parallel, index64)
+        axis = replace(geometry, axes=(Axis(1, 1, 1, 0, 1),))
+        gram = gram_shift.shift_gram(_as_images(x), axis, config, parallel, index64)
+        return replace(gram, steps=(_as_images, *gram.steps))
     target = runtime.target(x.device)
     groups, dim = geometry.groups, geometry.dim
     if config is None:
@@ -124,13 +123,10 @@ def patch_gram_direct(
         program, geometry.batch, groups * dim, dim, config.block_m, config.block_k, parallel
     )
     tables = make_tables(work, x.device)
-    workspace = torch.empty(work.workspace, dtype=torch.float32, device=x.device)
     source = im2col(x, geometry)
-    runtime.launch(
+    product = Launch(
         gram_direct_kernel,
         (len(work.items),),
-        x,
-        workspace,
         tables.items,
         source.table,
         groups * dim,
@@ -146,14 +142,31 @@ def patch_gram_direct(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return reduce(workspace, work, tables, geometry.samples, index64)
+    reduce = reduction(work, tables, geometry.samples, index64)
+    return Gram((), (product,), work.workspace, reduce, (groups, dim, dim))
 
 
-def _as_pixels(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+def _as_images(x: Tensor) -> Tensor:
     """Rows as images of one pixel, for kernels that want an axis."""
-    if geometry.axes:
-        return x, geometry
-    return x.reshape(-1, geometry.channels, 1), replace(geometry, axes=(Axis(1, 1, 1, 0, 1),))
+    return x.reshape(-1, x.shape[-1], 1)
+
+
+def patch_gram_direct(
+    x: Tensor,
+    geometry: ConvGeometry,
+    config: Config | None = None,
+    parallel: int | None = None,
+    index64: bool = False,
+) -> Tensor:
+    """S (groups, D, D) in float32 of x, of any strides. At least one sample.
+
+    Args:
+        x: (N, C, *spatial), or (..., C) for a geometry without axes.
+        config: a square tile; chosen by the number of columns if not given.
+        parallel: programs assumed to run at the same time, if the device's own number is not meant.
+        index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
+    """
+    return direct_gram(x, geometry, config, parallel, index64)(x)
 
 
 _PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}

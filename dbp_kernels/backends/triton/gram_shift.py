@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..prepared import Gram, prepared
 from . import runtime
 from .configs import Config, configs, pinned, precision_key
 from .dot import dot
-from .pack import pack, packed_already, vector
-from .reduce import reduce
-from .runtime import KernelCase
+from .pack import empty_rows, pack, packed_already, vector
+from .reduce import reduction
+from .runtime import KernelCase, Launch
 from .work import AXES, Work, make_tables, shift_work, tile_pairs
 
 _MAX_INT = 2**31 - 1
@@ -161,22 +162,18 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(s // vector(x.dtype) for s in (strides[0], *missing, *strides[2:]))
 
 
-def partials(
-    x: Tensor, geometry: ConvGeometry, work: Work, config: Config, index64: bool = False
-) -> Tensor:
-    """The filled workspace for x, whose channels are rows as ``packed_already`` wants them."""
-    device = x.device
-    tables = make_tables(work, device)
-    workspace = torch.empty(work.workspace, dtype=torch.float32, device=device)
+def _product(
+    x: Tensor, geometry: ConvGeometry, work: Work, config: Config, index64: bool
+) -> Launch:
+    """Of the work's items. x: channels are rows as ``packed_already`` wants them."""
+    tables = make_tables(work, x.device)
     strides = _strides(x)
     missing = (1,) * (AXES - len(geometry.axes))
     steps = (*missing, *(a.stride for a in geometry.axes))
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
-    runtime.launch(
+    return Launch(
         gram_shift_kernel,
         (len(work.items),),
-        x,
-        workspace,
         tables.items,
         tables.boxes,
         x.shape[1] // vector(x.dtype),
@@ -192,7 +189,30 @@ def partials(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return workspace
+
+
+@prepared
+def shift_gram(
+    x: Tensor,
+    geometry: ConvGeometry,
+    config: Config | None = None,
+    parallel: int | None = None,
+    index64: bool = False,
+) -> Gram:
+    """What ``patch_gram_shift`` does, for inputs that look like x."""
+    target = runtime.target(x.device)
+    if config is None:
+        precision = precision_key(x.dtype)
+        config = pinned(KERNEL, precision, sizes(geometry), x.device)
+        config = config or choose(geometry.channels, geometry.group_channels, precision, target)
+    if parallel is None:
+        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
+    work = shift_work(geometry, config.block_m, config.block_k, parallel)
+    steps, rows = ((), x) if packed_already(x) else ((pack,), empty_rows(x))
+    product = _product(rows, geometry, work, config, index64)
+    reduce = reduction(work, make_tables(work, x.device), geometry.samples, index64)
+    shape = (geometry.groups, geometry.dim, geometry.dim)
+    return Gram(steps, (product,), work.workspace, reduce, shape)
 
 
 def patch_gram_shift(
@@ -209,19 +229,7 @@ def patch_gram_shift(
         parallel: programs assumed to run at the same time, if the device's own number is not meant.
         index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
     """
-    target = runtime.target(x.device)
-    if config is None:
-        precision = precision_key(x.dtype)
-        config = pinned(KERNEL, precision, sizes(geometry), x.device)
-        config = config or choose(geometry.channels, geometry.group_channels, precision, target)
-    if parallel is None:
-        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
-    if not packed_already(x):
-        x = pack(x)
-    work = shift_work(geometry, config.block_m, config.block_k, parallel)
-    workspace = partials(x, geometry, work, config, index64)
-    tables = make_tables(work, x.device)
-    return reduce(workspace, work, tables, geometry.samples, index64)
+    return shift_gram(x, geometry, config, parallel, index64)(x)
 
 
 # --------------------------------------------------------------------------- what is shipped

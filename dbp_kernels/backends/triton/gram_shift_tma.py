@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 import triton
@@ -22,19 +22,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...geometry import Axis, ConvGeometry
+from ..prepared import Gram, prepared
 from . import runtime
 from .configs import Config, configs, pinned, precision_key
 from .dot import dot
 from .gram_shift import divide, resident, sizes
 from .pack import pack_into, padded, vector
-from .reduce import reduce
-from .runtime import KernelCase
+from .reduce import reduction
+from .runtime import KernelCase, Launch
 from .work import (
     AXES,
     MAX_PIXELS,
     Box,
     Work,
-    keep_if_captured,
     make_tables,
     reciprocal,
     shift_work,
@@ -217,6 +217,54 @@ def choose(channels: int, group_channels: int, target: int) -> Config:
     return large
 
 
+@prepared
+def tma_gram(
+    x: Tensor,
+    geometry: ConvGeometry,
+    config: Config | None = None,
+    parallel: int | None = None,
+    index64: bool = False,
+) -> Gram:
+    """What ``patch_gram_shift_tma`` does, for inputs that look like x."""
+    target = runtime.target(x.device)
+    if config is None:
+        config = pinned(KERNEL, precision_key(x.dtype), sizes(geometry), x.device)
+        config = config or choose(geometry.channels, geometry.group_channels, target)
+    if parallel is None:
+        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
+    block, block_k = config.block_m, config.block_k
+    work = shift_work(geometry, block, block_k, parallel)
+    tables = make_tables(work, x.device)
+    channels = padded(x.shape[1], x.dtype)
+    numel = layout(geometry).rows * channels
+    launch = Launch(
+        gram_shift_tma_kernel,
+        (len(work.items),),
+        tables.items,
+        _run_table(work, layout(geometry), block_k, x.device),
+        channels // vector(x.dtype),
+        VECTOR=vector(x.dtype),
+        BLOCK=block,
+        BLOCK_K=block_k,
+        INDEX64=index64 or max(numel, work.workspace) > _MAX_INT,
+        UPCAST=runtime.INTERPRET and x.dtype == torch.bfloat16,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+    def product(x: Tensor, workspace: Tensor) -> None:
+        tiles = TensorDescriptor.from_tensor(x, [block_k, block])
+        launch(tiles=tiles, rows=x, workspace=workspace)
+
+    return Gram(
+        steps=(partial(pack_rows, geometry=geometry, index64=index64),),
+        products=(product,),
+        workspace=work.workspace,
+        reduce=reduction(work, tables, geometry.samples, index64),
+        shape=(geometry.groups, geometry.dim, geometry.dim),
+    )
+
+
 def patch_gram_shift_tma(
     x: Tensor,
     geometry: ConvGeometry,
@@ -225,35 +273,7 @@ def patch_gram_shift_tma(
     index64: bool = False,
 ) -> Tensor:
     """As ``gram_shift.patch_gram_shift``, for what is ``usable``."""
-    target = runtime.target(x.device)
-    if config is None:
-        config = pinned(KERNEL, precision_key(x.dtype), sizes(geometry), x.device)
-        config = config or choose(geometry.channels, geometry.group_channels, target)
-    if parallel is None:
-        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
-    rows = pack_rows(x, geometry, index64)
-    block, block_k = config.block_m, config.block_k
-    work = shift_work(geometry, block, block_k, parallel)
-    tables = make_tables(work, x.device)
-    workspace = torch.empty(work.workspace, dtype=torch.float32, device=x.device)
-    runtime.launch(
-        gram_shift_tma_kernel,
-        (len(work.items),),
-        TensorDescriptor.from_tensor(rows, [block_k, block]),
-        rows,
-        workspace,
-        tables.items,
-        keep_if_captured(_run_table(work, layout(geometry), block_k, x.device), x.device),
-        rows.shape[1] // vector(rows.dtype),
-        VECTOR=vector(rows.dtype),
-        BLOCK=block,
-        BLOCK_K=block_k,
-        INDEX64=index64 or max(rows.numel(), work.workspace) > _MAX_INT,
-        UPCAST=runtime.INTERPRET and x.dtype == torch.bfloat16,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return reduce(workspace, work, tables, geometry.samples, index64)
+    return tma_gram(x, geometry, config, parallel, index64)(x)
 
 
 # --------------------------------------------------------------------------- what is shipped

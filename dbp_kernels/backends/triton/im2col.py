@@ -18,7 +18,7 @@ from torch import Tensor
 from ...geometry import Axis, ConvGeometry
 from .gram_shift import divide
 from .work import AXES as MAX_AXES
-from .work import MAX_PIXELS, keep_if_captured, reciprocal
+from .work import MAX_PIXELS, reciprocal
 
 MAX_INT = 2**31 - 1
 STRIDES = ("stride_n", "stride_c", "stride_z", "stride_y", "stride_x")
@@ -153,7 +153,7 @@ def im2col(x: Tensor, geometry: ConvGeometry) -> Im2col:
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
     reach += sum(2 * a.padding * s for a, s in zip(axes, strides[2:]))
     return Im2col(
-        table=keep_if_captured(geometry_table(axes, x.device), x.device),
+        table=geometry_table(axes, x.device),
         strides=(*strides[:2], *missing, *strides[2:]),
         axes=len(axes),
         padded=any(a.padding for a in axes),

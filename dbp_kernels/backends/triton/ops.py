@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,10 +13,12 @@ from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
 from ...plans import UpdateRule
+from ...precision import change_in_tf32
 from ..eager import ops as eager
 from ..eager.unfold import rows
+from ..prepared import Gram, prepared
 from . import configs, gram_shift, gram_shift_tma, stats, update
-from .gram_direct import patch_gram_direct
+from .gram_direct import direct_gram
 from .runtime import dot_precision, target
 from .work import MAX_PIXELS
 
@@ -22,37 +27,41 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
     """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+    return _gram(x, geometry, choice)(x)
+
+
+@prepared
+def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None) -> Callable[[Tensor], Tensor]:
+    """What computes S of an input that looks like x."""
     if x.dtype == torch.float64:
-        return eager.patch_gram(x, geometry)
-    choice = choice or gram_choices(geometry, x.device.type, x.dtype)[0]
+        return partial(eager.patch_gram, geometry=geometry)
+    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "triton")[0]
     own = _OWN.get(choice.name)
     if own is None:
-        return eager.patch_gram(x, geometry, choice)
+        return partial(eager.patch_gram, geometry=geometry, choice=choice)
     if geometry.input_numel // geometry.channels > MAX_PIXELS:  # pixels are numbered in 32 bits
-        return eager.patch_gram(x, geometry)
+        return partial(eager.patch_gram, geometry=geometry)
     return own(x, geometry)
 
 
-def _shift(x: Tensor, geometry: ConvGeometry) -> Tensor:
+def _shift(x: Tensor, geometry: ConvGeometry) -> Gram:
     """By pointers, or by tensor descriptors where that was measured to be faster."""
     if gram_shift_tma.usable(x, geometry):
         where = configs.precision_key(x.dtype), gram_shift.sizes(geometry), x.device
         pointers, tma = (configs.seconds(k.KERNEL, *where) for k in (gram_shift, gram_shift_tma))
         if tma and pointers and tma < pointers:
-            return gram_shift_tma.patch_gram_shift_tma(x, geometry)
-    return gram_shift.patch_gram_shift(x, geometry)
+            return gram_shift_tma.tma_gram(x, geometry)
+    return gram_shift.shift_gram(x, geometry)
 
 
-_OWN = {"triton_shift": _shift, "triton_direct": patch_gram_direct}
+_OWN = {"triton_shift": _shift, "triton_direct": direct_gram}
 
 
 def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
     """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
     if R.dtype != torch.float32:
         return eager.decor_stats(x, R, geometry)
-    fused = stats.fits(geometry, target(x.device), dot_precision(R.dtype))
-    offered = stats_choices(geometry, x.device.type, x.dtype)
-    choice = next(c for c in offered if fused or c.name != "fused")
+    choice = _stats_choice(x, geometry)
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)[:2]
     if choice.name == "gram":
@@ -68,6 +77,13 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
     return M, V
 
 
+@prepared
+def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
+    fused = stats.fits(geometry, target(x.device), dot_precision(torch.float32))
+    offered = stats_choices(geometry, x.device.type, x.dtype, "triton")
+    return next(c for c in offered if fused or c.name != "fused")
+
+
 def decor_update(
     x: Tensor,
     R: Tensor,
@@ -81,7 +97,7 @@ def decor_update(
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
     if R.dtype != torch.float32:
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
-    choice = choice or update_choices(geometry, x.device.type, x.dtype)[0]
+    choice = choice or _update_choice(x, geometry, change_in_tf32())
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.gram)
         if demean:
@@ -94,6 +110,12 @@ def decor_update(
             Z = Z - Z.mean(1, keepdim=True)
         return update_direct(Z, R, lr, kappa, rule)
     return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+
+
+@prepared
+def _update_choice(x: Tensor, geometry: ConvGeometry, change: bool) -> Choice:
+    """``change``: of what it depends on, the one thing that others do not."""
+    return update_choices(geometry, x.device.type, x.dtype, "triton")[0]
 
 
 def update_from_gram(

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import runtime
-from .runtime import KernelCase
+from ..prepared import ALIGNMENT, prepared
+from .runtime import KernelCase, Launch
 
-_ALIGNMENT = 16  # bytes
 _MAX_INT = 2**31 - 1
 _TILES = ((32, 64), (128, 16))  # (pixels, channels) of one program; the second for few channels
 _SIZES = ("size_z", "size_y", "size_x")
@@ -72,7 +71,7 @@ def pack_kernel(
 
 def vector(dtype: torch.dtype) -> int:
     """Elements in 16 bytes."""
-    return _ALIGNMENT // dtype.itemsize
+    return ALIGNMENT // dtype.itemsize
 
 
 def padded(channels: int, dtype: torch.dtype) -> int:
@@ -87,7 +86,7 @@ def packed_already(x: Tensor) -> bool:
     return (
         (x.stride(1) == 1 or x.shape[1] == 1)
         and x.shape[1] % unit == 0
-        and x.data_ptr() % _ALIGNMENT == 0
+        and x.data_ptr() % ALIGNMENT == 0
         and all(s % unit == 0 for s in strides)
     )
 
@@ -115,27 +114,31 @@ def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None, index64: bool 
         out: (N, C', *spatial) with rows of channels as ``packed_already`` wants them.
         index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
     """
-    if out.numel() == 0:
-        return
-    unit = vector(out.dtype)
-    strides = [t.stride()[:1] + t.stride()[2:] for t in (x, out)]
-    dims = merged(x.shape[:1] + x.shape[2:], *strides)
+    if out.numel() > 0:
+        _launch(x, out.dtype, out.shape[1], out.stride(), index64)(x=x, out=out, mean=mean)
+
+
+@prepared
+def _launch(
+    x: Tensor, dtype: torch.dtype, channels: int, strides: tuple[int, ...], index64: bool
+) -> Launch:
+    """To an output of this dtype, these channels and strides."""
+    unit = vector(dtype)
+    layouts = (x.shape, x.stride()), ((x.shape[0], channels, *x.shape[2:]), strides)
+    reach = max(1 + sum((n - 1) * s for n, s in zip(*layout)) for layout in layouts)
+    dims = merged(*(d[:1] + d[2:] for d in (x.shape, x.stride(), strides)))
     dims = [(1, 0, 0)] * (4 - len(dims)) + dims
     sizes, x_strides, out_strides = zip(*dims)
-    block_x, block_c = _TILES[0 if out.shape[1] > 16 else 1]
-    reach = max(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) for t in (x, out))
-    runtime.launch(
+    block_x, block_c = _TILES[0 if channels > 16 else 1]
+    return Launch(
         pack_kernel,
         (
             sizes[0] * sizes[1] * sizes[2] * triton.cdiv(sizes[3], block_x),
-            triton.cdiv(out.shape[1], block_c),
+            triton.cdiv(channels, block_c),
         ),
-        x,
-        out,
-        mean,
         *sizes[1:],
         x.shape[1],
-        out.shape[1] // unit,
+        channels // unit,
         *x_strides,
         x.stride(1),
         *(s // unit for s in out_strides),
@@ -155,11 +158,16 @@ def pack(
     index64: bool = False,
 ) -> Tensor:
     """A copy of x (N, C, *spatial) minus ``mean`` in channels-last order, channels padded by zeros."""
-    dtype = dtype or x.dtype
-    shape = (x.shape[0], *x.shape[2:], padded(x.shape[1], dtype))
-    out = torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
+    out = empty_rows(x, dtype)
     pack_into(out, x, mean, index64)
     return out
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What ``pack`` writes."""
+    dtype = dtype or x.dtype
+    shape = (x.shape[0], *x.shape[2:], padded(x.shape[1], dtype))
+    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
 
 
 def cases(target: int) -> list[KernelCase]:

@@ -7,13 +7,10 @@ slot are zero; nothing has to be cleared beforehand.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import runtime
-from .runtime import KernelCase
+from .runtime import KernelCase, Launch
 from .work import SYMMETRIC, TRANSPOSED, Tables, Work
 
 _TRANSPOSED = tl.constexpr(TRANSPOSED)
@@ -123,23 +120,18 @@ def reduce_kernel(
         tl.store(at, tl.trans(total), mask=tl.trans(inside))
 
 
-def reduce(
-    workspace: Tensor, work: Work, tables: Tables, samples: int, index64: bool = False
-) -> Tensor:
-    """S (groups, D, D) from a filled workspace: sums over the slots, divided by ``samples``.
+def reduction(work: Work, tables: Tables, samples: int, index64: bool = False) -> Launch:
+    """The launch that makes out (groups, D, D) of a filled workspace, its arguments.
 
-    ``index64`` forces 64-bit addresses; they are used anyway where 32 bits might not do.
+    Sums over the slots are divided by ``samples``. ``index64`` forces 64-bit addresses; they are
+    used anyway where 32 bits might not do.
     """
-    groups = work.channels // work.group_channels
     taps = work.program.taps
-    dim = work.group_channels * taps
-    out = torch.empty(groups, dim, dim, dtype=torch.float32, device=workspace.device)
+    numel = work.channels * work.group_channels * taps**2
     squares = triton.cdiv(work.block * taps, SQUARE)
-    runtime.launch(
+    return Launch(
         reduce_kernel,
         (len(work.upper) * squares * squares,),
-        workspace,
-        out,
         tables.tiles,
         tables.taps,
         tables.slots,
@@ -154,11 +146,10 @@ def reduce(
         1 / samples,
         BLOCK=work.block,
         SQUARE=SQUARE,
-        INDEX64=index64 or max(work.workspace, out.numel()) > _MAX_INT,
+        INDEX64=index64 or max(work.workspace, numel) > _MAX_INT,
         num_warps=WARPS,
         num_stages=2,
     )
-    return out
 
 
 def cases(target: int) -> list[KernelCase]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...precision import tf32
+from ..prepared import ALIGNMENT, forget
 
 # Triton reads this once, when it is imported: the kernels of a process are either all interpreted
 # (on CPU tensors) or all compiled.
@@ -56,10 +57,13 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class Simulator:
-    """Stands in for the GPU in tests: ``launch(kernel, grid, arguments, num_warps, num_stages)``."""
+    """Stands in for the GPU: ``launch(kernel, grid, arguments, num_warps, num_stages)``.
+
+    Without ``launch`` kernels start as on a GPU: for a driver of Triton's that stands in for it.
+    """
 
     target: int
-    launch: Callable[[Any, tuple[int, ...], dict[str, Any], int, int], None]
+    launch: Callable[[Any, tuple[int, ...], dict[str, Any], int, int], None] | None
 
 
 _simulator: Simulator | None = None
@@ -69,6 +73,7 @@ def simulate(simulator: Simulator | None) -> None:
     """From now on compiled kernels go to ``simulator`` and take CPU tensors; None ends it."""
     global _simulator
     _simulator = simulator
+    forget()
 
 
 def on_cpu() -> bool:
@@ -76,28 +81,68 @@ def on_cpu() -> bool:
     return INTERPRET or _simulator is not None
 
 
+class Launch:
+    """A kernel, its grid and its arguments but for those that come first: tensors, given by calls.
+
+    The one place kernels start from: on the tensors' device, on its current stream. An empty grid
+    launches nothing. Triton takes 15 us and more to see which compiled variant the arguments want;
+    here only tensors differ from call to call, so what it compiled is kept for such tensors.
+
+    Args:
+        fixed, constants: the arguments after the tensors, by position and by name.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        *fixed: Any,
+        num_warps: int,
+        num_stages: int,
+        **constants: Any,
+    ):
+        self._kernel, self._grid = kernel, tuple(grid)
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        names = kernel.arg_names
+        count = len(names) - len(constants)
+        self._tensors = names[: count - len(fixed)]
+        self._fixed = (*fixed, *[constants[name] for name in names[count:]])
+        self._compiled: dict[tuple, Callable[..., None]] = {}
+
+    def __call__(self, **tensors: Any) -> None:
+        """Starts the kernel. A tensor may be None where the kernel says so, or a descriptor."""
+        if 0 in self._grid:
+            return
+        arguments = [*[tensors[name] for name in self._tensors], *self._fixed]
+        if _simulator is not None and _simulator.launch is not None:
+            named = dict(zip(self._kernel.arg_names, arguments))
+            _simulator.launch(self._kernel, self._grid, named, *self._options.values())
+        elif INTERPRET:
+            self._kernel[self._grid](*arguments, **self._options, **OPTIONS)
+        else:
+            self._start(arguments)
+
+    def _start(self, arguments: list[Any]) -> None:
+        given = [a for a in arguments[: len(self._tensors)] if isinstance(a, Tensor)]
+        variant = tuple([(a.dtype, a.data_ptr() % ALIGNMENT == 0) for a in given])
+        with torch.cuda.device_of(given[0]):
+            start = self._compiled.get(variant)
+            if start is not None:
+                start(*arguments)
+                return
+            from triton.compiler import CompiledKernel
+
+            compiled = self._kernel[self._grid](*arguments, **self._options, **OPTIONS)
+            if isinstance(compiled, CompiledKernel):
+                self._compiled[variant] = compiled[(*self._grid, 1, 1)[:3]]
+
+
 def launch(
     kernel: Any, grid: Sequence[int], *args: Any, num_warps: int, num_stages: int, **kwargs: Any
 ) -> None:
-    """The one place kernels start from: on the tensors' device, on its current stream.
-
-    ``args`` and ``kwargs`` are the kernel's arguments in any mix, constexprs included. An empty
-    grid launches nothing.
-    """
-    grid = tuple(grid)
-    if 0 in grid:
-        return
-    if _simulator is not None:
-        arguments = dict(zip(kernel.arg_names, args)) | kwargs
-        _simulator.launch(kernel, grid, arguments, num_warps, num_stages)
-        return
-    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
-    if INTERPRET:
-        kernel[grid](*args, **kwargs, **options)
-        return
-    anchor = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-    with torch.cuda.device_of(anchor):
-        kernel[grid](*args, **kwargs, **options)
+    """A kernel that starts once: ``args`` and ``kwargs`` are its arguments, constexprs included."""
+    tensors = dict(zip(kernel.arg_names, args))
+    Launch(kernel, grid, num_warps=num_warps, num_stages=num_stages, **kwargs)(**tensors)
 
 
 def unusable(device_type: str) -> str | None:

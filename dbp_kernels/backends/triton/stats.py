@@ -7,6 +7,8 @@ kernel sums their partial matrices in a fixed order. Costs 4 n D^2, so it is for
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry
 from ...plans import UpdateRule
-from .configs import Config, configs
+from ..prepared import prepared
+from .configs import Config, configs, pinned
 from .dot import round_tf32
+from .gram_direct import sizes
 from .im2col import STRIDES, columns, im2col, patches, pixels, readable
-from .runtime import KernelCase, dot_precision, launch, sm_count, target
+from .runtime import KernelCase, Launch, dot_precision, sm_count, target
 from .update import upper_tile
 
 
@@ -126,49 +130,43 @@ def fits(geometry: ConvGeometry, capability: int, precision: str) -> bool:
     return 0 < geometry.dim <= largest and geometry.samples > 0 and readable(geometry)
 
 
-def choose_config(dim: int, precision: str, capability: int) -> Config:
-    """The smallest accumulator that holds D x D."""
+def choose_config(geometry: ConvGeometry, precision: str, device: torch.device) -> Config:
+    """The measured best, else the smallest accumulator that holds D x D."""
+    dim, capability = geometry.dim, target(device)
     fit = [c for c in configs(KERNEL, precision, capability) if c.block_m >= dim]
     if not fit:
         raise ValueError(
             f"D={dim} is too large for the fused kernel on compute capability {capability}"
         )
-    return min(fit, key=lambda c: c.block_m)
+    best = pinned(KERNEL, precision, sizes(geometry), device)
+    return best if best in fit else min(fit, key=lambda c: c.block_m)
 
 
-def decor_stats(
-    x: Tensor,
-    R: Tensor,
-    geometry: ConvGeometry,
-    rule: UpdateRule | None = None,
-    config: Config | None = None,
-    index64: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal, V (groups, D) and the loss (groups,), all float32.
+class _Launches(NamedTuple):
+    """Both launches, and what they need: parts of the samples, side of a partial matrix, squares."""
 
-    x of any strides in float16, bfloat16 or float32, R (groups, D, D) float32. The loss is that of
-    ``rule`` (standard, kappa = 0.5, if none is given).
-    """
-    groups, dim = geometry.groups, geometry.dim
-    rule = rule or UpdateRule.make("standard", 0.5, dim)
+    partials: Launch
+    reduce: Launch
+    parts: int
+    block: int
+    squares: int
+
+
+@prepared
+def _launches(
+    x: Tensor, geometry: ConvGeometry, rule: UpdateRule, config: Config | None, index64: bool
+) -> _Launches:
     precision = dot_precision(torch.float32)
-    config = config or choose_config(dim, precision, target(x.device))
-    if not geometry.axes:
-        x = x.reshape(-1, geometry.channels)
+    config = config or choose_config(geometry, precision, x.device)
     source = im2col(x, geometry)
-
     block, step = config.block_m, config.block_k
-    samples = geometry.samples
+    groups, dim, samples = geometry.groups, geometry.dim, geometry.samples
     parts = max(1, min(2 * sm_count(x.device) // groups, samples // (_SHORTEST * step)))
     length = triton.cdiv(samples, parts * step) * step
     parts = triton.cdiv(samples, length)
-    workspace = R.new_empty(groups, parts, block, block)
-    launch(
+    partials = Launch(
         decor_stats_kernel,
         (groups * parts,),
-        x,
-        R.contiguous(),
-        workspace,
         source.table,
         *source.strides,
         dim,
@@ -186,15 +184,10 @@ def decor_stats(
         num_stages=config.num_stages,
     )
     side = triton.cdiv(dim, SQUARE)
-    C, V = R.new_empty(groups, dim, dim), R.new_empty(groups, dim)
-    loss = R.new_empty(groups, side * (side + 1) // 2)
-    launch(
+    squares = side * (side + 1) // 2
+    reduce = Launch(
         decor_stats_reduce_kernel,
-        (loss.numel(),),
-        workspace,
-        C,
-        V,
-        loss,
+        (groups * squares,),
         dim,
         parts,
         side,
@@ -206,6 +199,32 @@ def decor_stats(
         num_warps=1,
         num_stages=3,
     )
+    return _Launches(partials, reduce, parts, block, squares)
+
+
+def decor_stats(
+    x: Tensor,
+    R: Tensor,
+    geometry: ConvGeometry,
+    rule: UpdateRule | None = None,
+    config: Config | None = None,
+    index64: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal, V (groups, D) and the loss (groups,), all float32.
+
+    x of any strides in float16, bfloat16 or float32, R (groups, D, D) float32. The loss is that of
+    ``rule`` (standard, kappa = 0.5, if none is given).
+    """
+    groups, dim = geometry.groups, geometry.dim
+    rule = rule or UpdateRule.make("standard", 0.5, dim)
+    if not geometry.axes:
+        x = x.reshape(-1, geometry.channels)
+    launches = _launches(x, geometry, rule, config, index64)
+    workspace = R.new_empty(groups, launches.parts, launches.block, launches.block)
+    C, V = R.new_empty(groups, dim, dim), R.new_empty(groups, dim)
+    loss = R.new_empty(groups, launches.squares)
+    launches.partials(x=x, R=R.contiguous(), workspace=workspace)
+    launches.reduce(workspace=workspace, C=C, V=V, loss=loss)
     return C, V, loss.sum(1)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...plans import UpdateRule
 from ...precision import products_of_change
+from ..prepared import prepared
 from .configs import Config, configs, pinned
 from .dot import dot
-from .runtime import KernelCase, dot_precision, launch, sm_count, target
+from .runtime import KernelCase, Launch, dot_precision, sm_count, target
 
 
 @triton.jit
@@ -137,20 +138,25 @@ def symmetric_update(
 
     E is written to ``out`` if given (contiguous).
     """
-    groups, dim, inner = A.shape
+    groups, dim, _ = A.shape
     A, B = A.contiguous(), B.contiguous()
+    launch, tiles = _launch(A, alpha, rule, config)
+    E = torch.empty(groups, dim, dim, dtype=A.dtype, device=A.device) if out is None else out
+    loss = A.new_empty(groups, tiles)
+    launch(A=A, B=B, E=E, loss=loss)
+    return E, loss.sum(1)
+
+
+@prepared
+def _launch(A: Tensor, alpha: float, rule: UpdateRule, config: Config | None) -> tuple[Launch, int]:
+    """The launch without its tensors, and the tiles of one matrix."""
+    groups, dim, inner = A.shape
     precision = dot_precision(torch.float32)
     config = config or choose_config(groups, dim, inner, precision, A.device)
-    E = torch.empty(groups, dim, dim, dtype=A.dtype, device=A.device) if out is None else out
     tiles = _tiles(dim, config)
-    loss = A.new_empty(groups, tiles)
-    launch(
+    launch = Launch(
         symmetric_update_kernel,
         (groups * tiles,),
-        A,
-        B,
-        E,
-        loss,
         dim,
         inner,
         triton.cdiv(dim, config.block_m),
@@ -166,7 +172,7 @@ def symmetric_update(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return E, loss.sum(1)
+    return launch, tiles
 
 
 def update_from_gram(

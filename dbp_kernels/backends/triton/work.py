@@ -21,7 +21,6 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,6 @@ MAX_PIXELS = 2**31 - 2**16  # of one box, over all images: pixel numbers and the
 STRAIGHT, TRANSPOSED, SYMMETRIC = 0, 1, 2
 
 Triple = tuple[int, int, int]
-T = TypeVar("T", "Tables", Tensor)
 
 
 @dataclass(frozen=True)
@@ -388,28 +386,12 @@ def _box_row(box: Box) -> list[int]:
     return words
 
 
-_captured: set[object] = set()
-
-
-def keep_if_captured(tables: T, device: torch.device) -> T:
-    """Called at every use of a cached table: the replays of a CUDA graph read the same memory, so
-    what is used while one is captured must never leave the cache.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.add(tables)
-    return tables
-
-
+@lru_cache(maxsize=128)
 def make_tables(work: Work, device: torch.device) -> Tables:
     """The tables on a device. Only the first call for a geometry copies them there.
 
     That copy cannot be captured in a CUDA graph: run once before capturing, as torch advises anyway.
     """
-    return keep_if_captured(_make_tables(work, device), device)
-
-
-@lru_cache(maxsize=128)
-def _make_tables(work: Work, device: torch.device) -> Tables:
     number = {pair: p for p, pair in enumerate(work.pairs)}
     tiles = [[i, j, number[i, j], number[j, i]] for i, j in work.upper]
     start: dict[tuple[int, ...], int] = {}
