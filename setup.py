@@ -23,7 +23,7 @@ class BuildCuda(build_ext):
     """One shared library with torch ops: not a Python module, so no Python version in its name."""
 
     def build_extension(self, extension):
-        library = cuda.build(Path(self.build_temp, "cuda").absolute())
+        library = cuda.build(cuda.DIRECTORY)
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, target)

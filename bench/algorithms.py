@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .registry import Case
-from .rivals import Rival
+from .rivals import NotApplicable, Rival
 
 
 def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
@@ -35,7 +35,7 @@ def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
         ops = importlib.import_module(f"dbp_kernels.backends.{backend}.ops")
         call = ops._gram(x, geometry_of(case), choice)
         if not isinstance(call, Gram):
-            raise RuntimeError(f"no kernel of {name} covers this input: torch would compute it")
+            raise NotApplicable(f"no kernel of {name} covers this input: torch would compute it")
         return call(x)
 
     def why_not(case: Case) -> str:
@@ -52,7 +52,7 @@ def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
 
 @lru_cache(maxsize=1024)
 def geometry_of(case: Case):
-    """The library's geometry of a case."""
+    """The convolution of a case."""
     from dbp_kernels.geometry import make_geometry
 
     lists = (case.kernel, case.stride, case.padding, case.dilation)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shlex
 import sys
 import time
@@ -371,17 +370,13 @@ def _kernels(meter: Meter) -> dict:
 def _sm90(meter: Meter) -> dict:
     """Fractions of the bfloat16 peak, by padded side, of the form for compute capability 9.0."""
     from dbp_kernels import backends
-    from dbp_kernels.backends.cuda import library
+    from dbp_kernels.backends.cuda import library, ops
+    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planner import gram_choices
 
     if backends.unusable("cuda", "cuda") or library.sm90_problem():
         return {}
-    return {"sm90": _sm90_points(meter, _peak(meter, torch.bfloat16))}
-
-
-def _sm90_points(meter: Meter, peak: float) -> list:
-    from dbp_kernels.backends.cuda import ops
-    from dbp_kernels.geometry import make_geometry
-    from dbp_kernels.planner import gram_choices
+    peak = _peak(meter, torch.bfloat16)
 
     def rate(channels: int) -> float:
         x = meter.random(64, channels, 56, 56).bfloat16()
@@ -391,7 +386,7 @@ def _sm90_points(meter: Meter, peak: float) -> list:
         choice = next(c for c in offered if c.name == "cuda_sm90")
         return choice.gflop / meter.seconds(lambda: ops.patch_gram(x, geometry, choice)) / peak
 
-    return [[side, rate(side)] for side in (64, 128)]
+    return {"sm90": [[side, rate(side)] for side in (64, 128)]}
 
 
 PARTS: dict[str, Callable[[Meter], dict]] = {
@@ -444,7 +439,7 @@ def header(device: torch.device, command: str) -> dict:
 
 def default_path(content: dict) -> Path:
     """E.g. dbp_kernels/calibrations/amd-epyc-2-threads.json."""
-    name = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    name = machine.slug(content["device"])
     threads = f"-{content['threads']}-threads" if content["type"] == "cpu" else ""
     return FOLDER / f"{name}{threads}.json"
 

@@ -165,9 +165,15 @@ def _report(arguments: Sequence[str]) -> int:
     out = argparse.ArgumentParser(
         prog="python -m bench report", description="Tables and plot from a saved result."
     )
+    out.add_argument("--adopt", action="store_true", help="put what a device check found to use")
+    out.add_argument("--force", action="store_true", help="adopt another version's result too")
     out.add_argument("file", type=Path, help="a result that --save wrote")
     out.add_argument("--plot", type=Path, metavar="PNG", help="default: beside FILE")
     options = out.parse_args(arguments)
+    if options.adopt:
+        from . import adopt
+
+        return adopt.main(options.file, options.force)
     try:
         result = json.loads(options.file.read_text())
         text = report.text_report(result)

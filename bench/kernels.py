@@ -13,7 +13,7 @@ from . import check, machine
 from .algorithms import algorithms
 from .memory import extra_bytes
 from .registry import Case
-from .rivals import RIVALS, Rival, rivals_on
+from .rivals import RIVALS, NotApplicable, Rival, rivals_on
 from .timing import time_interleaved, time_replayed
 
 OURS = "dbp"
@@ -166,6 +166,8 @@ def _judge(
     try:
         with torch.no_grad():
             err = check.error(method.compute(x, case), exact)
+    except NotApplicable as reason:
+        return {"status": "n/a", "reason": str(reason)}
     except Exception as failure:  # whatever it is, the other methods get their numbers
         return failed(failure)
     limit = check.bound(name == OURS or method.ours, plain_error, x)

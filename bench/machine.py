@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from dbp_kernels.calibration import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = "packed.json"  # of a packed folder, which is no clone: says what it was made from
 
 
 def _git(*arguments: str) -> str | None:
@@ -23,17 +26,34 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _packed() -> dict | None:
+    try:
+        return json.loads((ROOT / MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+
+
 def commit() -> str | None:
-    """The clone's commit, None outside of one."""
-    return _git("rev-parse", "HEAD")
+    """The commit of the clone, or of the packed folder; None outside of one."""
+    packed = _packed()
+    return packed["commit"] if packed else _git("rev-parse", "HEAD")
 
 
 def dirty() -> bool | None:
     """Whether the code that a benchmark runs differs from the commit."""
+    packed = _packed()
+    if packed:
+        return packed["dirty"]
     status = _git(
-        "status", "--porcelain", "--", "dbp_kernels", "bench", "experiments", ":!bench/results"
+        *("status", "--porcelain", "--"),
+        *("dbp_kernels", "csrc", "bench", "experiments", ":!bench/results"),
     )
     return None if status is None else bool(status)
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's, e.g. nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def cache_bytes(device: torch.device) -> int:

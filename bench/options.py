@@ -13,6 +13,7 @@ from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES
 
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
+python -m bench report --adopt FILE        puts what a device check found into this clone
 python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench tune                       finds the GPU's fastest tile shapes and pins them

@@ -8,10 +8,11 @@ from pathlib import Path
 from . import bars
 from .accumulation import AT_EACH
 from .budget import plot_budget
+from .training_report import plot_training
 
 
 def plot(result: dict, path: Path) -> bool:
-    """Draws speed-ups and roofline of the kernels, ratios of networks, scaling; bars marked.
+    """Draws speed-ups and roofline of the kernels, ratios of networks, scaling, training; bars marked.
 
     Returns False, and draws nothing, where the result has none of them.
     """
@@ -71,6 +72,8 @@ def _panels(result: dict) -> list[tuple[float, Callable]]:
         sweeps = len({record["sweep"] for record in scaling})
         draw = lambda part: kernel_plots.plot_scaling(part, scaling)  # noqa: E731
         panels.append((3 * ((sweeps + 1) // 2) + 0.4, draw))
+    if result.get("training"):
+        panels.append((3.2, lambda part: plot_training(part, result["training"])))
     return panels
 
 

@@ -10,6 +10,7 @@ from .kernel_tables import kernel_table, means_text, scaling_table
 from .network_tables import memory_table, step_table, step_text, update_table
 from .regret_tables import regret_table
 from .table import format_table
+from .training_report import training_table
 
 # {suite: (heading, what makes its text from its records)}
 _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
@@ -21,6 +22,7 @@ _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {
     "scaling": ("patch_gram as one size grows", scaling_table),
     "regret": ("the planner's choices", regret_table),
     "budget": ("budgets", budget_table),
+    "training": ("training", training_table),
     "host_time": ("Python's part of one call of patch_gram", host_time.table),
 }
 

@@ -27,14 +27,19 @@ class Rival:
     Attributes:
         label: for tables.
         compute: (input, case) -> S.
-        why_not: case -> a sentence why the rival does not apply, or "".
-        ours: held to what ours may err, not to what a rival may.
+        why_not: case -> a sentence why the rival does not apply, or "". What only the input tells
+            ``compute`` says, by raising NotApplicable.
+        ours: one of our own kernels, held to their bound.
     """
 
     label: str
     compute: Callable[[Tensor, Case], Tensor]
     why_not: Callable[[Case], str]
     ours: bool = False
+
+
+class NotApplicable(Exception):
+    """A method is not for this input; says why."""
 
 
 def unfold_matmul(x: Tensor, case: Case) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 from dbp_kernels.precision import matmul_precision
 
 from . import check, machine, registry
+from .algorithms import geometry_of
 from .kernels import Settings, make_input
 from .timing import time_interleaved, time_replayed
 
@@ -122,7 +122,7 @@ def _gram_problem(
     )
 
     settings = Settings(device, PRECISIONS[precision], channels_last=True)
-    x, geometry = make_input(case, settings), _geometry(case)
+    x, geometry = make_input(case, settings), geometry_of(case)
     compute = {
         gram_shift.KERNEL: gram_shift.patch_gram_shift,
         gram_direct.KERNEL: gram_direct.patch_gram_direct,
@@ -150,21 +150,13 @@ def _in(precision: str, run: Callable) -> Callable:
     return within
 
 
-def _geometry(case: registry.Case):
-    from dbp_kernels.geometry import make_geometry
-
-    lists = (case.kernel, case.stride, case.padding, case.dilation)
-    window = (*(() if case.is_linear else v for v in lists), case.groups)
-    return make_geometry(case.input_shape, *window)
-
-
 def _stats_problem(precision: str, case: registry.Case, device: torch.device) -> Problem | None:
     """Of the fused statistics; None where D is too large for every tile."""
     from dbp_kernels import reference
     from dbp_kernels.backends.triton import configs, gram_direct, runtime, stats
 
     settings = Settings(device, torch.bfloat16, channels_last=True)
-    x, geometry = make_input(case, settings), _geometry(case)
+    x, geometry = make_input(case, settings), geometry_of(case)
     dim = geometry.dim
     every = configs.configs(stats.KERNEL, precision, runtime.target(device))
     fit = tuple(c for c in every if c.block_m >= dim)
@@ -290,7 +282,6 @@ def tune(
 
 def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER) -> Path:
     """Writes (or replaces) the GPU's file."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     content = {
         "capability": capability,
         "device": device_name,
@@ -301,7 +292,7 @@ def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER)
         },
         "pinned": table,
     }
-    path = folder / f"{name}.json"
+    path = folder / f"{machine.slug(device_name)}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

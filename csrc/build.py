@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+DIRECTORY = CSRC.parent / "build" / "cuda"  # objects: compiled once, whoever asks
 LIBRARY = "libdbp_cuda.so"
 ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 TORCH_TARGET = "0x020b000000000000ULL"  # the library uses nothing newer than LibTorch 2.11's ABI
@@ -167,10 +168,13 @@ def write_ninja(directory: Path, architectures: str) -> Path:
     """Writes build.ninja. Returns the library's path."""
     nvcc, torch = find_nvcc(), find_torch()
     gencode = gencode_flags(architectures)
-    kernel_flags = f"{_NVCC_FLAGS} {' '.join(gencode)}"
+    # file names in error messages say nothing of the machine that compiled them
+    folders = (CSRC.parent, torch.parent, torch.resolve().parent)
+    names = "-Xcompiler " + ",".join(f"-ffile-prefix-map={folder}/=" for folder in folders)
+    kernel_flags = f"{_NVCC_FLAGS} {names} {' '.join(gencode)}"
     targets = " ".join(_entries(architectures))
     binding_flags = (
-        f"{_NVCC_FLAGS} {gencode[0]} -DTORCH_TARGET_VERSION={TORCH_TARGET} "
+        f"{_NVCC_FLAGS} {names} {gencode[0]} -DTORCH_TARGET_VERSION={TORCH_TARGET} "
         f"'-DDBP_TARGETS=\"{targets}\"' "
         f"-isystem {torch}/include -isystem {torch}/include/torch/csrc/api/include"
     )
@@ -178,7 +182,7 @@ def write_ninja(directory: Path, architectures: str) -> Path:
     # runtime is linked in statically, so that the file does not ask for one version of it.
     text = _NINJA.format(
         nvcc=nvcc,
-        link=f"{nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL",
+        link=f"{nvcc} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL",
         libraries=f"-L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu",
     )
     objects = []
@@ -188,7 +192,6 @@ def write_ninja(directory: Path, architectures: str) -> Path:
             text += f"build {target}: kernels {_escape(source)}\n  flags = {flags}\n"
             objects.append(target)
     text += f"build {LIBRARY}: link {' '.join(objects)}\ndefault {LIBRARY}\n"
-    directory.mkdir(parents=True, exist_ok=True)
     file = directory / "build.ninja"
     if not file.is_file() or file.read_text() != text:
         file.write_text(text)
@@ -196,26 +199,31 @@ def write_ninja(directory: Path, architectures: str) -> Path:
 
 
 def build(directory: Path, architectures: str | None = None, jobs: str | None = None) -> Path:
-    """Compiles what changed in ``directory``. Returns the library's path.
+    """Compiles what changed in ``directory``, one process at a time. Returns the library's path.
 
     Raises RuntimeError if something needed is missing, CalledProcessError if compilation fails.
     """
     reason = missing()
     if reason:
         raise RuntimeError(reason)
+    import fcntl  # not on Windows, where setup.py is read too
+
     architectures = architectures or requested_architectures()
     jobs = jobs or os.environ.get("MAX_JOBS")
-    library = write_ninja(directory, architectures)
-    (directory / "nvcc").write_text(nvcc_version())
-    subprocess.run(
-        [find_ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])], check=True
-    )
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = write_ninja(directory, architectures)
+        (directory / "nvcc").write_text(nvcc_version())
+        subprocess.run(
+            [find_ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])], check=True
+        )
     return library
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=CSRC.parent / "build" / "cuda")
+    parser.add_argument("--directory", type=Path, default=DIRECTORY)
     parser.add_argument(
         "--in-place", action="store_true", help="put the library into this clone's dbp_kernels too"
     )

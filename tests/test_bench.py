@@ -305,6 +305,14 @@ def test_a_wrong_method_gets_no_number():
     assert bars.speedup(record, "unfold") is None
 
 
+def test_a_method_may_say_that_an_input_is_not_for_it():
+    def compute(x, case):
+        raise rivals.NotApplicable("float32 is not for it")
+
+    record = kernels.run_case(TINY, FAST, {"dbp": always("dbp", compute)})
+    assert record["methods"]["dbp"] == {"status": "n/a", "reason": "float32 is not for it"}
+
+
 def test_our_own_kernels_are_held_to_their_own_bound():
     def slightly_off(x, case):
         return rivals.unfold_matmul(x, case) * (1 + 5e-6)

@@ -211,7 +211,7 @@ def test_cpu_time_is_not_spent_asleep():
     assert timing.time_once(lambda: time.sleep(0.1), torch.device("cpu")) > 0.09
 
 
-def test_the_kernels_of_capability_9_0_are_calibrated_by_their_own_launches():
+def test_the_kernels_of_capability_9_0_are_calibrated_by_their_own_launches(monkeypatch):
     class Meter:
         def random(self, images, channels, *size):
             return torch.zeros(1, channels, 8, 8)
@@ -221,8 +221,9 @@ def test_the_kernels_of_capability_9_0_are_calibrated_by_their_own_launches():
             return 2.0
 
     launched = []
+    monkeypatch.setattr(calibrate, "_peak", lambda meter, dtype: 1e-3)
     with host_time.stubbed("cuda", launched.append):
-        (low, high) = calibrate._sm90_points(Meter(), peak=1e-3)
+        (low, high) = calibrate._sm90(Meter())["sm90"]
     assert launched.count("gram_shift_sm90") == 2
     pixels = 8 * 7  # that a shift by one leaves of 8 x 8; there are 13 shifts
     for side, rate in (low, high):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 from dbp_kernels.verify.workers import PASSED
 
 from .. import bars, machine
-from . import groups
+from . import groups, pack
 from .describe import DESCRIBE, FOUND
 from .result import Result
 from .runner import run_groups, run_stage
@@ -39,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[2:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
+    if options.pack:
+        return pack.main(options.pack, options.data, not options.no_download)
     if options.installed:
         return _start_beside_the_source([a for a in arguments if a != "--installed"])
     begin = time.monotonic()
@@ -99,6 +100,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check the installed package (a wheel, say) instead of this folder's source",
     )
+    packing = out.add_argument_group("for a machine without network")
+    packing.add_argument(
+        "--pack",
+        type=Path,
+        metavar="DIR",
+        help="instead make this folder: wheel, tests, spare wheels and run.sh, which starts the check",
+    )
+    packing.add_argument(
+        "--data", type=Path, help="a folder of CIFAR-10's parquet files, to go along"
+    )
+    packing.add_argument(
+        "--no-download", action="store_true", help="no spare wheels from the index"
+    )
     return out
 
 
@@ -138,7 +152,7 @@ def _header(options: argparse.Namespace, arguments: Sequence[str]) -> dict:
 
 def _free(folder: Path, described: dict) -> Path:
     """<gpu>-<commit>.json, with a number if there is one already: nothing is overwritten."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", str(described.get("gpu", "cpu")).lower()).strip("-")
+    gpu = machine.slug(str(described.get("gpu", "cpu")))
     commit = described.get("commit")
     stem = f"{gpu}-{str(commit)[:10] if commit else 'unknown'}"
     names = [f"{stem}.json", *(f"{stem}-{n}.json" for n in range(2, 1000))]

@@ -14,6 +14,7 @@ from . import (
     sanitizer,
     steps,
     suite,
+    train,
     tuning,
 )
 from .stage import Stage
@@ -50,7 +51,7 @@ GROUPS: dict[str, Group] = {
             suite.TESTS,
         ),
     ),
-    "train": Group(230, ()),
+    "train": Group(230, (train.SPEED, train.TRAINING)),
 }
 DESCRIBE = describe.DESCRIBE  # comes first in every run
 

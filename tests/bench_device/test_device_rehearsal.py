@@ -134,7 +134,8 @@ def test_a_whole_group(tmp_path, group):
         cut_short = result["checks"][stage.name]["outcomes"].get("not run", 0)
         if not cut_short:
             check_faults(lines[stage.name])
-    assert sum(bool(check.get("outcomes")) for check in result["checks"].values()) > 3
+    begun = sum(bool(check.get("outcomes")) for check in result["checks"].values())
+    assert begun > min(3, len(groups.GROUPS[group].stages))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
@@ -32,14 +31,12 @@ def _built() -> tuple[Path, str]:
     reason = build.missing()
     if reason:
         pytest.skip(reason)
-    path, targets = ROOT / "build" / "cuda", build.requested_architectures()
+    path, targets = build.DIRECTORY, build.requested_architectures()
     if not (path / build.LIBRARY).is_file():
         path = Path(tempfile.gettempdir()) / f"dbp-kernels-cuda-{os.getuid()}"
         path.mkdir(mode=0o700, exist_ok=True)
         targets = "8.0;9.0a"
-    with open(path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
-        build.build(path, targets, jobs=os.environ.get("MAX_JOBS", "2"))
+    build.build(path, targets, jobs=os.environ.get("MAX_JOBS", "2"))
     return path, targets
 
 

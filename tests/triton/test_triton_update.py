@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from dbp_kernels import plans
 from dbp_kernels import precision as precision_module
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.backends.triton import update as update_module
 from dbp_kernels.backends.triton.configs import configs
 from dbp_kernels.backends.triton.dot import round_tf32
 from dbp_kernels.backends.triton.update import (
@@ -107,12 +106,13 @@ def test_precision_of_each_product(name, expected, source, precision, monkeypatc
     monkeypatch.setattr(precision_module, "on_cuda", lambda x: True)
     products = Products()
 
-    def spy(*arguments, PRECISION, **named):
-        products.seen.append(PRECISION)
-        launch(*arguments, PRECISION=PRECISION, **named)
+    def spy(launch, **tensors):
+        fixed = dict(zip(reversed(launch._kernel.arg_names), reversed(launch._fixed)))
+        products.seen.append(fixed["PRECISION"])
+        start(launch, **tensors)
 
-    launch = update_module.launch
-    monkeypatch.setattr(update_module, "launch", spy)
+    start = runtime.Launch.__call__
+    monkeypatch.setattr(runtime.Launch, "__call__", spy)
     z, r = problem(2, 30, 20)
     ours, inputs = (update_from_gram, second_moment(z)) if source == "gram" else (update_direct, z)
     precision("tf32")
