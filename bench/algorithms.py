@@ -57,4 +57,4 @@ def geometry_of(case: Case):
 
     lists = (case.kernel, case.stride, case.padding, case.dilation)
     window = (*(() if case.is_linear else v for v in lists), case.groups)
-    return makegeometry_of(case.input_shape, *window)
+    return make_geometry(case.input_shape, *window)
