@@ -12,6 +12,7 @@ from bench_results import predicted, statuses, synthetic
 from bench import bars, calibrate, cli, host_time, kernels, registry, regret, report, timing
 from bench.regret_tables import regret_table
 from dbp_kernels import calibration
+from dbp_kernels.backends.cuda import library
 from dbp_kernels.planner import Choice
 
 FAST = kernels.Settings(pairs=2, warmup=1)
@@ -223,6 +224,7 @@ def test_the_kernels_of_capability_9_0_are_calibrated_by_their_own_launches(monk
     launched = []
     monkeypatch.setattr(calibrate, "_peak", lambda meter, dtype: 1e-3)
     with host_time.stubbed("cuda", launched.append):
+        monkeypatch.setattr(library, "sm90_problem", lambda: None)
         (low, high) = calibrate._sm90(Meter())["sm90"]
     assert launched.count("gram_shift_sm90") == 2
     pixels = 8 * 7  # that a shift by one leaves of 8 x 8; there are 13 shifts
