@@ -28,7 +28,8 @@ from .workers import CRASHED, HUNG, NOT_RUN, OUT_OF_MEMORY, PASSED, Case, run_ca
 VARIABLE = "DBP_VERIFY"
 MODES = ("once", "force", "off")
 FAILED, UNVERIFIED = "failed", "unverified"
-# Seconds: of one check with its compilation, and of all. On an idle machine all take about 15.
+# Seconds: of one check with its compilation, and of all. Compiling takes some 30 s of one core in all,
+# which the workers share.
 CASE_LIMIT, LIMIT = 30.0, 90.0
 WORKERS = 4
 # What other users of a device cause. Nothing here is said of a kernel.

@@ -1,5 +1,8 @@
 """The checks of the CUDA kernels, emulated: all pass, every tile is there, a fault is seen."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from stand_in import emulated
@@ -54,6 +57,14 @@ def test_every_tile_is_checked_in_every_precision():
         ):
             for block in blocks:
                 assert (kernel, f"tiles of {block}", precision) in tiles
+
+
+def test_every_kernel_of_the_library_is_checked():
+    header = Path(__file__).resolve().parents[2] / "csrc/lib/kernels.h"
+    kernels = set(re.findall(r"cudaError_t (\w+)\(const", header.read_text()))
+    assert len(kernels) > 5
+    # the reduction has no check of its own: every second moment ends in it
+    assert kernels == {check.kernel for check in planned()} | {"reduce"}
 
 
 def test_a_kernel_that_does_nothing_fails():
