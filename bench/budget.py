@@ -95,9 +95,9 @@ def _timing(now: _Clock) -> Iterator[list[float]]:
     spent: list[float] = []
     record, host = Recorder.record, clock.host
 
-    def timed(self: Recorder, input: Tensor) -> None:
+    def timed(self: Recorder, *sample: object) -> None:
         begin = now()
-        record(self, input)
+        record(self, *sample)
         spent.append(now() - begin)
 
     Recorder.record, clock.host = timed, now
