@@ -246,8 +246,9 @@ def test_an_interrupt_at_any_moment_loses_no_case(toy, number):
 
 
 PARENT = """
-import json, sys, time
+import json, signal, sys, time
 from dbp_kernels.verify.workers import Case, run_cases
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 cases = [Case("pass", 9), Case("hang", 600), Case("fail", 9)]
 deadline = time.monotonic() + 600
 def record(found):
