@@ -121,10 +121,24 @@ def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:
     return _set({torch.backends.cudnn.conv: "tf32" if tf32() else "ieee"})
 
 
+# Where products that have no precision of their own take it from.
+_PARENTS = {
+    torch.backends.cuda.matmul: torch.backends.cudnn,  # that is, all of CUDA
+    torch.backends.mkldnn.matmul: torch.backends.mkldnn,
+}
+
+
+def _own_precision(operation: Any) -> str:
+    """As set, and "none" where it is that of a parent, which the operation is to follow."""
+    precision, parent = operation.fp32_precision, _PARENTS.get(operation)
+    inherited = parent is not None and parent.fp32_precision == precision
+    return "none" if inherited else precision
+
+
 @contextmanager
 def _set(precisions: dict[Any, str]) -> Iterator[None]:
     """Within it torch's operations, as ``torch.backends`` names them, have these precisions."""
-    before = {operation: operation.fp32_precision for operation in precisions}
+    before = {operation: _own_precision(operation) for operation in precisions}
     try:
         for operation, precision in precisions.items():
             operation.fp32_precision = precision
