@@ -318,6 +318,12 @@ def test_decor_stats_by_the_way_of_the_planner(channels):
         assert error(result, oracle) < 1e-5
 
 
+def test_more_groups_than_a_grid_has_lines_are_not_for_the_fused_kernel():
+    for groups, fits in ((2**16 - 1, True), (2**16, False)):
+        c = case(1, groups, (1, 1), 1, groups=groups)
+        assert stats.supported(c.input(torch.float32), c.geometry) == fits
+
+
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 70)),
     rule=st.sampled_from(plans.RULES),
