@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -121,14 +122,42 @@ def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:
     return _set({torch.backends.cudnn.conv: "tf32" if tf32() else "ieee"})
 
 
+# Where products that have no precision of their own take it from.
+_PARENTS = {
+    torch.backends.cuda.matmul: torch.backends.cudnn,  # that is, all of CUDA
+    torch.backends.mkldnn.matmul: torch.backends.mkldnn,
+}
+
+
+def _own_precision(operation: Any) -> str:
+    """As set, and "none" where it is that of a parent, which the operation is to follow."""
+    precision, parent = operation.fp32_precision, _PARENTS.get(operation)
+    inherited = parent is not None and parent.fp32_precision == precision
+    return "none" if inherited else precision
+
+
+# Operations that are set just now: how many times, and what they were before the first of them.
+# Threads set the same ones (nn.DataParallel), and leave in any order.
+_changed: dict[Any, tuple[int, str]] = {}
+_changing = threading.Lock()
+
+
 @contextmanager
 def _set(precisions: dict[Any, str]) -> Iterator[None]:
     """Within it torch's operations, as ``torch.backends`` names them, have these precisions."""
-    before = {operation: operation.fp32_precision for operation in precisions}
+    found: dict[Any, str] = {}
     try:
         for operation, precision in precisions.items():
-            operation.fp32_precision = precision
+            with _changing:
+                found[operation] = _own_precision(operation)
+                times, first = _changed.get(operation, (0, found[operation]))
+                _changed[operation] = times + 1, first
+                operation.fp32_precision = precision
         yield
     finally:
-        for operation, precision in before.items():
-            operation.fp32_precision = precision
+        for operation, precision in found.items():
+            with _changing:
+                times, first = _changed.pop(operation)
+                operation.fp32_precision = first if times == 1 else precision
+                if times > 1:
+                    _changed[operation] = times - 1, first

@@ -209,6 +209,41 @@ def test_by_default_a_cpu_computes_in_float32_and_leaves_cuda_alone(seen):
     assert now() == ("tf32", "bf16")
 
 
+@pytest.mark.parametrize("parent", [torch.backends, torch.backends.cudnn])  # all, all of CUDA
+def test_what_is_set_for_all_operations_is_still_followed_after_an_update(parent, as_cuda):
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    parent.fp32_precision = "tf32"
+    try:
+        layer = dnn.DecorLinear(300, 2)
+        products_of_step([layer], [torch.randn(64, 300)])
+        assert now()[0] == "tf32"
+        parent.fp32_precision = "ieee"
+        assert now()[0] == "ieee"
+    finally:
+        parent.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
+def test_forward_passes_of_several_threads_leave_torchs_setting_as_it_was(own):
+    """Each would restore what it found, and the last one has found another's TF32."""
+    torch.backends.cuda.matmul.fp32_precision = own
+    first, second = precision.tf32_products(), precision.tf32_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert now()[0] == own
+
+
+def test_precisions_within_each_other_end_one_by_one():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with precision.matmul_precision("highest"):
+        with precision.tf32_products():
+            assert now()[0] == "tf32"
+        assert now()[0] == "ieee"
+    assert now()[0] == "tf32"
+
+
 def test_an_error_ends_the_updates_precision(as_cuda, monkeypatch):
     monkeypatch.setattr(plans, "matmul", lambda X, Y: 1 / 0)
     update = dbp.DecorUpdate(layer := dnn.DecorLinear(300, 2), lr=0.1, sample=1.0)

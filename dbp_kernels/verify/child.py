@@ -18,6 +18,7 @@ def main() -> None:
 
         from . import cases  # noqa: F401
 
+        torch.cuda.set_device(name)  # of which it is asked whether kernels are usable
         torch.zeros(1, device=name)
 
     def run(case: str) -> dict:

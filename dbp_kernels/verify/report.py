@@ -53,7 +53,10 @@ def main(options: argparse.Namespace) -> int:
         return NOTHING
     verdicts = [_verify(family, index, "all" if options.all else "planned") for family in families]
     print("\n\n".join(map(text, verdicts)))
-    print(f"\nwritten to {_write(verdicts, options.json)}")
+    try:
+        print(f"\nwritten to {_write(verdicts, options.json)}")
+    except OSError as error:
+        print(f"no file was written, --json FILE says where to: {error}", file=sys.stderr)
     return 0 if all(v.status == PASSED for v in verdicts) else 1
 
 

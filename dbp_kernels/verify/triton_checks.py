@@ -56,8 +56,10 @@ def checks(scope: str, capability: int) -> Iterator[Check]:
     for precision in ("ieee", "tf32"):
         yield from _updates(precision, capability)
         yield from _statistics(precision, capability)
+    if scope == "all" or configs.measured(gram_shift_tma.KERNEL, capability):
+        yield from _by_descriptors(capability)
     if scope == "all":
-        yield from _beyond(capability)
+        yield from _beyond()
 
 
 def _gram(
@@ -109,13 +111,17 @@ def _update(c: Config, precision: str, dim: int) -> Check:
     return Check("triton", update.KERNEL, c.text, precision, problem, compute, weighed)
 
 
-def _beyond(capability: int) -> Iterator[Check]:
-    """What ships and no planner chooses unasked, 64-bit addresses, and larger problems."""
+def _by_descriptors(capability: int) -> Iterator[Check]:
+    """What is chosen only where it was measured to be faster."""
     for precision in ("bf16", "fp16"):
         for c in configs.configs(gram_shift_tma.KERNEL, precision, capability):
             if capability >= 90:
                 compute = gram_shift_tma.patch_gram_shift_tma
                 yield _gram(gram_shift_tma, compute, precision, c, _SHIFT[min(c.block_m, 64)])
+
+
+def _beyond() -> Iterator[Check]:
+    """64-bit addresses, and larger problems."""
     for precision in PRECISIONS:
         for module, compute, problem in (
             (gram_shift, gram_shift.patch_gram_shift, _SHIFT[16]),

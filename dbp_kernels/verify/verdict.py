@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -40,6 +41,8 @@ _ELSEWHERE = (
     "exclusive",
     "no cuda gpus are available",
     "no cuda-capable device",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
     "can't allocate memory",
     "no space left on device",
 )
@@ -107,7 +110,7 @@ def allowed(family: str, index: int) -> bool:
         with _deciding:
             verdict = _known.get((family, index))
             if verdict is None:
-                verdict = _known[family, index] = _decide(family, index)
+                verdict = _known[family, index] = _decided(family, index)
                 if verdict.status != PASSED:
                     warnings.warn(_advice(verdict), RuntimeWarning, stacklevel=2)
     return verdict.status == PASSED
@@ -146,6 +149,16 @@ def kept(family: str, index: int) -> Verdict | None:
     """The verdict in the cache folder; None if there is none, it is not readable or does not last."""
     verdict = _read(_path(identity.describe(family, index)))
     return verdict if verdict and verdict.status != UNVERIFIED else None
+
+
+def _decided(family: str, index: int) -> Verdict:
+    """As ``_decide``; what keeps a check from being made is no reason to end a training run."""
+    try:
+        return _decide(family, index)
+    except Exception as error:
+        where = {"device": f"cuda:{index}"}
+        reason = f"{type(error).__name__}: {error}"
+        return Verdict(family, UNVERIFIED, reason, where=where, when=time.time())
 
 
 def _decide(family: str, index: int) -> Verdict:
@@ -238,15 +251,31 @@ def told(found: dict[str, Any]) -> str:
 
 
 def command(index: int) -> list[str]:
-    """What a child is started by."""
+    """What a child is started by.
+
+    Raises RuntimeError in a program that has no Python interpreter but itself (PyInstaller's, say).
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise RuntimeError("there is no Python interpreter to start a check with")
     return [sys.executable, "-m", f"{__package__}.child", "--device", f"cuda:{index}"]
 
 
 def _environment() -> dict[str, str]:
-    """The package must be found, no check may start another, and an error must show where it is."""
+    """The package must be found, and nothing in the current folder in place of a module.
+
+    No check may start another, kernels are compiled, and an error must show where it is.
+    """
     root = str(Path(__file__).resolve().parents[2])
+    if root in map(sysconfig.get_path, ("purelib", "platlib")):
+        root = ""  # found anyway, and PYTHONPATH comes before the standard library
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, VARIABLE: "off", "CUDA_LAUNCH_BLOCKING": "1"}
+    return {
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",
+        VARIABLE: "off",
+        "TRITON_INTERPRET": "0",
+        "CUDA_LAUNCH_BLOCKING": "1",
+    }
 
 
 # ------------------------------------------------------------------------------------ the cache

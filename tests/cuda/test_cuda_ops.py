@@ -87,6 +87,20 @@ def test_kernels_for_sm90_on_request(c, dtype, layout, seed):
     assert torch.equal(S, S.mT)
 
 
+@pytest.mark.parametrize("sm90", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("step", [0, 8])
+def test_pixels_that_share_memory(step, kernel, sm90):
+    """Expanded, or windows that overlap; the kernels by rows want rows that do not."""
+    x = torch.randn(16 + 3 * 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = x.as_strided((4, 16, 1, 1), (step, 1, 16, 16))
+    c = case(4, 16, (1, 1), kernel, padding=kernel // 2)
+    choice = Choice("cuda_sm90" if sm90 else "cuda_shift", 0.0, 0.0)
+    with emulated():
+        S = ops.patch_gram(x, c.geometry, choice)
+    assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("stride", "dtype", "reason"),
     [(2, torch.bfloat16, "strided"), (1, torch.float32, r"not torch\.float32")],
@@ -302,6 +316,12 @@ def test_decor_stats_by_the_way_of_the_planner(channels):
         ours = torch.ops.dbp.decor_stats(x, R, *c.arguments)
     for result, oracle in zip(ours, exact):
         assert error(result, oracle) < 1e-5
+
+
+def test_more_groups_than_a_grid_has_lines_are_not_for_the_fused_kernel():
+    for groups, fits in ((2**16 - 1, True), (2**16, False)):
+        c = case(1, groups, (1, 1), 1, groups=groups)
+        assert stats.supported(c.input(torch.float32), c.geometry) == fits
 
 
 @given(

@@ -41,6 +41,23 @@ def test_every_configuration_a_planner_can_choose_is_checked(target):
                 assert wanted <= beyond
 
 
+def test_tensor_descriptors_are_checked_where_they_were_measured(monkeypatch):
+    """There the planner may choose them: "planned" must not leave them out."""
+    row = {"sizes": {"pixels": 9}, "config": {}, "seconds": {"x": 1.0}}
+    pins = {"gram_shift_tma": {"bf16": [row]}}
+    table = {"device": "Make-believe 9000", "capability": 90, "pinned": pins}
+    shipped = configs._files()
+    monkeypatch.setattr(configs, "_files", lambda: (*shipped, table))
+
+    def kernels(target):
+        return {c.kernel for c in triton_checks.checks("planned", target)}
+
+    assert "gram_shift_tma" in kernels(90)
+    assert "gram_shift_tma" not in kernels(100)  # a device's pins serve its own capability only
+    table["pinned"] = {"gram_shift_tma": {"bf16": []}}
+    assert "gram_shift_tma" not in kernels(90)
+
+
 @pytest.mark.parametrize("target", runtime.TARGETS)
 @pytest.mark.parametrize("scope", cases.SCOPES)
 def test_names_are_unique_single_lines(scope, target):

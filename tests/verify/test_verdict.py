@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dbp_kernels import backends
-from dbp_kernels.verify import cases, identity, report, verdict
+from dbp_kernels.verify import cases, child, identity, report, verdict, workers
 
 CHILD = Path(__file__).with_name("verify_child.py")
 NAMES = [f"triton {which} [tile] bf16: 3x3" for which in ("first", "second", "third")]
@@ -167,6 +168,54 @@ def test_broken_and_unwritable_caches(gpu, monkeypatch, tmp_path):
     assert len(gpu.ran()) == 9
 
 
+def test_what_keeps_a_check_from_running_ends_no_training(gpu, monkeypatch):
+    def broken(*arguments):
+        raise ImportError("libtriton.so: undefined symbol")
+
+    gpu("right")
+    monkeypatch.setattr(cases, "names", broken)
+    answer, told = ask()
+    assert not answer
+    assert len(told) == 1
+    assert "could not be checked" in told[0]
+    assert "libtriton.so: undefined symbol" in told[0]
+    assert verdict.kept("triton", 0) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("frozen", True), ("executable", None)])
+def test_a_program_that_is_its_own_interpreter_is_not_started_again(gpu, monkeypatch, name, value):
+    monkeypatch.setattr(sys, name, value, raising=False)
+    answer, told = ask()
+    assert not answer
+    assert "no Python interpreter" in told[0]
+    assert gpu.ran() == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is of Python 3.11")
+def test_the_child_imports_nothing_from_the_current_folder(tmp_path):
+    (tmp_path / "dbp_kernels.py").write_text("raise SystemExit(9)\n")
+    (tmp_path / "queue.py").write_text("raise SystemExit(9)\n")
+    environment = {**os.environ, **verdict._environment()}
+    help = [*verdict.command(0), "--help"]
+    assert (
+        subprocess.run(help, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL).returncode
+        == 0
+    )
+
+
+def test_the_child_compiles_its_kernels_and_is_on_the_device(monkeypatch):
+    """Else the interpreter's verdict would be kept as that of the compiled kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert verdict._environment()["TRITON_INTERPRET"] == "0"
+    current = []
+    monkeypatch.setattr(sys, "argv", ["child", "--device", "cuda:3"])
+    monkeypatch.setattr(workers, "serve", lambda run, ready: ready())
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: current.append(device))
+    child.main()  # whether kernels are usable is asked of the current device
+    assert current[0] == "cuda:3"
+
+
 RANK = """
 import sys, time, warnings
 import torch
@@ -271,6 +320,15 @@ def test_verify_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command() == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_changes_no_verdict(one_gpu, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    one_gpu("right")
+    assert command() == 0
+    captured = capsys.readouterr()
+    assert "--json" in captured.err
 
 
 def test_verify_refuses_a_device_that_is_not_there(one_gpu, capsys):

@@ -73,11 +73,15 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 
 def _as_rows(x: Tensor) -> Tensor | None:
-    """x (N, C, *spatial) as (pixels, C) without a copy; None if its pixels are not evenly spaced."""
+    """x (N, C, *spatial) as (pixels, C) without a copy.
+
+    None if its pixels are not evenly spaced, or share memory (expanded, or windows that overlap).
+    """
     try:
-        return x.movedim(1, -1).view(-1, x.shape[1])
+        rows = x.movedim(1, -1).view(-1, x.shape[1])
     except RuntimeError:
         return None
+    return rows if _row_stride(rows) >= rows.shape[1] else None
 
 
 def _row_stride(rows: Tensor) -> int:

@@ -15,6 +15,7 @@ from .arguments import dtype_number, four
 
 MAX_DIM = 128
 _MAX_SAMPLES = 2**31 - 129
+_MAX_GROUPS = 2**16 - 1  # lines of a grid
 
 
 def supported(x: Tensor, geometry: ConvGeometry) -> bool:
@@ -22,6 +23,7 @@ def supported(x: Tensor, geometry: ConvGeometry) -> bool:
     return (
         geometry.dim <= MAX_DIM
         and geometry.samples <= _MAX_SAMPLES
+        and geometry.groups <= _MAX_GROUPS
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )
 

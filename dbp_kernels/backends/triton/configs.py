@@ -66,6 +66,12 @@ def seconds(
     return min(entry["seconds"].values()) if entry else None
 
 
+def measured(kernel: str, target: int) -> bool:
+    """Whether anything is pinned for a kernel on a GPU of this compute capability."""
+    tables = [e for e in _files() if e.get("device") and e["capability"] == target]
+    return any(any(table["pinned"].get(kernel, {}).values()) for table in tables)
+
+
 def _measured(
     kernel: str, precision: str, sizes: dict[str, int], device: torch.device
 ) -> dict[str, Any] | None:
