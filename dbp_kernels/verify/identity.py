@@ -1,10 +1,13 @@
-"""What a verdict depends on: the device, its driver, torch, Triton, this package and its kernels."""
+"""What a verdict depends on: device and driver, torch, Triton and its C compiler, this package's kernels."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import os
+import platform
+import shutil
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +25,8 @@ _FIELDS = (
     "torch",
     "cuda",
     "triton",
+    "python",
+    "compiler",
     "package",
     "kernels",
 )
@@ -39,8 +44,10 @@ def describe(family: str, index: int) -> dict[str, Any]:
         torch.__version__,
         torch.version.cuda,
         _version("triton"),
+        platform.python_version(),
+        _compiler(),
         __version__,
-        _digest(family),
+        _digest(),
     )
     return dict(zip(_FIELDS, values))
 
@@ -66,10 +73,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _digest(family: str) -> str:
-    """Of the family's files, which a clone changes without a new version."""
+def _compiler() -> str | None:
+    """What Triton starts kernels with: one container may lack it that another with this home has."""
+    wanted = os.environ.get("CC")
+    return shutil.which(wanted) if wanted else shutil.which("gcc") or shutil.which("clang")
+
+
+def _digest() -> str:
+    """Of the backends' files, which a clone changes without a new version."""
     digest = hashlib.sha256()
-    package = files(f"{__package__.rpartition('.')[0]}.backends.{family}")
+    package = files(f"{__package__.rpartition('.')[0]}.backends")
     for path in sorted(Path(str(package)).rglob("*")):
         if path.suffix in (".py", ".json", ".so"):
             digest.update(path.name.encode() + path.read_bytes())

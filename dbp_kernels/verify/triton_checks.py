@@ -13,6 +13,7 @@ from ..backends.triton.configs import Config
 from .checks import RULE, Check, Problem, convolution, moments, statistics, weighed
 
 PRECISIONS = ("bf16", "ieee", "tf32", "fp16")  # the commonest first
+_OFTEN = ("bf16", "ieee")
 # Of gram_shift, by the side of its tile: two tiles of channels, the second one not full.
 _SHIFT = {
     128: convolution("2x1 136@5x6", (2, 136, 5, 6), (2, 1), padding=1),
@@ -77,9 +78,20 @@ def _grams(precision: str, capability: int) -> Iterator[Check]:
         yield shift(c, _SHIFT[c.block_m])
     for c in configs.configs(gram_direct.KERNEL, precision, capability):
         yield direct(c, _DIRECT[c.block_m])
-    if precision in ("bf16", "ieee"):  # other numbers of axes are other code
+    if precision in _OFTEN:  # other numbers of axes are other code, and so are large tensors
+        yield from _wide(precision)
         for problem in _PLAIN:
             yield (direct if problem.geometry.pointwise else shift)(None, problem)
+
+
+def _wide(precision: str) -> Iterator[Check]:
+    """With addresses of 64 bits, which inputs of 2^31 elements need."""
+    for module, compute, problem in (
+        (gram_shift, gram_shift.patch_gram_shift, _SHIFT[16]),
+        (gram_direct, gram_direct.patch_gram_direct, _DIRECT[32]),
+    ):
+        wide = moments(lambda x, g, f=compute: f(x, g, index64=True), problem)
+        yield Check("triton", module.KERNEL, "64-bit addresses", precision, **wide)
 
 
 def _statistics(precision: str, capability: int) -> Iterator[Check]:
@@ -121,14 +133,10 @@ def _by_descriptors(capability: int) -> Iterator[Check]:
 
 
 def _beyond() -> Iterator[Check]:
-    """64-bit addresses, and larger problems."""
+    """Larger problems, and 64-bit addresses in the other precisions."""
+    for precision in (p for p in PRECISIONS if p not in _OFTEN):
+        yield from _wide(precision)
     for precision in PRECISIONS:
-        for module, compute, problem in (
-            (gram_shift, gram_shift.patch_gram_shift, _SHIFT[16]),
-            (gram_direct, gram_direct.patch_gram_direct, _DIRECT[32]),
-        ):
-            wide = moments(lambda x, g, f=compute: f(x, g, index64=True), problem)
-            yield Check("triton", module.KERNEL, "64-bit addresses", precision, **wide)
         for problem in _LARGE:
             pointwise = problem.geometry.pointwise
             compute = gram_direct.patch_gram_direct if pointwise else gram_shift.patch_gram_shift

@@ -282,9 +282,12 @@ def _environment() -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where verdicts are kept: dbp-kernels in XDG_CACHE_HOME, by default ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base, "dbp-kernels", "verified")
+    """Where verdicts are kept: dbp-kernels in XDG_CACHE_HOME, by default ~/.cache.
+
+    Where there is no home, a folder that cannot be made: nothing is kept.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if base.startswith("~") else base, "dbp-kernels", "verified")
 
 
 def _path(where: dict[str, Any]) -> Path:
