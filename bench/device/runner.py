@@ -10,7 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dbp_kernels.verify.workers import CRASHED, HUNG, NOT_RUN, PASSED, run_cases
+from dbp_kernels.verify.workers import (
+    CRASHED,
+    HUNG,
+    NOT_RUN,
+    PASSED,
+    RAISED,
+    breaks_the_context,
+    run_cases,
+)
 
 from . import faults
 from .groups import Group
@@ -32,7 +40,10 @@ def run_stage(
     points: Counter[str] = Counter()
 
     def heard(line: dict) -> None:
-        points[stage.family(line["case"])] += _POINTS.get(line["status"], 0)
+        status = line["status"]
+        if status == RAISED and breaks_the_context(line):  # its worker had to end as well
+            status = CRASHED
+        points[stage.family(line["case"])] += _POINTS.get(status, 0)
         record(line)
 
     def skip(name: str) -> str | None:
