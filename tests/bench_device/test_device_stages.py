@@ -5,7 +5,17 @@ import math
 import pytest
 
 from bench import bars, calibrate, cli, machine, registry
-from bench.device import command, correctness, groups, layers, runner, steps, suite, tuning
+from bench.device import (
+    command,
+    correctness,
+    groups,
+    layers,
+    runner,
+    sanitizer,
+    steps,
+    suite,
+    tuning,
+)
 from bench.device.stage import Setting, Stage
 from bench.networks import StepCase
 from dbp_kernels.verify.workers import Case
@@ -98,6 +108,12 @@ def test_steps_hold_what_the_bars_need():
     }
 
 
+def test_kernels_are_compiled_side_by_side_before_any_is_timed():
+    rest = groups.GROUPS["rest"].stages
+    assert rest[0] is tuning.COMPILATION
+    assert rest[0].workers > 1
+
+
 def test_calibration_measures_every_figure():
     parts = {c.name for c in groups.find("calibration").cases(ON_A_GPU)}
     assert parts == set(calibrate.parts("cuda"))
@@ -116,6 +132,22 @@ def test_each_variant_of_the_code_is_compiled_once():
     assert {name.split(":")[0] for name in compiled} == {name.split(":")[0] for name in timed}
 
 
+@pytest.mark.parametrize(("code", "status"), [(0, None), (9, "failed"), (3, "failed")])
+def test_what_the_sanitizer_says_is_seen_even_of_a_worker_that_is_killed(
+    code, status, tmp_path, monkeypatch, capfd
+):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "begin: $*"\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "find", lambda: str(tool))
+    found = sanitizer.run("racecheck: triton", ON_A_GPU)
+    assert found.get("status") == status
+    assert capfd.readouterr().out.startswith("begin: --tool racecheck --error-exitcode 9")
+    if status:
+        assert NAMES["all"][0] in found["output"]
+        assert found["reason"] == ("errors found" if code == 9 else "exit code 3")
+
+
 def test_the_suites_gpu_tests_come_from_their_files():
     found = names(suite.TESTS)
     assert found[:2] == ["tests/cuda/test_cuda_device.py", "tests/triton/test_device.py"]
@@ -124,22 +156,29 @@ def test_the_suites_gpu_tests_come_from_their_files():
 
 
 def test_a_family_that_keeps_crashing_is_left_alone(monkeypatch):
-    cases = [Case(f"{family}: {n}", 1) for n in range(9) for family in ("good", "hangs", "dies")]
+    families = ("good", "hangs", "dies", "raises", "breaks")
+    cases = [Case(f"{family}: {n}", 1) for n in range(9) for family in families]
     status = {"good": "passed", "hangs": "hung", "dies": "crashed"}
+    reasons = {
+        "raises": "ValueError: no",
+        "breaks": "AcceleratorError: CUDA error: an illegal memory access was encountered",
+    }
     recorded = []
 
     def run_cases(command, cases, *, record, skip, **options):
         for case in cases:
             if not (reason := skip(case.name)):
-                record({"case": case.name, "status": status[case.name.split(":")[0]]})
+                family = case.name.split(":")[0]
+                line = {"case": case.name, "status": status.get(family, "raised")}
+                record({**line, "reason": reasons.get(family, "")})
             else:
                 assert "too often" in reason
 
     monkeypatch.setattr(runner, "run_cases", run_cases)
     stage = Stage("s", 9, lambda setting: cases, lambda name, setting: {})
     runner.run_stage(stage, ON_A_GPU, math.inf, recorded.append)
-    counts = [sum(r["status"] == s for r in recorded) for s in ("passed", "hung", "crashed")]
-    assert counts == [9, 2, 4]
+    counts = [sum(r["case"].startswith(f"{f}: ") for r in recorded) for f in families]
+    assert counts == [9, 2, 4, 9, 4]
 
 
 def test_what_a_worker_is_told_survives_the_command_line():
