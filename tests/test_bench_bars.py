@@ -104,6 +104,14 @@ def test_gpu_bars():
     assert [v.status for v in verdicts] == [bars.MET] * 5
     assert [v.figure for v in verdicts] == pytest.approx([10, 1.6, 10, 1.0, 1.0])
     assert all(v.goal_met for v in verdicts if v.bar.goal is not None)
+    part = gpu_result(ours=1.0, best=1.6)
+    part["kernels"] = [
+        r for r in part["kernels"] if "1x1" in r["name"] or r["name"].endswith("b26")
+    ]
+    unfold, best, pointwise, *_ = bars.evaluate(part)
+    assert [v.status for v in (unfold, best, pointwise)] == [*[bars.NOT_MEASURED] * 2, bars.MET]
+    assert (unfold.figure, best.figure) == pytest.approx((10, 1.6))
+    assert unfold.why == "4 of its cases not run"
     slow = bars.evaluate(gpu_result(ours=4.0, best=3.0, slowdown=1.3))
     assert [v.status for v in slow] == [*[bars.MISSED] * 2, bars.MET, bars.MISSED, bars.MET]
     assert [v.goal_met for v in slow[3:]] == [False, False]

@@ -82,7 +82,7 @@ def test_layers_hold_what_the_bars_need():
         if bar.suite == "kernels":
             needed = [
                 c
-                for n in layers.BATCHES
+                for n in bars.GPU_BATCHES
                 for c in registry.select(registry.RESNETS, n)
                 if _in(bar, c)
             ]
