@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from dbp_kernels.verify.workers import (
     CRASHED,
@@ -52,7 +53,9 @@ def run_stage(
             return None
         return f"{family} has crashed or hung too often in this stage"
 
-    cases = stage.cases(setting)
+    begin = time.monotonic()
+    deadline = min(deadline, begin + stage.seconds)
+    cases = stage.cases(replace(setting, left=deadline - begin))
     if setting.rehearse:
         cases = faults.among(cases)
     command = [sys.executable, "-m", "bench.device.child", stage.name, setting.to_text()]
@@ -60,7 +63,7 @@ def run_stage(
         command,
         cases,
         workers=_workers(stage),
-        deadline=min(deadline, time.monotonic() + stage.seconds),
+        deadline=deadline,
         record=heard,
         env={**_environment(stage, setting), **stage.env},
         skip=skip,

@@ -1,6 +1,7 @@
 """The stages: their table, their cases, and what a family that keeps crashing may take."""
 
 import math
+import time
 
 import pytest
 
@@ -179,6 +180,17 @@ def test_a_family_that_keeps_crashing_is_left_alone(monkeypatch):
     runner.run_stage(stage, ON_A_GPU, math.inf, recorded.append)
     counts = [sum(r["case"].startswith(f"{f}: ") for r in recorded) for f in families]
     assert counts == [9, 2, 4, 9, 4]
+
+
+def test_a_stage_knows_what_time_it_has(monkeypatch):
+    told = []
+    monkeypatch.setattr(runner, "run_cases", lambda command, cases, **options: told.append(options))
+    stage = Stage("s", 9, lambda setting: told.append(setting.left) or [], lambda name, setting: {})
+    for deadline, left in ((math.inf, 9), (time.monotonic() + 5, 5)):
+        told.clear()
+        runner.run_stage(stage, ON_A_GPU, deadline, print)
+        assert told[0] == pytest.approx(left, abs=0.1)
+        assert told[1]["deadline"] == pytest.approx(time.monotonic() + left, abs=0.5)
 
 
 def test_what_a_worker_is_told_survives_the_command_line():
