@@ -19,6 +19,7 @@ from bench.device import (
 )
 from bench.device.stage import Setting, Stage
 from bench.networks import StepCase
+from dbp_kernels import backends
 from dbp_kernels.verify.workers import Case
 
 NAMES = {
@@ -221,6 +222,19 @@ def test_a_step_is_measured_beside_plain_backpropagation(method):
     assert step["methods"][method]["ratio"] == record["ratio"] > 0
     parts = step["breakdown"] if method == "dbp" else step["breakdowns"][method]
     assert parts["extra"] == pytest.approx(sum(parts.values()) - parts["extra"], rel=0.01, abs=1e-6)
+
+
+def test_the_breakdown_is_of_the_backend_that_was_asked_for(monkeypatch):
+    seen = []
+
+    def breakdown(step, plain, device):
+        seen.append(backends.requested())
+        return {"extra": 0.0}
+
+    monkeypatch.setattr("bench.steps.breakdown", breakdown)
+    steps.run("dbp eager: convnet", Setting("cpu", rehearse=True))
+    steps.run("dbp: convnet", Setting("cpu", rehearse=True))
+    assert seen == ["eager", "auto"]
 
 
 def test_figures_of_a_part_are_a_piece_of_a_calibration_file():
