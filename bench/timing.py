@@ -198,6 +198,7 @@ def captured(call: Callable[[], object], calls: int, device: torch.device) -> Ca
         return several
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a capture that fails leaves its own stream current: what is timed next would run there
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         several()
     return graph.replay

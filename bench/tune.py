@@ -67,6 +67,7 @@ PRECISIONS = {
     "fp16": torch.float16,
 }
 _GRAMS = ("gram_shift", "gram_direct", "gram_shift_tma")  # modules of the Triton backend
+PAIRS = 5
 _DIMS, _GROUPS = (576, 1152, 2304, 256, 128, 64), (1, 4)
 
 
@@ -209,7 +210,7 @@ def refuse() -> str | None:
     return backends.unusable("triton", "cuda")
 
 
-def fastest(problem: Problem, device: torch.device, pairs: int = 5) -> tuple[object, dict]:
+def fastest(problem: Problem, device: torch.device, pairs: int = PAIRS) -> tuple[object, dict]:
     """(the best candidate, seconds of each by its text); wrong or failing ones do not count.
 
     Raises RuntimeError if none is left.
@@ -243,9 +244,9 @@ def working(problem: Problem) -> tuple[list, list[str]]:
     return right, reasons
 
 
-def entry(problem: Problem, device: torch.device) -> dict:
+def entry(problem: Problem, device: torch.device, pairs: int = PAIRS) -> dict:
     """What is pinned for a problem: {"sizes", "config", "seconds"}. Raises what ``fastest`` does."""
-    best, seconds = fastest(problem, device)
+    best, seconds = fastest(problem, device, pairs)
     return {
         "sizes": problem.sizes,
         "config": asdict(best),

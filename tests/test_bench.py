@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import time
+import types
 
 import pytest
 import torch
@@ -327,6 +329,13 @@ def test_our_own_kernels_are_held_to_their_own_bound():
     assert record["methods"]["kernel"]["status"] == "wrong"
 
 
+def test_the_cap_on_plain_torch_leaves_room_for_what_tensor_cores_truncate():
+    on_a_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    on_a_cpu = torch.zeros(1, dtype=torch.bfloat16)
+    assert check.plain_cap(on_a_cpu) < 2e-4 < check.plain_cap(on_a_gpu) <= 1e-3
+    assert check.bound(True, 5e-6, on_a_gpu) == check.bound(True, 5e-6, on_a_cpu)
+
+
 def test_times_of_replays_stand_beside_those_of_calls(monkeypatch):
     def captured(call, calls, device):
         if captured.seen:
@@ -345,6 +354,63 @@ def test_times_of_replays_stand_beside_those_of_calls(monkeypatch):
     assert "capturing" in second["no_replay"]
     assert "replay" not in second
     assert second["seconds"]["median"] > 0
+
+
+class FakeCuda:
+    """torch.cuda's streams and graphs, as far as timing uses them; like torch's, a capture that fails
+    never leaves its stream."""
+
+    def __init__(self):
+        self.stream_now, self.log = "default", []
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.stream_now = self.stream_now, stream
+        try:
+            yield
+        finally:
+            self.stream_now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        assert self.log[-1] == "synchronize"
+        before, self.stream_now = self.stream_now, "capture"
+        yield
+        self.stream_now = before
+
+    def replace(self, monkeypatch):
+        graph = types.SimpleNamespace(replay=lambda: self.log.append("replay"))
+        fakes = {
+            "synchronize": lambda device=None: self.log.append("synchronize"),
+            "current_stream": lambda device=None: self.stream_now,
+            "stream": self.stream,
+            "graph": self.graph,
+            "CUDAGraph": lambda: graph,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(timing, "time_once", lambda call, device, calls=1: call() or 1e-3)
+
+
+def test_calls_are_captured_beside_the_default_stream_after_one_outside(monkeypatch):
+    fake = FakeCuda()
+    fake.replace(monkeypatch)
+    good = lambda: fake.log.append(fake.stream_now)  # noqa: E731
+
+    def bad():
+        if fake.stream_now == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return good()
+
+    times, reasons = timing.time_replayed({"bad": bad, "good": good}, 3, device="cuda")
+    assert set(times) == {"good"}
+    assert "not permitted" in reasons["bad"]
+    assert fake.stream_now == "default"
+    assert fake.log == [
+        *("default", "synchronize"),
+        *("default", "synchronize", "capture", "capture"),
+        *["replay"] * 4,  # the first one uploads the graph
+    ]
 
 
 def test_replays_on_a_cpu_are_calls():

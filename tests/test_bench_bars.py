@@ -95,17 +95,26 @@ def gpu_result(ours: float, best: float, slowdown: float = 1.0) -> dict:
     return {
         "settings": {"device": "cuda", "dtype": "bfloat16", "whole_registry": False},
         "kernels": cases,
-        "step": [{"name": "resnet50 224x224 b256", "methods": step}],
+        "step": [{"name": f"{n} 224x224 b256", "methods": step} for n in ("resnet50", "resnet18")],
     }
 
 
 def test_gpu_bars():
     verdicts = bars.evaluate(gpu_result(ours=1.0, best=1.6))
-    assert [v.status for v in verdicts] == [bars.MET] * 4
-    assert [v.figure for v in verdicts] == pytest.approx([10, 1.6, 10, 1.0])
+    assert [v.status for v in verdicts] == [bars.MET] * 5
+    assert [v.figure for v in verdicts] == pytest.approx([10, 1.6, 10, 1.0, 1.0])
     assert all(v.goal_met for v in verdicts if v.bar.goal is not None)
+    part = gpu_result(ours=1.0, best=1.6)
+    part["kernels"] = [
+        r for r in part["kernels"] if "1x1" in r["name"] or r["name"].endswith("b26")
+    ]
+    unfold, best, pointwise, *_ = bars.evaluate(part)
+    assert [v.status for v in (unfold, best, pointwise)] == [*[bars.NOT_MEASURED] * 2, bars.MET]
+    assert (unfold.figure, best.figure) == pytest.approx((10, 1.6))
+    assert unfold.why == "4 of its cases not run"
     slow = bars.evaluate(gpu_result(ours=4.0, best=3.0, slowdown=1.3))
-    assert [v.status for v in slow] == [bars.MISSED, bars.MISSED, bars.MET, bars.MISSED]
+    assert [v.status for v in slow] == [*[bars.MISSED] * 2, bars.MET, bars.MISSED, bars.MET]
+    assert [v.goal_met for v in slow[3:]] == [False, False]
 
 
 def test_gpu_bars_count_every_case_with_enough_patches():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,6 +187,10 @@ def test_both_methods_are_trained_for_what_the_slower_one_has_time_for(setting, 
         return [case.name for case in train.epoch_cases(real)]
 
     assert names() == [f"{m}: epoch {n} of 8" for m in ("bp", "dbp") for n in range(1, 9)]
+    real = replace(real, left=24.0 + train.SECONDS)  # for both methods together
+    assert len(names()) == 2 * 3
+    real = replace(real, left=train.TRAINING.seconds)
+    assert len(names()) == 2 * 8
     lines[1] = line("speed", "dbp", None, "not run")
     assert names()[-1] == f"dbp: epoch {max(training.EPOCHS)} of {max(training.EPOCHS)}"
     lines[1] = line("speed", "dbp", None, "crashed")

@@ -42,10 +42,10 @@ GROUPS: dict[str, Group] = {
     "rest": Group(
         320,
         (
+            tuning.COMPILATION,  # first: the machine may be a new one, whose cache of kernels is empty
             layers.LAYERS,
             steps.STEPS,
             calibration.CALIBRATION,
-            tuning.COMPILATION,
             tuning.TUNING,
             sanitizer.SANITIZER,
             suite.TESTS,

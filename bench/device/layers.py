@@ -11,14 +11,13 @@ from dataclasses import replace
 from dbp_kernels.verify.workers import Case
 
 from .. import kernels, peaks, registry
+from ..bars import GPU_BATCHES
 from ..rivals import RIVALS
 from .methods import kernel_method
 from .stage import DTYPE, RESULT, SKIPPED, Setting, Stage
 
 _LIMIT, _PAIRS = 25.0, 9
 _PEAKS = "peaks"
-# The batch that DecorUpdate samples of 256 images, which is what it costs; then a whole one.
-BATCHES = (26, 256)
 _MAIN = ("3x3 64@56 b26", "7x7 s2 3@224 b26", "1x1 256@56 b26", "3x3 256@14 b256")
 _REHEARSED = (registry.conv(2, 4, 6, 3, tags=("resnet18",)), registry.conv(2, 8, 5, 1))
 
@@ -33,7 +32,7 @@ def all_layers(setting: Setting) -> list[registry.Case]:
     """Of the ResNets, at both batches."""
     if setting.rehearse:
         return list(_REHEARSED)
-    return sorted((c for n in BATCHES for c in registry.select(registry.RESNETS, n)), key=_key)
+    return sorted((c for n in GPU_BATCHES for c in registry.select(registry.RESNETS, n)), key=_key)
 
 
 def _cases(layers: list[registry.Case], setting: Setting) -> list[Case]:

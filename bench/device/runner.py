@@ -9,8 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
-from dbp_kernels.verify.workers import CRASHED, HUNG, NOT_RUN, PASSED, run_cases
+from dbp_kernels.verify.workers import (
+    CRASHED,
+    HUNG,
+    NOT_RUN,
+    PASSED,
+    RAISED,
+    breaks_the_context,
+    run_cases,
+)
 
 from . import faults
 from .groups import Group
@@ -32,7 +41,10 @@ def run_stage(
     points: Counter[str] = Counter()
 
     def heard(line: dict) -> None:
-        points[stage.family(line["case"])] += _POINTS.get(line["status"], 0)
+        status = line["status"]
+        if status == RAISED and breaks_the_context(line):  # its worker had to end as well
+            status = CRASHED
+        points[stage.family(line["case"])] += _POINTS.get(status, 0)
         record(line)
 
     def skip(name: str) -> str | None:
@@ -41,7 +53,9 @@ def run_stage(
             return None
         return f"{family} has crashed or hung too often in this stage"
 
-    cases = stage.cases(setting)
+    begin = time.monotonic()
+    deadline = min(deadline, begin + stage.seconds)
+    cases = stage.cases(replace(setting, left=deadline - begin))
     if setting.rehearse:
         cases = faults.among(cases)
     command = [sys.executable, "-m", "bench.device.child", stage.name, setting.to_text()]
@@ -49,7 +63,7 @@ def run_stage(
         command,
         cases,
         workers=_workers(stage),
-        deadline=min(deadline, time.monotonic() + stage.seconds),
+        deadline=deadline,
         record=heard,
         env={**_environment(stage, setting), **stage.env},
         skip=skip,

@@ -14,6 +14,10 @@ from .stage import SKIPPED, Setting, Stage
 
 TOOLS = ("memcheck", "racecheck")
 _LIMIT, _ERROR = 60.0, 9
+# Errors of API calls are torch's to report (libraries also probe for what is not there), and the host's
+# frames are Python's: they would leave no room for the kernel's.
+_OPTIONS = ("--error-exitcode", str(_ERROR), "--report-api-errors", "no", "--print-limit", "10")
+_OPTIONS += ("--show-backtrace", "device")
 _CODE = """
 import sys
 import torch
@@ -46,20 +50,26 @@ def run(name: str, setting: Setting) -> dict:
         return {"status": SKIPPED, "reason": "it watches GPUs"}
     tool, _, family = name.partition(": ")
     checks = setting.machine["tiny"][family]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(_ERROR), sys.executable, "-c"]
+    command = [sanitizer, "--tool", tool, *_OPTIONS, sys.executable, "-c", _CODE]
     # memory of torch's cache would hide an access beyond a tensor's end
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        [*command, _CODE, setting.device, *checks],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode == 0:
+    code, said = _shown([*command, setting.device, *checks], env)
+    if code == 0:
         return {"checks": checks}
-    found = "errors found" if done.returncode == _ERROR else f"exit code {done.returncode}"
-    return {"status": "failed", "reason": found, "output": done.stdout[-4000:]}
+    found = "errors found" if code == _ERROR else f"exit code {code}"
+    return {"status": "failed", "reason": found, "output": said[-4000:]}
+
+
+def _shown(command: list[str], env: dict[str, str]) -> tuple[int, str]:
+    """(exit code, output) of a command; printed as it comes too, for who learns of a killed worker."""
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    return process.returncode, "".join(said)
 
 
 SANITIZER = Stage("sanitizer", 45, cases, run, workers=4, bare=True)

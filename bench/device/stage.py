@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,12 +27,14 @@ class Setting:
         rehearse: tiny sizes, and cases that go wrong on purpose.
         stem: path of the result without its suffix, for what else is written.
         machine: what the stage "describe" found: see there. Empty until then.
+        left: seconds that the stage has, when its cases are asked for.
     """
 
     device: str
     rehearse: bool = False
     stem: str = ""
     machine: dict = field(default_factory=dict)
+    left: float = math.inf
 
     @property
     def torch_device(self) -> torch.device:

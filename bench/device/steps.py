@@ -6,14 +6,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
 
+from dbp_kernels.backends import NAMES, backend
 from dbp_kernels.precision import matmul_precision
 from dbp_kernels.verify.workers import Case
 
 from ..kernels import Settings
 from ..networks import SMALL
-from ..steps import BP, GPU_STEP_CASES, OURS, Step, decorrelated_step, plain_step, run_step_case
+from ..steps import BP, GPU_STEP_CASES, OURS, decorrelated_step, plain_step, run_step_case
 from .layers import judged
 from .stage import DTYPE, RESULT, Setting, Stage
 
@@ -48,10 +48,14 @@ def run(name: str, setting: Setting) -> dict:
         settings = replace(settings, dtype=torch.float32, pairs=1, warmup=1)
     makers = {
         BP: lambda model: plain_step(model, settings.dtype),
-        method: lambda model: _ours(model, how, settings.dtype),
+        method: lambda model: decorrelated_step(
+            model, _SAMPLE, settings.dtype, overlap="overlap" in how
+        ),
     }
     case = _networks(setting)[network]
-    with matmul_precision("high") if "high" in how else nullcontext():
+    named = next((backend(name) for name in how if name in NAMES), nullcontext())
+    # around the breakdown too, which marks the functions of the backend that it finds
+    with named, matmul_precision("high") if "high" in how else nullcontext():
         record = run_step_case(case, settings, sample=_SAMPLE, makers=makers, ours=method)
     found, plain = (record["methods"][key] for key in (method, BP))
     told = {}
@@ -61,19 +65,6 @@ def run(name: str, setting: Setting) -> dict:
     if method != OURS:
         record["breakdowns"] = {method: record.pop("breakdown", None)}
     return {**judged(found), **told, RESULT: {"step": [record]}}
-
-
-def _ours(model: nn.Module, how: list[str], dtype: torch.dtype) -> Step:
-    import dbp_kernels as dbp
-
-    step = decorrelated_step(model, _SAMPLE, dtype, overlap="overlap" in how)
-    backend = next((name for name in how if name in dbp.backends.NAMES), None)
-
-    def within(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with dbp.backend(backend) if backend else nullcontext():
-            return step(images, labels)
-
-    return within
 
 
 RATIOS = Stage("ratios", 45, ratios, run)

@@ -19,7 +19,8 @@ from .stage import RESULT, SKIPPED, Setting, Stage
 from .training import BP, DBP, EAGER, METHODS, Images, Recipe
 
 DATA = machine.ROOT / "data"  # CIFAR-10's parquet files, if there
-SECONDS = 68.0  # of each method's training and tests
+SECONDS = 68.0  # of each method's training and tests, at most
+_BESIDE = 24.0  # seconds of the stage for everything else
 _FIRST, _LIMIT = 70.0, 30.0  # seconds of an epoch: of the first, with all that comes before it
 _SPEED_LIMIT = 40.0  # compilation included
 _WARMUP, _STEPS = 10, 30  # of the measurement of speed
@@ -57,7 +58,8 @@ def epoch_cases(setting: Setting) -> list[Case]:
     speeds = _speeds(setting)
     methods = (BP, EAGER if DBP in speeds and speeds[DBP] is None else DBP)
     known = [speeds[method] for method in methods if speeds.get(method)]
-    epochs = training.epochs_within(SECONDS, known) if known else training.EPOCHS[0]
+    seconds = min(SECONDS, (setting.left - _BESIDE) / len(methods))
+    epochs = training.epochs_within(seconds, known) if known else training.EPOCHS[0]
     if setting.rehearse:
         epochs = 2
     return [

@@ -338,6 +338,11 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 
 
+def breaks_the_context(line: Mapping[str, object]) -> bool:
+    """Whether what was recorded of a case says that its process can use the GPU no more."""
+    return any(text in str(line) for text in _BROKEN)
+
+
 def serve(run: Callable[[str], dict], ready: Callable[[], None] = lambda: None) -> None:
     """A child's main loop: runs the cases it is given by name until there are no more.
 
@@ -359,7 +364,7 @@ def serve(run: Callable[[str], dict], ready: Callable[[], None] = lambda: None) 
     while True:
         name = names.get()
         report = {"case": name, **_outcome(run, name)}
-        if report["status"] == OUT_OF_MEMORY or any(text in str(report) for text in _BROKEN):
+        if report["status"] == OUT_OF_MEMORY or breaks_the_context(report):
             _say(channel, {**report, "last": True})
             return
         _say(channel, report)

@@ -130,12 +130,13 @@ def test_a_whole_group(tmp_path, group):
     subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 60)
     result, lines = read(path)
     assert result["took_seconds"] < min(seconds, groups.GROUPS[group].seconds) + 5
+    whole = set()
     for stage in groups.GROUPS[group].stages:
-        cut_short = result["checks"][stage.name]["outcomes"].get("not run", 0)
-        if not cut_short:
+        if "not run" not in result["checks"][stage.name]["outcomes"]:
             check_faults(lines[stage.name])
-    begun = sum(bool(check.get("outcomes")) for check in result["checks"].values())
-    assert begun > min(3, len(groups.GROUPS[group].stages))
+            whole.add(stage.name)
+    # the last stage has what the others leave
+    assert whole >= {stage.name for stage in groups.GROUPS[group].stages[:-1]}, whole
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

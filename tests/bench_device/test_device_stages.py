@@ -1,13 +1,25 @@
 """The stages: their table, their cases, and what a family that keeps crashing may take."""
 
 import math
+import time
 
 import pytest
 
 from bench import bars, calibrate, cli, machine, registry
-from bench.device import command, correctness, groups, layers, runner, steps, suite, tuning
+from bench.device import (
+    command,
+    correctness,
+    groups,
+    layers,
+    runner,
+    sanitizer,
+    steps,
+    suite,
+    tuning,
+)
 from bench.device.stage import Setting, Stage
 from bench.networks import StepCase
+from dbp_kernels import backends
 from dbp_kernels.verify.workers import Case
 
 NAMES = {
@@ -72,7 +84,7 @@ def test_layers_hold_what_the_bars_need():
         if bar.suite == "kernels":
             needed = [
                 c
-                for n in layers.BATCHES
+                for n in bars.GPU_BATCHES
                 for c in registry.select(registry.RESNETS, n)
                 if _in(bar, c)
             ]
@@ -98,6 +110,12 @@ def test_steps_hold_what_the_bars_need():
     }
 
 
+def test_kernels_are_compiled_side_by_side_before_any_is_timed():
+    rest = groups.GROUPS["rest"].stages
+    assert rest[0] is tuning.COMPILATION
+    assert rest[0].workers > 1
+
+
 def test_calibration_measures_every_figure():
     parts = {c.name for c in groups.find("calibration").cases(ON_A_GPU)}
     assert parts == set(calibrate.parts("cuda"))
@@ -116,6 +134,22 @@ def test_each_variant_of_the_code_is_compiled_once():
     assert {name.split(":")[0] for name in compiled} == {name.split(":")[0] for name in timed}
 
 
+@pytest.mark.parametrize(("code", "status"), [(0, None), (9, "failed"), (3, "failed")])
+def test_what_the_sanitizer_says_is_seen_even_of_a_worker_that_is_killed(
+    code, status, tmp_path, monkeypatch, capfd
+):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "begin: $*"\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "find", lambda: str(tool))
+    found = sanitizer.run("racecheck: triton", ON_A_GPU)
+    assert found.get("status") == status
+    assert capfd.readouterr().out.startswith("begin: --tool racecheck --error-exitcode 9")
+    if status:
+        assert NAMES["all"][0] in found["output"]
+        assert found["reason"] == ("errors found" if code == 9 else "exit code 3")
+
+
 def test_the_suites_gpu_tests_come_from_their_files():
     found = names(suite.TESTS)
     assert found[:2] == ["tests/cuda/test_cuda_device.py", "tests/triton/test_device.py"]
@@ -124,22 +158,40 @@ def test_the_suites_gpu_tests_come_from_their_files():
 
 
 def test_a_family_that_keeps_crashing_is_left_alone(monkeypatch):
-    cases = [Case(f"{family}: {n}", 1) for n in range(9) for family in ("good", "hangs", "dies")]
+    families = ("good", "hangs", "dies", "raises", "breaks")
+    cases = [Case(f"{family}: {n}", 1) for n in range(9) for family in families]
     status = {"good": "passed", "hangs": "hung", "dies": "crashed"}
+    reasons = {
+        "raises": "ValueError: no",
+        "breaks": "AcceleratorError: CUDA error: an illegal memory access was encountered",
+    }
     recorded = []
 
     def run_cases(command, cases, *, record, skip, **options):
         for case in cases:
             if not (reason := skip(case.name)):
-                record({"case": case.name, "status": status[case.name.split(":")[0]]})
+                family = case.name.split(":")[0]
+                line = {"case": case.name, "status": status.get(family, "raised")}
+                record({**line, "reason": reasons.get(family, "")})
             else:
                 assert "too often" in reason
 
     monkeypatch.setattr(runner, "run_cases", run_cases)
     stage = Stage("s", 9, lambda setting: cases, lambda name, setting: {})
     runner.run_stage(stage, ON_A_GPU, math.inf, recorded.append)
-    counts = [sum(r["status"] == s for r in recorded) for s in ("passed", "hung", "crashed")]
-    assert counts == [9, 2, 4]
+    counts = [sum(r["case"].startswith(f"{f}: ") for r in recorded) for f in families]
+    assert counts == [9, 2, 4, 9, 4]
+
+
+def test_a_stage_knows_what_time_it_has(monkeypatch):
+    told = []
+    monkeypatch.setattr(runner, "run_cases", lambda command, cases, **options: told.append(options))
+    stage = Stage("s", 9, lambda setting: told.append(setting.left) or [], lambda name, setting: {})
+    for deadline, left in ((math.inf, 9), (time.monotonic() + 5, 5)):
+        told.clear()
+        runner.run_stage(stage, ON_A_GPU, deadline, print)
+        assert told[0] == pytest.approx(left, abs=0.1)
+        assert told[1]["deadline"] == pytest.approx(time.monotonic() + left, abs=0.5)
 
 
 def test_what_a_worker_is_told_survives_the_command_line():
@@ -170,6 +222,19 @@ def test_a_step_is_measured_beside_plain_backpropagation(method):
     assert step["methods"][method]["ratio"] == record["ratio"] > 0
     parts = step["breakdown"] if method == "dbp" else step["breakdowns"][method]
     assert parts["extra"] == pytest.approx(sum(parts.values()) - parts["extra"], rel=0.01, abs=1e-6)
+
+
+def test_the_breakdown_is_of_the_backend_that_was_asked_for(monkeypatch):
+    seen = []
+
+    def breakdown(step, plain, device):
+        seen.append(backends.requested())
+        return {"extra": 0.0}
+
+    monkeypatch.setattr("bench.steps.breakdown", breakdown)
+    steps.run("dbp eager: convnet", Setting("cpu", rehearse=True))
+    steps.run("dbp: convnet", Setting("cpu", rehearse=True))
+    assert seen == ["eager", "auto"]
 
 
 def test_figures_of_a_part_are_a_piece_of_a_calibration_file():
