@@ -143,14 +143,17 @@ def parts_of(
 
 
 def breakdown(
-    step: Callable[[], object], plain: Callable[[], object], device: torch.device
+    step: Callable[[], object],
+    plain: Callable[[], object],
+    device: torch.device,
+    rounds: int = 3,
 ) -> dict[str, float]:
-    """{part: seconds} of what a decorrelated ``step`` takes beyond a ``plain`` one.
+    """{part: seconds} of what a decorrelated ``step`` takes beyond a ``plain`` one, medians.
 
     The parts, then what else ``DecorUpdate.step()`` does, then what is outside of all of these
     (noise included: it may be negative). They add up to "extra".
     """
-    found = parts_of(step, device, plain=plain)
+    found = parts_of(step, device, rounds, plain)
     whole, ours, theirs = (found.pop(name) for name in (STEP, OURS, PLAIN))
     found["the rest of step()"] = whole - sum(found[p] for p in (MOMENTS, PATCHES, PRODUCTS, WRITE))
     found["elsewhere"] = ours - theirs - sum(found.values())

@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 class Settings:
     """How a suite is run; ``pairs=None`` is each suite's own default.
 
-    With ``replay`` methods are also timed by replays of a CUDA graph.
+    With ``replay`` methods are also timed by replays of a CUDA graph. ``profiled``: steps of which a
+    breakdown is the median.
     """
 
     device: torch.device = CPU
@@ -36,6 +37,7 @@ class Settings:
     warmup: int = 2
     channels_last: bool = False
     replay: bool = False
+    profiled: int = 3
 
 
 DEFAULT_PAIRS = 9

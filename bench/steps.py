@@ -190,7 +190,8 @@ def run_step_case(
     more = {}
     if {BP, ours} <= set(calls):
         try:
-            more["breakdown"] = breakdown(calls[ours], calls[BP], settings.device)
+            pair = calls[ours], calls[BP]
+            more["breakdown"] = breakdown(*pair, settings.device, settings.profiled)
         except Exception as failure:  # where the profiler may not be used, say: times stand
             more["no_breakdown"] = failed(failure)["reason"]
     if trace is not None:

@@ -19,7 +19,7 @@ from bench.device import (
 )
 from bench.device.stage import Setting, Stage
 from bench.networks import StepCase
-from dbp_kernels import backends
+from dbp_kernels import backends, precision
 from dbp_kernels.verify.workers import Case
 
 NAMES = {
@@ -106,7 +106,7 @@ def test_steps_hold_what_the_bars_need():
     assert all(case.batch == 256 for case in measured)
     assert {n.split(":")[0] for n in names(steps.STEPS)} == {
         *("dbp", "dbp high", "dbp high overlap", "dbp overlap"),
-        *("dbp triton", "dbp cuda", "dbp eager"),
+        *("dbp cuda", "dbp eager"),
     }
 
 
@@ -227,7 +227,7 @@ def test_a_step_is_measured_beside_plain_backpropagation(method):
 def test_the_breakdown_is_of_the_backend_that_was_asked_for(monkeypatch):
     seen = []
 
-    def breakdown(step, plain, device):
+    def breakdown(step, plain, device, rounds):
         seen.append(backends.requested())
         return {"extra": 0.0}
 
@@ -235,6 +235,20 @@ def test_the_breakdown_is_of_the_backend_that_was_asked_for(monkeypatch):
     steps.run("dbp eager: convnet", Setting("cpu", rehearse=True))
     steps.run("dbp: convnet", Setting("cpu", rehearse=True))
     assert seen == ["eager", "auto"]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("dbp", None), ("dbp high", "high")])
+def test_high_is_the_precision_of_the_update_too(method, expected, monkeypatch):
+    seen = set()
+    within = precision.update_precision
+
+    def update_precision(name, cuda):
+        seen.add(name)
+        return within(name, cuda)
+
+    monkeypatch.setattr(precision, "update_precision", update_precision)
+    steps.run(f"{method}: convnet", Setting("cpu", rehearse=True))
+    assert seen == {expected}
 
 
 def test_figures_of_a_part_are_a_piece_of_a_calibration_file():
