@@ -295,8 +295,14 @@ def _path(where: dict[str, Any]) -> Path:
 
 
 def keep(verdict: Verdict) -> Path | None:
-    """Writes the verdict for other processes; returns where, or None where it cannot be written."""
+    """Writes the verdict for other processes; returns where, or None where it cannot be written.
+
+    "unverified" does not take the place of what was found when the device was free.
+    """
     path = _path(verdict.where)
+    before = _read(path)
+    if verdict.status == UNVERIFIED and before and before.status != UNVERIFIED:
+        return None
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,18 @@ def test_a_device_that_is_full_or_taken_is_no_failure_and_not_kept(gpu, how):
     assert ask() == (True, [])
 
 
+def test_a_full_device_today_does_not_undo_what_was_seen_before(gpu, monkeypatch):
+    gpu("right")
+    assert ask()[0]
+    new_process()
+    monkeypatch.setenv(verdict.VARIABLE, "force")
+    gpu("full")
+    assert not ask()[0]  # in this process
+    new_process()
+    monkeypatch.delenv(verdict.VARIABLE)
+    assert ask() == (True, [])
+
+
 def test_no_time_is_no_failure(gpu, monkeypatch):
     gpu("hang")
     monkeypatch.setattr(verdict, "LIMIT", 0.5)
