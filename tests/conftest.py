@@ -33,11 +33,7 @@ def poison():
 
     Of module scope because hypothesis runs many examples within one function-scoped fixture.
     """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    from dbp_kernels.verify.checks import poisoned  # only now: TRITON_INTERPRET is set
+
+    with poisoned():
+        yield

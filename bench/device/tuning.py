@@ -7,15 +7,10 @@ from dataclasses import replace
 from dbp_kernels.verify.workers import Case
 
 from .. import registry, tune
-from .stage import RESULT, SKIPPED, Setting, Stage
+from .stage import RESULT, SKIPPED, Setting, Stage, before_colon
 
 _LIMIT = 30.0
 _REHEARSED = (registry.conv(1, 9, 3, 2, padding=0),)
-
-
-def kernel_of(name: str) -> str:
-    """Kernel and precision of a case, as ``tune.Shape`` names it."""
-    return name.split(":")[0]
 
 
 def _shapes(setting: Setting) -> list[tune.Shape]:
@@ -31,7 +26,7 @@ def to_compile(setting: Setting) -> list[Case]:
     """One shape for each variant of the code: kernel, precision, and the kind of convolution."""
     kinds = {}
     for shape in _shapes(setting):
-        kind = (kernel_of(shape.name), shape.label.rsplit(" ", 2)[0])
+        kind = (before_colon(shape.name), shape.label.rsplit(" ", 2)[0])
         kinds.setdefault(kind, shape.name)
     return [Case(name, _LIMIT) for name in kinds.values()]
 
@@ -73,5 +68,5 @@ def time_all(name: str, setting: Setting) -> dict:
     return {"kernel": problem.kernel, "configuration": fastest, RESULT: {"tuned": tuned}}
 
 
-COMPILATION = Stage("compilation", 20, to_compile, compile_all, workers=8, family=kernel_of)
-TUNING = Stage("tuning", 30, to_time, time_all, family=kernel_of)
+COMPILATION = Stage("compilation", 20, to_compile, compile_all, workers=8)
+TUNING = Stage("tuning", 30, to_time, time_all)

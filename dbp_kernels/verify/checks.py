@@ -123,7 +123,7 @@ def run(check: Check, device: torch.device) -> dict[str, Any]:
     """
     x = check.problem.input(DTYPES[check.precision], device)
     R = check.problem.R(device)
-    with matmul_precision("high" if check.precision == "tf32" else "highest"), _poisoned():
+    with matmul_precision("high" if check.precision == "tf32" else "highest"), poisoned():
         results = [check.compute(x, R) for _ in range(REPEATS)]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -207,7 +207,7 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @contextmanager
-def _poisoned() -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """What torch.empty returns within it is full of NaN."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -114,10 +114,7 @@ def direct_gram(
         precision = precision_key(x.dtype)
         config = pinned(KERNEL, precision, sizes(geometry), x.device)
         config = config or choose(groups, dim, precision, target)
-    if parallel is None:
-        parallel = runtime.sm_count(x.device) * gram_shift.resident(
-            config, x.dtype.itemsize, target
-        )
+    parallel = gram_shift.programs(x, config) if parallel is None else parallel
     program = direct_program(geometry.positions)
     work = make_work(
         program, geometry.batch, groups * dim, dim, config.block_m, config.block_k, parallel

@@ -152,6 +152,12 @@ def resident(config: Config, itemsize: int, target: int) -> int:
     return max(1, fit)
 
 
+def programs(x: Tensor, config: Config) -> int:
+    """Those that run on x's device at the same time, about."""
+    target = runtime.target(x.device)
+    return runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
+
+
 # --------------------------------------------------------------------------- entry
 
 
@@ -205,8 +211,7 @@ def shift_gram(
         precision = precision_key(x.dtype)
         config = pinned(KERNEL, precision, sizes(geometry), x.device)
         config = config or choose(geometry.channels, geometry.group_channels, precision, target)
-    if parallel is None:
-        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
+    parallel = programs(x, config) if parallel is None else parallel
     work = shift_work(geometry, config.block_m, config.block_k, parallel)
     steps, rows = ((), x) if packed_already(x) else ((pack,), empty_rows(x))
     product = _product(rows, geometry, work, config, index64)

@@ -26,7 +26,7 @@ from ..prepared import Gram, prepared
 from . import runtime
 from .configs import Config, configs, pinned, precision_key
 from .dot import dot
-from .gram_shift import divide, resident, sizes
+from .gram_shift import divide, programs, sizes
 from .pack import pack_into, padded, vector
 from .reduce import reduction
 from .runtime import KernelCase, Launch
@@ -230,8 +230,7 @@ def tma_gram(
     if config is None:
         config = pinned(KERNEL, precision_key(x.dtype), sizes(geometry), x.device)
         config = config or choose(geometry.channels, geometry.group_channels, target)
-    if parallel is None:
-        parallel = runtime.sm_count(x.device) * resident(config, x.dtype.itemsize, target)
+    parallel = programs(x, config) if parallel is None else parallel
     block, block_k = config.block_m, config.block_k
     work = shift_work(geometry, block, block_k, parallel)
     tables = make_tables(work, x.device)
