@@ -157,7 +157,7 @@ def _update_alone(
     R = job.grouped_R
     if plan == "samples":
         Z = eager.patches(x, geometry, R.dtype, job.demean)
-        update, loss = plans.low_rank_update(Z, R, **job.rule)
+        update, loss = backends.select(R.device).low_rank_update(Z, R, **job.rule)
     elif plan is not None and backends.selected(R.device) == "eager":
         update, loss = eager.work_out(x, R, geometry, **job.rule, demean=job.demean)
     else:
@@ -184,8 +184,11 @@ def _update_together(
     else:
         demean = jobs[0].demean
         Z = torch.cat([eager.patches(x, g, R.dtype, demean) for x, g in zip(xs, geometries)])
-        update = backend.update_direct if plan == "direct" else plans.update_from_samples
-        R_new, loss = update(Z, R, **jobs[0].rule)
+        if plan == "direct":
+            R_new, loss = backend.update_direct(Z, R, **jobs[0].rule)
+        else:
+            update, loss = backend.low_rank_update(Z, R, **jobs[0].rule)
+            R_new = update.new(R)
     return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
 
 
