@@ -54,6 +54,7 @@ class Recorder:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
         self.seen = 0
+        self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -100,6 +101,7 @@ class Recorder:
                 "replay would ever learn; capture without it (decor.detach() or model.eval()), or "
                 "use torch.compile, which keeps sampling out of its CUDA graphs"
             )
+        self.dtype = dtype
         begin = None if owner._budget is None else mark(input.device)
         with torch.no_grad():
             batch = layer._as_images(_unwrapped(input).detach())
