@@ -13,7 +13,7 @@ from dbp_kernels.distributed import unwrap
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
-from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.surgery import Filter, _Filter
 from dbp_kernels.update import DecorUpdate
 
@@ -159,15 +159,16 @@ def _find(
             left_alone[name] = (
                 f"its R would have {patches.size} > max_size={max_size} rows, {mib:.0f} MiB"
             )
-        elif any(isinstance(_owner(hook), Site) for hook in module._forward_hooks.values()):
+        elif _is_fed(module):
             raise ValueError(f"layer {name!r} is attached already: expected detach() before")
         else:
             sites.append(Site(name, module, patches))
     return sites, left_alone
 
 
-def _owner(method: Any) -> Any:
-    return getattr(method, "__self__", None)
+def _is_fed(module: nn.Module) -> bool:
+    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
+    return any(hook.site is not None for hook in hooks)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dbp_kernels.budget import ScheduleReport
 from dbp_kernels.optim.checkpoint import Checkpoint
-from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.optim.swap import Swap, form
 from dbp_kernels.update import DecorUpdate
 
@@ -43,10 +44,9 @@ class Attached:
         self._swaps.append(Swap(*last, after=self._learn))
         self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
         self._hooks = [
-            site.module.register_forward_hook(site.after_forward, with_kwargs=True)
-            for site in sites
+            site.module.register_forward_hook(Feed(site), with_kwargs=True) for site in sites
         ]
-        self._hooks.append(model.register_forward_pre_hook(self._before_forward))
+        self._hooks.append(model.register_forward_pre_hook(_Recovery(self)))
         self._attached = True
 
     # What happens at a step.
@@ -57,11 +57,6 @@ class Attached:
             site.to_follow()
         self._engine.step()
         form(list(self._sites.values()))
-
-    def _before_forward(self, *_: Any) -> None:
-        for swap in self._swaps:
-            if swap.inside and swap._evaluations is None:
-                swap.recover()
 
     # What it tells.
 
@@ -122,6 +117,27 @@ class Attached:
             lines.append("left alone:")
             lines += [f"  {name}: {why}" for name, why in self._left_alone.items()]
         return "\n".join(lines)
+
+
+class _Recovery:
+    """A forward hook of the model: A is back, if a step was left by an exception nobody told us of.
+
+    A copy of the model has copies of its hooks: those do nothing.
+    """
+
+    def __init__(self, attached: Attached | None) -> None:
+        self._attached = None if attached is None else weakref.ref(attached)
+
+    def __call__(self, *_: Any) -> None:
+        attached = None if self._attached is None else self._attached()
+        for swap in () if attached is None else attached._swaps:
+            swap.recover_if_left()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recovery:
+        return _Recovery(None)
+
+    def __reduce__(self) -> tuple[type[_Recovery], tuple[None]]:
+        return _Recovery, (None,)
 
 
 def _mib(x: Tensor) -> str:

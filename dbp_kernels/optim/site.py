@@ -14,6 +14,29 @@ from dbp_kernels.optim.kinds import Patches
 from dbp_kernels.precision import statistics_dtype
 
 
+class Feed:
+    """A forward hook: hands a site samples of its layer's input, while the weight learns.
+
+    A copy of the model has copies of its hooks: those feed nobody.
+    """
+
+    def __init__(self, site: Site | None) -> None:
+        self.site = site
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        site = self.site
+        if site is not None and site.parameter.requires_grad:
+            record(site, arguments[0] if arguments else named[site.patches.input])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Feed:
+        return Feed(None)
+
+    def __reduce__(self) -> tuple[type[Feed], tuple[None]]:
+        return Feed, (None,)
+
+
 class Site:
     """A weight that holds A = W R outside of its optimiser's step, and W within it.
 
@@ -63,13 +86,6 @@ class Site:
         unbatched = input.dim() <= max(1, self.patches.dims + 1)
         return input.unsqueeze(0) if unbatched else input
 
-    # Sampling.
-
-    def after_forward(self, module: nn.Module, arguments: tuple, named: dict[str, Any], _: Any):
-        """A forward hook: samples of the input, while the weight learns."""
-        if self.parameter.requires_grad:
-            record(self, arguments[0] if arguments else named[self.patches.input])
-
     # A, W and their gradients.
 
     def enter(self, transform: bool = True) -> None:
@@ -77,7 +93,7 @@ class Site:
         weight = self.parameter
         self._A, self._dA = weight.data, weight.grad
         if transform and self._dA is not None:
-            weight.grad = self._gradient_of_W(self._dA)
+            weight.grad = self.gradient_of_W(self._dA)
         weight.data = self.W
 
     def leave(self) -> None:
@@ -104,7 +120,7 @@ class Site:
             A = product(W, R, self._rounded)
         return A.reshape(self.W.shape).to(self.W.dtype)
 
-    def _gradient_of_W(self, dA: Tensor) -> Tensor:
+    def gradient_of_W(self, dA: Tensor) -> Tensor:
         D, R = self._grouped(dA), self.R
         if self.patches.transposed:
             dW = times(R, D, self._rounded)

@@ -59,11 +59,6 @@ class Swap:
         ]
         self._guard()
 
-    @property
-    def inside(self) -> bool:
-        """Whether the parameters hold W just now."""
-        return self._inside
-
     def remove(self) -> None:
         """From now on the optimiser steps on what the parameters hold."""
         self.recover()
@@ -78,6 +73,11 @@ class Swap:
             form(self._sites)
         self._depth = 0
         self._evaluations = None
+
+    def recover_if_left(self) -> None:
+        """``recover()`` where a forward pass finds W, and not because a closure makes it."""
+        if self._inside:
+            self.recover()
 
     # The hooks.
 
