@@ -148,7 +148,10 @@ def sampling_variants(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Ste
         sampled(sample): lambda model, sample=sample: attached_step(model, sample, dtype)
         for sample in SAMPLES
     }
-    return {**makers, IDLE: lambda model: attached_step(model, 0.1, dtype, update_every=NEVER_AGAIN)}
+    return {
+        **makers,
+        IDLE: lambda model: attached_step(model, 0.1, dtype, update_every=NEVER_AGAIN),
+    }
 
 
 def faster_variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Step]]:

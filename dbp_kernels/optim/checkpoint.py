@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.swap import some
 from dbp_kernels.update import DecorUpdate
 
 # In each of the saved param_groups that has attached weights, by name. Not in "state": what is
@@ -72,7 +73,7 @@ class Checkpoint:
         plain = [site.name for site in self._sites if site.name not in layers]
         if plain:
             warnings.warn(
-                f"the loaded optimiser state has no R of {_some(plain)}: R = I and W = the weight "
+                f"the loaded optimiser state has no R of {some(plain)}: R = I and W = the weight "
                 "as it is; expected the state of an optimiser under dbp.attach with these layers",
                 stacklevel=4,
             )
@@ -100,8 +101,3 @@ class Checkpoint:
         engine._ranks_agree = False
         if engine._budget is not None:
             engine._budget = engine._budget.restored(common.get("budget"))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more layers"

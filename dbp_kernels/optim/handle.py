@@ -53,8 +53,6 @@ class Attached:
 
     @torch.no_grad()
     def _learn(self) -> None:
-        for site in self._sites.values():
-            site.to_follow()
         self._engine.step()
         form(list(self._sites.values()))
 

@@ -118,7 +118,9 @@ def _unfit(patches: Patches, weight: torch.Tensor) -> str | None | Patches:
     rows = patches.groups * patches.size
     fits = weight.shape[0] == rows if patches.transposed else weight[0].numel() == patches.size
     if not fits or patches.size == 0 or weight.numel() == 0:
-        return f"its {patches.weight} of shape {tuple(weight.shape)} does not have patches of {rows}"
+        return (
+            f"its {patches.weight} of shape {tuple(weight.shape)} does not have patches of {rows}"
+        )
     return patches
 
 

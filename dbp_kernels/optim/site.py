@@ -60,6 +60,7 @@ class Site:
         self.W = weight.detach().clone()
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
+        self._written = self._seen()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -88,11 +89,11 @@ class Site:
 
     # A, W and their gradients.
 
-    def enter(self, transform: bool = True) -> None:
+    def enter(self) -> None:
         """The parameter becomes W, and its gradient, if it has one, dL/dW = dL/dA R^T."""
         weight = self.parameter
         self._A, self._dA = weight.data, weight.grad
-        if transform and self._dA is not None:
+        if self._dA is not None:
             weight.grad = self.gradient_of_W(self._dA)
         weight.data = self.W
 
@@ -109,6 +110,31 @@ class Site:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
         weight = self.parameter.detach()  # with its version counter
         weight.copy_(self.condensed())
+        self._written = self._seen()
+
+    def _seen(self) -> tuple[int, int]:
+        """By which a write of somebody else's shows, unless it goes through ``.data``."""
+        return self.parameter.data_ptr(), self.parameter._version
+
+    @torch.no_grad()
+    def take_over(self) -> bool:
+        """Whether somebody has written to the weight, and not A: W is then what gives it.
+
+        Waits for the device if somebody has written at all.
+        """
+        if self._seen() == self._written:
+            return False
+        self.to_follow()
+        weight = self.parameter.detach()
+        tolerance = 8 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
+        if torch.allclose(weight, self.condensed(), rtol=0, atol=tolerance):
+            return False
+        A, R = self._grouped(weight).double(), self.R.double()
+        # a solve, not an inverse: A = W R, or R^T W
+        W = torch.linalg.solve(R.mT, A if self.patches.transposed else A.mT)
+        W = W if self.patches.transposed else W.mT
+        self.W.copy_(W.reshape(self.W.shape))
+        return True
 
     def condensed(self) -> Tensor:
         """A = W R, in the weight's dtype."""
@@ -153,5 +179,5 @@ class Site:
         """After model.to(): W and R go where the parameter has gone."""
         weight = self.parameter
         if weight.device != self.W.device or weight.dtype != self.W.dtype:
-            self.W = self.W.to(weight)
+            self.W = self.W.to(weight.device, weight.dtype)
             self.R = self.R.to(weight.device, statistics_dtype(weight.dtype))

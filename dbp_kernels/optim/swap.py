@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +30,12 @@ def form(sites: Sequence[Site]) -> None:
     with in_full_precision(sites):
         for site in sites:
             site.form()
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more layers"
 
 
 class Swap:
@@ -132,6 +139,13 @@ class Swap:
 
     @torch.no_grad()
     def _enter(self) -> None:
+        changed = [site.name for site in self._sites if site.take_over()]
+        if changed:
+            warnings.warn(
+                f"the weights of {some(changed)} were changed outside of their optimiser: the "
+                "network stays as it was made, and W becomes A R^-1",
+                stacklevel=6,
+            )
         self._inside = True
         with in_full_precision(self._sites):
             for site in self._sites:

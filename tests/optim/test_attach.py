@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -290,7 +292,9 @@ def test_A_comes_back_when_a_step_raises(wrapped_before):
 
 
 def test_super_step_of_a_subclass_counts_once():
-    forms = [OptimizerForm(lambda p, c=c: c(p, lr=0.05), **OPTIONS) for c in (torch.optim.SGD, Failing)]
+    forms = [
+        OptimizerForm(lambda p, c=c: c(p, lr=0.05), **OPTIONS) for c in (torch.optim.SGD, Failing)
+    ]
     for form in forms:
         train(form, 4)
     for name in LAYERS:
@@ -595,5 +599,63 @@ def test_moving_the_model_takes_R_along():
     form = trained()
     form.model.float()
     form.model.double()
-    train(form, 1)
+    with pytest.warns(UserWarning, match="were changed outside"):  # by rounding to float32
+        train(form, 1)
     assert form.decor.R("head").dtype == torch.float64
+
+
+# Writes from outside.
+
+
+def test_an_equal_reload_changes_nothing():
+    form, other = trained(4), trained(4)
+    form.model.load_state_dict(copy.deepcopy(form.model.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(form, 1, seed=9)
+    train(other, 1, seed=9)
+    for name in LAYERS:
+        assert all(map(torch.equal, form.of(name), other.of(name)))
+
+
+def test_a_write_from_outside_stays_and_W_follows():
+    form = trained(4, lr=3e-2)
+    best = make()
+    form.model.load_state_dict(best.state_dict())
+    x, y = next(batches(1))
+    F.cross_entropy(form.model(x), y).backward()
+    for group in form.optimizer.param_groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="'depthwise' and 4 more layers were changed"):
+        form.optimizer.step()
+    for name in LAYERS:
+        R, W = form.decor.R(name), form.decor.W(name)
+        assert not torch.equal(R, torch.eye(R.shape[-1], dtype=R.dtype))
+        assert torch.equal(form.model.get_submodule(name).weight, A_of(form, name))
+        assert not torch.allclose(W, best.get_submodule(name).weight, atol=1e-4)
+    form.decor._engine.discard()
+    frozen = trained(4, lr=3e-2)
+    frozen.model.load_state_dict(best.state_dict())
+    for group in frozen.decor._engine.param_groups:
+        group["lr"] = 0.0
+    for group in frozen.optimizer.param_groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    F.cross_entropy(frozen.model(x), y).backward()
+    with pytest.warns(UserWarning, match="were changed outside"):
+        frozen.optimizer.step()
+    for name in LAYERS:  # neither W nor R has moved: the function is the one that was loaded
+        weight = frozen.model.get_submodule(name).weight
+        torch.testing.assert_close(weight, best.get_submodule(name).weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_gradient_scaler_that_skips_changes_nothing(skip):
+    form = trained(2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [t.detach().clone() for name in LAYERS for t in form.of(name)]
+    x, y = next(batches(1))
+    scaler.scale(F.cross_entropy(form.model(x * (math.inf if skip else 1)), y)).backward()
+    scaler.step(form.optimizer)
+    scaler.update()
+    after = [t for name in LAYERS for t in form.of(name)]
+    assert all(map(torch.equal, before, after)) == skip
