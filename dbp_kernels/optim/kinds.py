@@ -110,7 +110,7 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     return _unfit(patches, weight)
 
 
-def _unfit(patches: Patches, weight: torch.Tensor) -> str | None | Patches:
+def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches | None:
     if not weight.is_floating_point():
         return f"its {patches.weight} is {weight.dtype}"
     if type(weight) is not nn.Parameter:

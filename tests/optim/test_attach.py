@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
 }
 # lr of R above the default: what is compared must have moved
-OPTIONS = dict(lr=1e-2, sample=0.5)
+OPTIONS = {"lr": 1e-2, "sample": 0.5}
 
 
 class Net(nn.Module):
@@ -142,11 +142,11 @@ def test_equals_the_layer_form(name):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(lr=1e-3, rule="normalized", kappa=0.1, sample=4),
-        dict(lr=1e-2, demean=True, kappa=1.0, sample=1.0),
-        dict(lr=1e-2, update_every=3, kappa=0.0),
-        dict(lr=1e-2, sampling="random", sample=0.5),
-        dict(lr=1e-2, budget=0.2, costs="planned", sample=0.5),
+        {"lr": 1e-3, "rule": "normalized", "kappa": 0.1, "sample": 4},
+        {"lr": 1e-2, "demean": True, "kappa": 1.0, "sample": 1.0},
+        {"lr": 1e-2, "update_every": 3, "kappa": 0.0},
+        {"lr": 1e-2, "sampling": "random", "sample": 0.5},
+        {"lr": 1e-2, "budget": 0.2, "costs": "planned", "sample": 0.5},
     ],
     ids=lambda o: ", ".join(o),
 )
@@ -209,7 +209,18 @@ def test_gradients_are_those_of_A_before_and_after_the_step():
     gradient = weight.grad
     kept = gradient.clone()
     form.optimizer.step()
-    assert weight.grad is gradient and torch.equal(gradient, kept)
+    assert weight.grad is gradient
+    assert torch.equal(gradient, kept)
+
+
+def closure_of(form, x, y):
+    def evaluate():
+        form.optimizer.zero_grad()
+        loss = F.cross_entropy(form.model(x), y)
+        loss.backward()
+        return loss
+
+    return evaluate
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -218,14 +229,7 @@ def test_a_closure_is_evaluated_on_A(name):
     losses = train(plain, 5)
     seen = []
     for x, y in batches(5):
-
-        def evaluate():
-            closure.optimizer.zero_grad()
-            loss = F.cross_entropy(closure.model(x), y)
-            loss.backward()
-            return loss
-
-        seen.append(closure.optimizer.step(evaluate).detach())
+        seen.append(closure.optimizer.step(closure_of(closure, x, y)).detach())
     torch.testing.assert_close(torch.stack(seen), losses, rtol=0, atol=0)
     for layer in LAYERS:
         for ours, theirs in zip(closure.of(layer), plain.of(layer)):
@@ -238,14 +242,7 @@ def test_lbfgs_evaluates_A_where_the_weights_are():
     layers, attached = (f(make_optimizer, **OPTIONS) for f in (LayerForm, OptimizerForm))
     for form in (layers, attached):
         for x, y in batches(3):
-
-            def evaluate():
-                form.optimizer.zero_grad()
-                loss = F.cross_entropy(form.model(x), y)
-                loss.backward()
-                return loss
-
-            form.optimizer.step(evaluate)
+            form.optimizer.step(closure_of(form, x, y))
             if form is layers:
                 form.decor.step()
     for name in LAYERS:
@@ -281,10 +278,12 @@ def test_A_comes_back_when_a_step_raises(wrapped_before):
         (step if wrapped_before else optimizer.step)()
     if wrapped_before:
         model(x)
-    assert torch.equal(decor.R("head"), R) and decor._engine._steps == steps
+    assert torch.equal(decor.R("head"), R)
+    assert decor._engine._steps == steps
     assert torch.equal(model.head.weight.grad, gradient)
     # the weights have made their step, as they would have without us, and A is theirs
-    assert not torch.equal(decor.W("head"), W) and not torch.equal(model.head.weight, before)
+    assert not torch.equal(decor.W("head"), W)
+    assert not torch.equal(model.head.weight, before)
     assert torch.equal(model.head.weight, decor._site("head").condensed())
     optimizer.fail = False
     optimizer.step()
@@ -351,7 +350,8 @@ def test_several_optimizers():
 
     one, two = make_form(False), make_form(True)
     for name in LAYERS:
-        assert torch.equal(one.W(name), two.W(name)) and torch.equal(one.R(name), two.R(name))
+        assert torch.equal(one.W(name), two.W(name))
+        assert torch.equal(one.R(name), two.R(name))
 
 
 def test_detach_leaves_a_plain_optimizer():
@@ -373,7 +373,7 @@ def test_detach_leaves_a_plain_optimizer():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_checkpoint_resumes_bit_for_bit(optimizer, tmp_path):
-    options = dict(sampling="random", update_every=2)
+    options = {"sampling": "random", "update_every": 2}
     whole = trained(6, optimizer, **options)
     first = trained(3, optimizer, **options)
     torch.save((first.model.state_dict(), first.optimizer.state_dict()), tmp_path / "saved")
@@ -463,14 +463,14 @@ def test_a_frozen_weight_keeps_its_R():
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error", "message"),
     [
-        (lambda m, o: (m, [o], dict(lr=-1)), ValueError, "lr=-1"),
+        (lambda m, o: (m, [o], {"lr": -1}), ValueError, "lr=-1"),
         (lambda m, o: (m, 3, {}), TypeError, "optimizer=3"),
         (lambda m, o: (m, [], {}), ValueError, "at least one"),
         (lambda m, o: (m.parameters(), o, {}), TypeError, "model must be"),
-        (lambda m, o: (m, o, dict(include="nothing")), ValueError, "include='nothing'"),
-        (lambda m, o: (m, o, dict(exclude="*")), ValueError, "found no layer"),
+        (lambda m, o: (m, o, {"include": "nothing"}), ValueError, "include='nothing'"),
+        (lambda m, o: (m, o, {"exclude": "*"}), ValueError, "found no layer"),
         (lambda m, o: (dbp.decorrelate_model(m), o, {}), ValueError, "decorrelated layer 'first'"),
     ],
 )
@@ -480,7 +480,8 @@ def test_bad_arguments_change_nothing(arguments, error, message):
     model, optimizers, options = arguments(model, optimizer)
     with pytest.raises(error, match=message):
         dbp.attach(model, optimizers, **options)
-    assert not optimizer._optimizer_step_pre_hooks and "step" not in optimizer.__dict__
+    assert not optimizer._optimizer_step_pre_hooks
+    assert "step" not in optimizer.__dict__
 
 
 def test_attaching_twice_is_an_error():
@@ -583,7 +584,8 @@ def test_autocast_and_half_precision_weights_keep_R_in_float32():
         with torch.autocast("cpu", torch.bfloat16):
             F.cross_entropy(model(x.float()), y).backward()
             optimizer.step()
-    assert decor.R("head").dtype == torch.float32 and model.head.weight.dtype == torch.float32
+    assert decor.R("head").dtype == torch.float32
+    assert model.head.weight.dtype == torch.float32
     half = make().bfloat16()
     optimizer = torch.optim.SGD(half.parameters(), lr=0.1)
     decor = dbp.attach(half, optimizer, **OPTIONS)
@@ -592,7 +594,8 @@ def test_autocast_and_half_precision_weights_keep_R_in_float32():
         optimizer.step()
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
-    assert decor.R("head").dtype == torch.float32 and half.head.weight.dtype == torch.bfloat16
+    assert decor.R("head").dtype == torch.float32
+    assert half.head.weight.dtype == torch.bfloat16
 
 
 def test_moving_the_model_takes_R_along():
