@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    return arguments[0] if arguments else next(iter(named.values()))
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,15 @@ class Patches:
             and stride, padding, dilation, groups, padding_mode where they are not the defaults.
         transposed: the weight is (groups * D, ...), the patch along its first dimension, as in
             transposed convolutions; else (groups * out, ...), each row a patch's D entries.
-        input: the name of the argument of ``forward`` that holds the patches, its first one.
+        input: what finds the input (N, ...) among a call's arguments and named arguments; None where
+            the call shows no input to learn from. By default the first one.
     """
 
     size: int
     weight: str = "weight"
     window: dict[str, Any] = field(default_factory=lambda: {"kernel_size": ()})
     transposed: bool = False
-    input: str = "input"
+    input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] = _first
 
     @property
     def groups(self) -> int:
@@ -60,6 +65,25 @@ def _transposed(module: Any) -> Patches:
     return Patches(module.in_channels // module.groups, window=window, transposed=True)
 
 
+def _attention(module: nn.MultiheadAttention) -> Patches | str:
+    """Its packed projection of query, key and value, where these are one and the same."""
+    if module.in_proj_weight is None:
+        return "its projections of query, key and value have weights of their own"
+
+    def find(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+        given = dict(zip(("query", "key", "value"), arguments)) | named
+        query, key, value = given["query"], given["key"], given["value"]
+        if not (query is key is value):
+            return None
+        return query if module.batch_first or query.dim() < 3 else query.transpose(0, 1)
+
+    return Patches(module.embed_dim, weight="in_proj_weight", input=find)
+
+
+def _uncalled(module: nn.Module) -> str:
+    return "attention uses its weight without calling it, so that its input is not seen"
+
+
 _kinds: dict[type[nn.Module], Describe] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
@@ -68,6 +92,8 @@ _kinds: dict[type[nn.Module], Describe] = {
     nn.ConvTranspose1d: _transposed,
     nn.ConvTranspose2d: _transposed,
     nn.ConvTranspose3d: _transposed,
+    nn.MultiheadAttention: _attention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: _uncalled,
 }
 
 
@@ -127,5 +153,5 @@ def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches | None:
 def _optional(kind: type[nn.Module]) -> Describe | None:
     """transformers' Conv1D is a linear layer with its weight (in, out); known without importing it."""
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return lambda module: Patches(module.weight.shape[0], transposed=True, input="x")
+        return lambda module: Patches(module.weight.shape[0], transposed=True)
     return None

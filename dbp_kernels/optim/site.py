@@ -28,7 +28,9 @@ class Feed:
     ) -> None:
         site = self.site
         if site is not None and site.parameter.requires_grad:
-            record(site, arguments[0] if arguments else named[site.patches.input])
+            input = site.patches.input(arguments, named)
+            if input is not None:
+                record(site, input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Feed:
         return Feed(None)
