@@ -129,6 +129,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._matmul_precision = limits["matmul_precision"]
         self._steps = 0
         self._ranks_agree = False
+        self._told_of_pending = False
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
@@ -279,6 +280,8 @@ class DecorUpdate(torch.optim.Optimizer):
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
                 jobs, updates = self._work_out()
+            for _, _, recorder in self._places():  # forward passes in the block must not write to
+                recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
             yield
             self._side.join()
@@ -504,6 +507,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 **state,
                 "_generator": generator,
                 "_ranks_agree": False,
+                "_told_of_pending": False,
                 "_side": SideStreams(),
             }
         )
