@@ -68,6 +68,7 @@ def decorrelated_step(
     compiled: str | None = None,
     overlap: bool = False,
     update_precision: str | None = None,
+    cuda_graph: bool = False,
 ) -> Step:
     """The library's: the same step, then ``DecorUpdate.step()``, or ``overlap()`` beside it."""
     import dbp_kernels as dbp
@@ -80,6 +81,7 @@ def decorrelated_step(
         sample=sample,
         update_every=update_every,
         matmul_precision=update_precision,
+        cuda_graph=cuda_graph,
     )
     if overlap:
         return plain_step(model, dtype, compiled, update.overlap)
