@@ -94,6 +94,7 @@ def decorrelated_step(
     compiled: str | None = None,
     overlap: bool = False,
     update_precision: str | None = None,
+    cuda_graph: bool = False,
 ) -> Step:
     """The library's layer form: ``DecorUpdate.step()`` after the same step, or ``overlap()`` beside it."""
     import dbp_kernels as dbp
@@ -106,6 +107,7 @@ def decorrelated_step(
         sample=sample,
         update_every=update_every,
         matmul_precision=update_precision,
+        cuda_graph=cuda_graph,
     )
     if overlap:
         return plain_step(model, dtype, compiled, update.overlap)

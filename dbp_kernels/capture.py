@@ -7,6 +7,7 @@ been garbage-collected stops copying.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from itertools import count
 from typing import Any, Protocol
@@ -17,6 +18,9 @@ from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
 from dbp_kernels.precision import computed_dtype
+
+# Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
+MAX_PENDING = 64
 
 _next_key = count()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -34,6 +38,7 @@ class Owner(Protocol):
 
     _generator: torch.Generator
     _budget: Any  # None, or what wants to know how long the copies take
+    _told_of_pending: bool  # whether it has been told that MAX_PENDING was passed
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """The options of a group's layer, or None where this step copies nothing of it."""
@@ -42,19 +47,21 @@ class Owner(Protocol):
 class Recorder:
     """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
 
+    Their memory is kept for those of the step after: the n-th forward pass of a step writes where
+    the n-th of the step before did, as long as its samples are laid out alike and fit.
+
     Args:
         layer: the decorrelated layer it serves.
         owner: the optimiser, referenced weakly like the layer.
         group, index: the layer's parameter group, and its place there.
-
-    ``seen`` counts the images that the samples were taken from.
     """
 
     def __init__(self, layer: nn.Module, owner: Owner, group: int, index: int) -> None:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
-        self.seen = 0
         self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
+        self._images: list[int] = []  # that each of the samples was taken from
+        self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -69,14 +76,23 @@ class Recorder:
         layer = self._layer()
         return layer is not None and recorder_of(layer) is self
 
+    @property
+    def seen(self) -> int:
+        """How many images the samples were taken from."""
+        return sum(self._images)
+
     def clear(self) -> None:
-        """Drop the samples; whoever works on them now keeps them."""
-        self.samples = []
-        self.seen = 0
+        """Drop the samples; the next forward passes write to their memory."""
+        self.samples, self._images = [], []
+
+    def give_away(self) -> None:
+        """Drop the samples and leave their memory to whoever works on them now."""
+        self.clear()
+        self._buffers = []
 
     def release(self) -> None:
-        """Drop the samples and stop recording."""
-        self.clear()
+        """Drop the samples with their memory, and stop recording."""
+        self.give_away()
         layer = self._layer()
         if layer is not None and self.owns_layer:
             layer._recorder = layer._recorder_key = None
@@ -110,18 +126,58 @@ class Recorder:
             if size == 0:
                 return
             size = max(1, round(size * options.get("part", 1)))  # with a budget
-            self.seen += images
-            # A copy even of the whole batch: a view would keep the activation alive until step(),
-            # and would see whatever the model does to it in place.
+            chosen = None
             if options["sampling"] == "random" and size < images:
                 # on the CPU whatever the default device is: there its generator lives
                 order = torch.randperm(images, generator=owner._generator, device="cpu")
-                chosen = order[:size]
-                self.samples.append(batch[chosen.to(batch.device, non_blocking=True)].to(dtype))
-            else:
-                self.samples.append(batch[:size].to(dtype, copy=True))
+                chosen = order[:size].to(batch.device, non_blocking=True)
+            self._make_room(owner)
+            self.samples.append(self._copy(batch, size, chosen, dtype))
+            self._images.append(images)
         if begin is not None:
             owner._budget.add_span(begin, mark(input.device))
+
+    def _copy(self, batch: Tensor, size: int, chosen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The first ``size`` images, or the chosen ones, in the memory kept for the next sample.
+
+        A copy even of the whole batch: a view would keep the activation alive until step(), and
+        would see whatever the model does to it in place.
+        """
+        # what was made in inference mode can be written nowhere else
+        inference = torch.is_inference_mode_enabled()
+        layout = batch.shape[1:], batch.stride(), dtype, batch.device, inference
+        place = len(self.samples)
+        before, memory = self._buffers[place] if place < len(self._buffers) else (None, None)
+        if before != layout or memory.shape[0] < size:
+            taken = batch[:size] if chosen is None else batch[chosen]
+            memory = taken.to(dtype, copy=chosen is None)
+            self._buffers[place : place + 1] = [(layout, memory)]
+            return memory
+        sample = memory if memory.shape[0] == size else memory[:size]
+        if chosen is None:
+            sample.copy_(batch[:size])
+        elif batch.dtype == dtype:
+            torch.index_select(batch, 0, chosen, out=sample)
+        else:
+            sample.copy_(batch.index_select(0, chosen))
+        return sample
+
+    def _make_room(self, owner: Owner) -> None:
+        """Drop the oldest sample if there are as many as are kept; its memory is used again."""
+        if len(self.samples) < MAX_PENDING:
+            return
+        del self.samples[0], self._images[0]
+        self._buffers.append(self._buffers.pop(0))
+        if not owner._told_of_pending:
+            owner._told_of_pending = True
+            warnings.warn(
+                f"a decorrelated layer has been called {MAX_PENDING + 1} times since the last "
+                f"step() of its DecorUpdate: only the samples of the last {MAX_PENDING} calls are "
+                "kept; call step() after every optimiser step, discard() where it is left out, or "
+                "detach() to stop sampling",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def recorder_of(layer: nn.Module) -> Recorder | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from dbp_kernels.budget import Budget, ScheduleReport
 from dbp_kernels.capture import Recorder
 from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
+from dbp_kernels.graphs import StepGraphs
 from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
@@ -83,10 +84,22 @@ class DecorUpdate(torch.optim.Optimizer):
             on GPUs float32 for what forms R S R^T (from patches in half precision S is of exact
             products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
             converge where S is badly conditioned. None does not follow torch's own setting.
+        cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
+            the host little time; with other work than launches nothing changes. See below.
+
+    With ``cuda_graph`` a step that has come up twice is captured the third time, and replayed from
+    then on: one with the same layers due, samples of the same number and shapes, and the same
+    options, learning rates included. Samples keep their memory from step to step, so every set of
+    due layers is soon known; a last, smaller batch of an epoch is one more. A scheduler that sets
+    another lr at every step leaves nothing to replay: then all steps are launched as without it. At
+    most 8 graphs are kept, the last used. A capture waits for the device and empties torch's cache.
+    The memory of the work, mostly a copy of all R, is then the graphs' own, beside the activations.
+    If a capture fails, a warning says why, and steps are launched as without it. So they are on a
+    CPU, where layers are on several devices, with several ranks, and always in ``overlap()``.
 
     Raises:
-        ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
-            groups. Nothing is changed.
+        ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
+            or there is a budget with ``cuda_graph``. Nothing is changed.
         TypeError: the first argument has another form. Nothing is changed.
     """
 
@@ -104,10 +117,21 @@ class DecorUpdate(torch.optim.Optimizer):
         budget: float | None = None,
         costs: str = "measured",
         matmul_precision: str | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         limits = checked_options(
-            {"budget": budget, "costs": costs, "matmul_precision": matmul_precision}
+            {
+                "budget": budget,
+                "costs": costs,
+                "matmul_precision": matmul_precision,
+                "cuda_graph": cuda_graph,
+            }
         )
+        if cuda_graph and budget is not None:
+            raise ValueError(
+                f"cuda_graph=True with budget={budget}, which chooses layers anew at every step: "
+                "expected one of the two"
+            )
         defaults = checked_options(
             {
                 "lr": lr,
@@ -127,8 +151,10 @@ class DecorUpdate(torch.optim.Optimizer):
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         self._side = SideStreams()
         self._matmul_precision = limits["matmul_precision"]
+        self._graphs = StepGraphs() if cuda_graph else None
         self._steps = 0
         self._ranks_agree = False
+        self._told_of_pending = False
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
@@ -197,6 +223,8 @@ class DecorUpdate(torch.optim.Optimizer):
         for recorders in self._recorders:
             for recorder in recorders:
                 recorder.release()
+        if self._graphs is not None:
+            self._graphs = StepGraphs()
 
     close = detach
 
@@ -235,8 +263,10 @@ class DecorUpdate(torch.optim.Optimizer):
                 result = closure()
         begin = None if self._budget is None else mark(self._device)
         try:
-            jobs, updates = self._work_out()
-            self._carry_out(jobs, updates)
+            jobs, many = self._due_jobs()
+            if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
+                jobs, updates = self._work_out(jobs, many)
+                self._carry_out(jobs, updates)
             if self._budget is not None:
                 self._budget_step(begin, jobs)
         finally:
@@ -278,7 +308,9 @@ class DecorUpdate(torch.optim.Optimizer):
                 torch.no_grad(),
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
-                jobs, updates = self._work_out()
+                jobs, updates = self._work_out(*self._due_jobs())
+            for _, _, recorder in self._places():  # forward passes in the block must not write to
+                recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
             yield
             self._side.join()
@@ -302,8 +334,8 @@ class DecorUpdate(torch.optim.Optimizer):
                 "expected after it"
             )
 
-    def _work_out(self) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
-        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+    def _due_jobs(self) -> tuple[list[Job], bool]:
+        """(the layers of this step, whether there are other ranks), checked; no R changes."""
         self._check_attached()
         self._follow_R()
         budget = self._budget
@@ -319,6 +351,13 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
+        return jobs, many
+
+    def _work_out(
+        self, jobs: list[Job], many: bool
+    ) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
+        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+        budget = self._budget
         with self._own_precision(jobs):
             if budget is not None:
                 seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
@@ -329,6 +368,29 @@ class DecorUpdate(torch.optim.Optimizer):
             jobs = [job for job in jobs if job.samples]
             return jobs, [(*update, None) for update in local_updates(jobs)]
 
+    def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
+        """Whether a CUDA graph has done the step; else it is still to be done."""
+        jobs = [job for job in jobs if job.samples]
+
+        def work() -> None:
+            with self._own_precision(jobs):
+                updates = [(*update, None) for update in local_updates(jobs)]
+                write_back(jobs, updates, self._state_of)
+            self._follow()
+
+        with uninterrupted():
+            states = [self.state.get(job.R, {}) for job in jobs]
+            done = graphs.run(jobs, states, work, *self._followed())
+            self._steps += done
+        return done
+
+    def _follow(self) -> None:
+        """What else is to be done once R has changed."""
+
+    def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
+        """What decides what ``_follow`` launches, and what it writes to."""
+        return None, ()
+
     def _carry_out(
         self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
     ) -> None:
@@ -336,6 +398,7 @@ class DecorUpdate(torch.optim.Optimizer):
         with self._own_precision(jobs), uninterrupted():
             write_back(jobs, updates, self._state_of)
             self._steps += 1
+            self._follow()
 
     @contextmanager
     def _own_precision(self, jobs: list[Job]) -> Iterator[None]:
@@ -489,6 +552,7 @@ class DecorUpdate(torch.optim.Optimizer):
             "_generator": self._generator.get_state(),
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
+            "_cuda_graph": self._graphs is not None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -497,6 +561,7 @@ class DecorUpdate(torch.optim.Optimizer):
             return
         generator = torch.Generator()
         generator.set_state(state["_generator"])
+        graphed = state.pop("_cuda_graph", False)
         super().__setstate__(
             {
                 "_budget": None,
@@ -504,6 +569,8 @@ class DecorUpdate(torch.optim.Optimizer):
                 **state,
                 "_generator": generator,
                 "_ranks_agree": False,
+                "_told_of_pending": False,
+                "_graphs": StepGraphs() if graphed else None,
                 "_side": SideStreams(),
             }
         )
@@ -521,6 +588,8 @@ class DecorUpdate(torch.optim.Optimizer):
             lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
         if self._matmul_precision is not None:
             lines.append(f"  matmul_precision={self._matmul_precision!r}")
+        if self._graphs is not None:
+            lines.append("  cuda_graph=True")
         return "\n".join([*lines, ")"])
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from dbp_kernels.backends import NAMES, backend
+from dbp_kernels.graphs import WARM_UP
 from dbp_kernels.precision import matmul_precision
 from dbp_kernels.verify.workers import Case
 
@@ -32,9 +33,9 @@ def ratios(setting: Setting) -> list[Case]:
 
 
 def variants(setting: Setting) -> list[Case]:
-    """By precision, overlapped, and by backend. "auto" takes Triton's kernels where there are any."""
+    """As a CUDA graph, by precision, overlapped, and by backend. "auto" takes Triton's kernels where there are any."""
     cuda = ["cuda"] if "cuda" in setting.families() else []
-    wanted = ("high", "high overlap", *cuda, "eager", "overlap")
+    wanted = ("graph", "high", "high overlap", *cuda, "eager", "overlap")
     methods = [OURS, *(f"{OURS} {what}" for what in wanted)]
     return [Case(f"{m}: {network}", _LIMIT) for m in methods for network in _networks(setting)]
 
@@ -45,14 +46,26 @@ def run(name: str, setting: Setting) -> dict:
     how = method.split()[1:]
     # profiles of a ResNet take long to read; the default variant is profiled more often
     profiled = 3 if method == OURS else 1
-    settings = Settings(setting.torch_device, DTYPE, _PAIRS, channels_last=True, profiled=profiled)
+    settings = Settings(
+        setting.torch_device,
+        DTYPE,
+        _PAIRS,
+        warmup=WARM_UP + 1,  # and the step that is checked: a graph has been captured then
+        channels_last=True,
+        profiled=profiled,
+    )
     if setting.rehearse:
         settings = replace(settings, dtype=torch.float32, pairs=1, warmup=1)
     high = "high" if "high" in how else None  # of the update, and of all other products
     makers = {
         BP: lambda model: plain_step(model, settings.dtype),
         method: lambda model: decorrelated_step(
-            model, _SAMPLE, settings.dtype, overlap="overlap" in how, update_precision=high
+            model,
+            _SAMPLE,
+            settings.dtype,
+            overlap="overlap" in how,
+            update_precision=high,
+            cuda_graph="graph" in how,
         ),
     }
     case = _networks(setting)[network]

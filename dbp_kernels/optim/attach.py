@@ -11,11 +11,11 @@ from torch import nn
 
 from dbp_kernels.distributed import unwrap
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.surgery import Filter, _Filter
-from dbp_kernels.update import DecorUpdate
 
 
 def attach(
@@ -36,6 +36,7 @@ def attach(
     groups: Iterable[dict[str, Any]] | None = None,
     process_group: dist.ProcessGroup | None = None,
     max_size: int | None = None,
+    cuda_graph: bool = False,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
 
@@ -59,7 +60,7 @@ def attach(
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
         optimizer: the optimiser of the model's weights, or several.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group: as for `DecorUpdate`.
+            process_group, cuda_graph: as for `DecorUpdate`.
         include, exclude: layers, as for `decorrelate_model`.
         groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.
         max_size: layers whose R would have more than max_size rows are left alone. R takes
@@ -87,7 +88,8 @@ def attach(
     if not sites:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
         raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
-    engine = DecorUpdate(
+    engine = Engine(
+        sites,
         _grouped(sites, inner, groups),
         lr=lr,
         kappa=kappa,
@@ -100,6 +102,7 @@ def attach(
         budget=budget,
         costs=costs,
         matmul_precision=matmul_precision,
+        cuda_graph=cuda_graph,
     )
     return Attached(inner, optimizers, sites, engine, left_alone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -112,6 +113,15 @@ class Site:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
         weight = self.parameter.detach()  # with its version counter
         weight.copy_(self.condensed())
+
+    def layout(self) -> Hashable:
+        """What decides what ``form`` launches, and on which memory."""
+        weight = self.parameter
+        tensors = ((t.data_ptr(), t.stride()) for t in (weight, self.W, self.R))
+        return *tensors, weight.dtype, self._rounded
+
+    def formed(self) -> None:
+        """Called after every change that is not somebody else's."""
         self._written = self._seen()
 
     def _seen(self) -> tuple[int, int]:

@@ -78,6 +78,7 @@ class Swap:
         if self._inside:
             self._leave()
             form(self._sites)
+            self._formed()
         self._depth = 0
         self._evaluations = None
 
@@ -116,6 +117,7 @@ class Swap:
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
         self._after()
+        self._formed()
 
     def _on_A(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, evaluated on A; after it the parameters and gradients are W's.
@@ -129,6 +131,7 @@ class Swap:
                 self._leave()
                 if self._evaluations:
                     form(self._sites)
+                    self._formed()
             result = closure()
             if self._evaluations is not None:
                 self._evaluations += 1
@@ -150,6 +153,10 @@ class Swap:
         with in_full_precision(self._sites):
             for site in self._sites:
                 site.enter()
+
+    def _formed(self) -> None:
+        for site in self._sites:
+            site.formed()
 
     def _leave(self) -> None:
         for site in self._sites:
