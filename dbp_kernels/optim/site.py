@@ -90,6 +90,11 @@ class Site:
         unbatched = input.dim() <= max(1, self.patches.dims + 1)
         return input.unsqueeze(0) if unbatched else input
 
+    def _gradient(self) -> tuple[int, int] | None:
+        """What changes with the weight's gradient."""
+        gradient = self.parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
+
     # A, W and their gradients.
 
     def enter(self) -> None:
