@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed, times
+from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.capture import record, recorder_of
 from dbp_kernels.nn import identity_R
 from dbp_kernels.optim.kinds import Patches
@@ -123,7 +123,7 @@ class Site:
         """What decides what ``form`` launches, and on which memory."""
         weight = self.parameter
         tensors = ((t.data_ptr(), t.stride()) for t in (weight, self.W, self.R))
-        return *tensors, weight.dtype, self._rounded
+        return *tensors, weight.dtype, self.rounded
 
     def formed(self) -> None:
         """Called after every change that is not somebody else's."""
@@ -157,20 +157,22 @@ class Site:
         """A = W R, in the weight's dtype."""
         W, R = self._grouped(self.W), self.R
         if self.patches.transposed:
-            A = times(R.mT, W, self._rounded)
+            A = R.mT @ W
         else:
-            product = rows_times if R.dim() == 2 else times
-            A = product(W, R, self._rounded)
+            A = rows_times(W, R) if R.dim() == 2 else W @ R
         return A.reshape(self.W.shape).to(self.W.dtype)
 
     def gradient_of_W(self, dA: Tensor) -> Tensor:
+        """dL/dW = dL/dA R^T, in the gradient's dtype and its very layout, as fused optimisers want."""
         D, R = self._grouped(dA), self.R
         if self.patches.transposed:
-            dW = times(R, D, self._rounded)
+            dW = R @ D
         else:
-            dW = rows_times_transposed(D, R, self._rounded)
-        # in the gradient's own layout: fused optimisers want that of the weight
-        return torch.empty_like(dA).copy_(dW.reshape(dA.shape))
+            dW = rows_times_transposed(D, R) if R.dim() == 2 else D @ R.mT
+        dW = dW.to(dA.dtype).reshape(dA.shape)
+        if dW.stride() == dA.stride():
+            return dW
+        return torch.empty_like(dA).copy_(dW)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """A weight or its gradient as (out, D), or (groups, out, D); transposed (D, out) of each."""
@@ -180,8 +182,8 @@ class Site:
         return weight.to(self.R.dtype).reshape(*batch, *rows)
 
     @property
-    def _rounded(self) -> bool:
-        """Whether TF32 will do: the layer computes in half precision."""
+    def rounded(self) -> bool:
+        """Whether the layer computes in half precision: products in TF32 will do then."""
         recorder = recorder_of(self)
         return recorder is not None and recorder.dtype in (torch.float16, torch.bfloat16)
 

@@ -13,12 +13,19 @@ import torch
 
 from dbp_kernels.capture import recorder_of
 from dbp_kernels.optim.site import Site
+from dbp_kernels.precision import tf32_products
 
 
 @contextmanager
-def in_full_precision(sites: Sequence[Site]) -> Iterator[None]:
-    """Autocast is off within it: what belongs to a step has its own precision."""
+def in_own_precision(sites: Sequence[Site]) -> Iterator[None]:
+    """Within it A and dL/dW are formed: without autocast, and in TF32 if A is rounded anyway.
+
+    That is where all layers computed in half precision, as under autocast; so their gradients, too,
+    were rounded to less than TF32 is.
+    """
     with ExitStack() as stack:
+        if all(site.W.is_cuda and site.rounded for site in sites):
+            stack.enter_context(tf32_products())
         for device_type in {site.W.device.type for site in sites}:
             if torch.amp.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -28,7 +35,7 @@ def in_full_precision(sites: Sequence[Site]) -> Iterator[None]:
 @torch.no_grad()
 def form(sites: Sequence[Site]) -> None:
     """A = W R in the parameters of all sites."""
-    with in_full_precision(sites):
+    with in_own_precision(sites):
         for site in sites:
             site.form()
 
@@ -152,7 +159,7 @@ class Swap:
                 stacklevel=6,
             )
         self._inside = True
-        with in_full_precision(self._sites):
+        with in_own_precision(self._sites):
             for site in self._sites:
                 site.enter()
 

@@ -31,13 +31,6 @@ def rows_times(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
     return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
 
 
-def rows_times_transposed(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
-    """X R^T for X (..., a, D), R (..., D, D), differentiable; ``rounded`` as for ``times``."""
-    if rounded or R.dim() > 2:
-        return times(X, R.mT, rounded)
-    return _times_transposed(X, R)
-
-
 def times(X: Tensor, Y: Tensor, rounded: bool) -> Tensor:
     """X Y for X (..., a, n), Y (..., n, b), differentiable. ``rounded``: TF32 on CUDA will do.
 
@@ -85,12 +78,12 @@ class _ByOneDNN(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         R, X = ctx.saved_tensors
         return (
-            None if R is None else _times_transposed(gradient, R),
+            None if R is None else rows_times_transposed(gradient, R),
             None if X is None else X.mT @ gradient,
         )
 
 
-def _times_transposed(X: Tensor, R: Tensor) -> Tensor:
+def rows_times_transposed(X: Tensor, R: Tensor) -> Tensor:
     """X R^T for X (a, D), R (D, D), differentiable."""
     once_more = torch.is_grad_enabled() and (X.requires_grad or R.requires_grad)
     if not once_more and _by_onednn(X, R.mT):
