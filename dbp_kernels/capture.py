@@ -65,6 +65,7 @@ class Recorder:
         self.samples: list[Tensor] = []
         self._images: list[int] = []  # that each of the samples was taken from
         self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
+        self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -120,6 +121,7 @@ class Recorder:
                 "replay would ever learn; capture without it (decor.detach() or model.eval()), or "
                 "use torch.compile, which keeps sampling out of its CUDA graphs"
             )
+        self.dtype = dtype
         begin = None if owner._budget is None else mark(input.device)
         with torch.no_grad():
             batch = layer._as_images(_unwrapped(input).detach())

@@ -347,6 +347,23 @@ def test_a_capture_of_the_callers_own_is_not_nested(log, monkeypatch):
     assert log == []
 
 
+def test_the_optimiser_form_replays_the_same_graphs(log):
+    """R learns by the graph; A = W R follows it outside."""
+    nets = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        optimizer = torch.optim.Adam(net.parameters())
+        attached = dbp.attach(net, optimizer, lr=1e-2, sample=0.5, cuda_graph=graphed)
+        for x in batches(8):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        nets.append({**net.state_dict(), "R": attached.R("0")})
+    assert log == ["capture graph 0"] + 5 * ["replay graph 0"]
+    torch.testing.assert_close(nets[1], nets[0], rtol=0, atol=0)
+
+
 def test_several_ranks_step_without_graphs(log, monkeypatch):
     net = network()
     decor = dbp.DecorUpdate(net, cuda_graph=True)

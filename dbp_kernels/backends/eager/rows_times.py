@@ -31,6 +31,13 @@ def rows_times(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
     return torch.bmm(X.unflatten(1, parts).transpose(0, 1), R.unflatten(0, parts)).sum(0)
 
 
+def rows_times_transposed(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
+    """X R^T for X (..., a, D), R (..., D, D), differentiable; ``rounded`` as for ``times``."""
+    if rounded or R.dim() > 2:
+        return times(X, R.mT, rounded)
+    return _times_transposed(X, R)
+
+
 def times(X: Tensor, Y: Tensor, rounded: bool) -> Tensor:
     """X Y for X (..., a, n), Y (..., n, b), differentiable. ``rounded``: TF32 on CUDA will do.
 
