@@ -31,4 +31,5 @@ def _scaled(update: Update, R: Tensor, rate: Tensor) -> Update:
     if isinstance(update, plans.LowRankUpdate):
         scale = (update.scale - 1).mul_(rate).add_(1)
         return replace(update, scale=scale, U=update.U.mul_(rate))
-    return torch.lerp(R, update.view_as(R), rate)
+    update = update.view_as(R)
+    return torch.lerp(R, update, rate, out=update)

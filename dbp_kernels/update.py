@@ -58,6 +58,17 @@ class DecorUpdate(torch.optim.Optimizer):
     ``detach()``. If a layer is called more than 64 times between two steps, the last 64 calls count,
     and one warning says so.
 
+    With ``cuda_graph`` a step of a kind that has come before is done once more, and captured; later
+    ones are replayed. Steps are of one kind if the same layers are due, with samples of the same
+    number and shapes, and the same options. As samples keep their memory, kinds are few: each set of
+    due layers is one, and so is an epoch's last, smaller batch. A kind that comes with another lr
+    is captured once more, for every lr; its results then differ by rounding from those without a
+    graph. Of more than 8 graphs those used last are kept, and one step in 100 is captured at most.
+    A capture waits for the device and empties torch's cache. The work's memory, mostly a second copy
+    of every R, then belongs to the graphs and no longer comes from what activations have left. If a
+    capture fails, a warning says why, and steps are launched as without ``cuda_graph``. So they are
+    on CPUs, where layers are on several devices, with several ranks, and in ``overlap()``.
+
     A layer belongs to one DecorUpdate, the last one made; ``step()`` of an earlier one raises.
 
     Args:
@@ -90,18 +101,7 @@ class DecorUpdate(torch.optim.Optimizer):
             products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
             converge where S is badly conditioned. None does not follow torch's own setting.
         cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
-            the host little time. See below.
-
-    With ``cuda_graph`` the second step of a kind is captured, and later ones are replayed. Steps are
-    of one kind if the same layers are due, with samples of the same number and shapes, and the same
-    options. Samples keep their memory from step to step, so kinds are few: each set of due layers is
-    one, and so is an epoch's last, smaller batch. A kind that comes with another lr is captured once
-    more, for every lr; its results then differ from those without a graph by rounding. At most 8
-    graphs are kept, those used last, and then one step in 100 is captured. A capture waits for the
-    device and empties torch's cache. The work's memory, mostly a second copy of every R, is then the
-    graphs' own, where else the activations' is used. If a capture fails, a warning says why, and
-    steps are launched as without ``cuda_graph``. So they are on CPUs, where layers are on several
-    devices, with several ranks, and in ``overlap()``.
+            the host little time. See above.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
