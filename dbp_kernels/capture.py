@@ -63,9 +63,10 @@ class Recorder:
     def __init__(self, layer: nn.Module, owner: Owner, group: int, index: int) -> None:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
-        self._images: list[int] = []  # that each of the samples was taken from
-        self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
         self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
+        self._images: list[int] = []  # that each of the samples was taken from
+        self._gradients: list[Any] = []  # what the layer's gradient was when each was taken
+        self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -87,7 +88,23 @@ class Recorder:
 
     def clear(self) -> None:
         """Drop the samples; the next forward passes write to their memory."""
-        self.samples, self._images = [], []
+        self.samples, self._images, self._gradients = [], [], []
+
+    def drop_spent(self) -> None:
+        """Drop samples whose gradient is there, and is about to be dropped as well."""
+        if not self.samples:
+            return
+        now = self._layer()._gradient()
+        self._drop([i for i, then in enumerate(self._gradients) if then != now])
+
+    def _drop(self, places: list[int]) -> None:
+        """Drop some samples; their memory is used again, after that of the others."""
+        order = [i for i in range(len(self.samples)) if i not in places]
+        rest = self._buffers[len(self.samples) :]
+        self._buffers = [self._buffers[i] for i in (*order, *places)] + rest
+        self.samples, self._images, self._gradients = (
+            [entries[i] for i in order] for entries in (self.samples, self._images, self._gradients)
+        )
 
     def give_away(self) -> None:
         """Drop the samples and leave their memory to whoever works on them now."""
@@ -138,6 +155,7 @@ class Recorder:
             self._make_room(owner)
             self.samples.append(self._copy(batch, size, chosen, dtype))
             self._images.append(images)
+            self._gradients.append(layer._gradient())
         if begin is not None:
             owner._budget.add_span(begin, mark(input.device))
 
@@ -170,8 +188,7 @@ class Recorder:
         """Drop the oldest sample if there are as many as are kept; its memory is used again."""
         if len(self.samples) < MAX_PENDING:
             return
-        del self.samples[0], self._images[0]
-        self._buffers.append(self._buffers.pop(0))
+        self._drop([0])
         if not owner._told_of_pending:
             owner._told_of_pending = True
             warnings.warn(

@@ -28,8 +28,8 @@ _REMEMBERED = 64  # keys that are counted, towards WARM_UP
 
 
 @dataclass(frozen=True)
-class _Graph:
-    replay: Callable[[], None]
+class _Replay:
+    launch: Callable[[], None]
     rates: Tensor | None  # the learning rates that it reads, (jobs,); None: they cannot change
 
 
@@ -41,7 +41,7 @@ class StepGraphs:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Hashable, _Graph] = {}  # the last used ones last
+        self._replays: dict[Hashable, _Replay] = {}  # the last used ones last
         self._counts: dict[int, int] = {}  # steps by hashes of their keys
         self._captures: dict[torch.device, Capture] = {}
         self._since = 0  # steps since the last capture
@@ -52,6 +52,8 @@ class StepGraphs:
         jobs: Sequence[Job],
         states: Sequence[Mapping[str, Tensor]],
         work: Callable[[Tensor | None], None],
+        also: Hashable = None,
+        written: Sequence[Tensor] = (),
     ) -> bool:
         """Update the jobs, if this is a step to replay or to capture. False: nothing has been done.
 
@@ -63,6 +65,8 @@ class StepGraphs:
             states: for each the state of its R that ``work`` writes to; empty before the first time.
             work: updates them at learning rates (jobs,), or at the jobs' own if given None, by the
                 same launches for the same key.
+            also: whatever else decides what ``work`` launches, on which memory.
+            written: what it writes to besides R and the states.
         """
         device = _device(jobs)
         if device is None or self._failed or not all(states):
@@ -70,15 +74,16 @@ class StepGraphs:
         if torch.cuda.is_current_stream_capturing():  # by whoever calls step()
             return False
         self._since += 1
-        key, rates = step_key(jobs, states, device), tuple(job.options["lr"] for job in jobs)
+        key = step_key(jobs, states, device), also
+        rates = tuple(job.options["lr"] for job in jobs)
         for kept in ((key, rates), (key, None)):
-            if kept in self._graphs:
+            if kept in self._replays:
                 self._replay(kept, rates)
-                # autograd counts what writes it sees, by which backward knows that R is another
-                torch.autograd.graph.increment_version([job.R for job in jobs])
+                # autograd counts what writes it sees, by which backward knows a graph that is stale
+                torch.autograd.graph.increment_version([*(job.R for job in jobs), *written])
                 return True
         fixed, free = self._count((key, rates)), self._count((key, None))
-        if max(fixed, free) < WARM_UP or (len(self._graphs) >= KEPT and self._since < PAUSE):
+        if max(fixed, free) < WARM_UP or (len(self._replays) >= KEPT and self._since < PAUSE):
             return False
         if fixed >= WARM_UP:
             self._do_and_capture((key, rates), device, work, None)
@@ -89,11 +94,11 @@ class StepGraphs:
         return True
 
     def _replay(self, key: Hashable, rates: tuple[float, ...]) -> None:
-        graph = self._graphs[key] = self._graphs.pop(key)
-        if graph.rates is not None:
-            now = torch.tensor(rates, dtype=graph.rates.dtype, device="cpu")
-            graph.rates.copy_(now, non_blocking=True)
-        graph.replay()
+        replay = self._replays[key] = self._replays.pop(key)
+        if replay.rates is not None:
+            now = torch.tensor(rates, dtype=replay.rates.dtype, device="cpu")
+            replay.rates.copy_(now, non_blocking=True)
+        replay.launch()
 
     def _count(self, key: Hashable) -> int:
         """How many steps had this key, with this one."""
@@ -115,10 +120,10 @@ class StepGraphs:
         try:
             if device not in self._captures:
                 self._captures[device] = Capture(device)
-            replay = self._captures[device](partial(work, rates))
+            launch = self._captures[device](partial(work, rates))
         except Exception as failure:
             self._failed = True
-            self._graphs.clear()
+            self._replays.clear()
             problem: BaseException = failure
             while problem.__context__ is not None:  # the end of a capture fails too, and says less
                 problem = problem.__context__
@@ -129,9 +134,9 @@ class StepGraphs:
                 stacklevel=5,
             )
             return
-        self._graphs[key] = _Graph(replay, rates)
-        if len(self._graphs) > KEPT:
-            del self._graphs[next(iter(self._graphs))]
+        self._replays[key] = _Replay(launch, rates)
+        if len(self._replays) > KEPT:
+            del self._replays[next(iter(self._replays))]
 
 
 def _device(jobs: Sequence[Job]) -> torch.device | None:

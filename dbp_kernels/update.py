@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -382,11 +382,20 @@ class DecorUpdate(torch.optim.Optimizer):
             with self._own_precision(jobs):
                 updates = local_updates(jobs) if rates is None else updates_at(rates, jobs)
                 write_back(jobs, [(*update, None) for update in updates], self._state_of)
+            self._follow()
 
         with uninterrupted():
-            done = graphs.run(jobs, [self.state.get(job.R, {}) for job in jobs], work)
+            states = [self.state.get(job.R, {}) for job in jobs]
+            done = graphs.run(jobs, states, work, *self._followed())
             self._steps += done
         return done
+
+    def _follow(self) -> None:
+        """What else is to be done once R has changed."""
+
+    def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
+        """What decides what ``_follow`` launches, and what it writes to."""
+        return None, ()
 
     def _carry_out(
         self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
@@ -395,6 +404,7 @@ class DecorUpdate(torch.optim.Optimizer):
         with self._own_precision(jobs), uninterrupted():
             write_back(jobs, updates, self._state_of)
             self._steps += 1
+            self._follow()
 
     @contextmanager
     def _own_precision(self, jobs: list[Job]) -> Iterator[None]:

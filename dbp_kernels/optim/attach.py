@@ -11,11 +11,11 @@ from torch import nn
 
 from dbp_kernels.distributed import unwrap
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.surgery import Filter, _Filter
-from dbp_kernels.update import DecorUpdate
 
 
 def attach(
@@ -88,7 +88,8 @@ def attach(
     if not sites:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
         raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
-    engine = DecorUpdate(
+    engine = Engine(
+        sites,
         _grouped(sites, inner, groups),
         lr=lr,
         kappa=kappa,

@@ -49,12 +49,10 @@ class Attached:
         self._hooks.append(model.register_forward_pre_hook(_Recovery(self)))
         self._attached = True
 
-    # What happens at a step.
-
-    @torch.no_grad()
     def _learn(self) -> None:
         self._engine.step()
-        form(list(self._sites.values()))
+        for site in self._sites.values():
+            site.formed()
 
     # What it tells.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class Site:
         unbatched = input.dim() <= max(1, self.patches.dims + 1)
         return input.unsqueeze(0) if unbatched else input
 
+    def _gradient(self) -> tuple[int, int] | None:
+        """What changes with the weight's gradient."""
+        gradient = self.parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
+
     # A, W and their gradients.
 
     def enter(self) -> None:
@@ -112,6 +118,15 @@ class Site:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
         weight = self.parameter.detach()  # with its version counter
         weight.copy_(self.condensed())
+
+    def layout(self) -> Hashable:
+        """What decides what ``form`` launches, and on which memory."""
+        weight = self.parameter
+        tensors = ((t.data_ptr(), t.stride()) for t in (weight, self.W, self.R))
+        return *tensors, weight.dtype, self._rounded
+
+    def formed(self) -> None:
+        """Called after every change that is not somebody else's."""
         self._written = self._seen()
 
     def _seen(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dbp_kernels.capture import recorder_of
 from dbp_kernels.optim.site import Site
 
 
@@ -50,6 +51,9 @@ class Swap:
         optimizer: the weights'.
         sites: of its parameters.
         after: called when the weights have made their step, with A in the parameters as it was.
+
+    Samples go with their gradient: ``zero_grad()`` drops those whose backward pass has been, which
+    are left there where a step was skipped (by a GradScaler, say).
     """
 
     def __init__(
@@ -59,7 +63,6 @@ class Swap:
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
         self._evaluations: int | None = None  # of the closure, if there is one
-        self._wrapped: Callable[..., Any] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -71,13 +74,13 @@ class Swap:
         self.recover()
         for handle in self._handles:
             handle.remove()
-        self._wrapped = None  # a wrapper put around ours may keep it: it only passes on
 
     def recover(self) -> None:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
         if self._inside:
             self._leave()
             form(self._sites)
+            self._formed()
         self._depth = 0
         self._evaluations = None
 
@@ -116,6 +119,7 @@ class Swap:
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
         self._after()
+        self._formed()
 
     def _on_A(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, evaluated on A; after it the parameters and gradients are W's.
@@ -129,6 +133,7 @@ class Swap:
                 self._leave()
                 if self._evaluations:
                     form(self._sites)
+                    self._formed()
             result = closure()
             if self._evaluations is not None:
                 self._evaluations += 1
@@ -151,17 +156,21 @@ class Swap:
             for site in self._sites:
                 site.enter()
 
+    def _formed(self) -> None:
+        for site in self._sites:
+            site.formed()
+
     def _leave(self) -> None:
         for site in self._sites:
             site.leave()
         self._inside = False
 
-    # Where a step raises.
+    # What hooks do not see.
 
     def _guard(self) -> None:
-        """Puts a wrapper on the instance. A bound method: schedulers look for what that has."""
-        inner = self._optimizer.step
-        swap = self
+        """Puts wrappers on the instance. Bound methods: schedulers look for what those have."""
+        optimizer, swap = self._optimizer, self
+        inner, zero = optimizer.step, optimizer.zero_grad
 
         @functools.wraps(getattr(inner, "__func__", inner))
         def step(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -171,4 +180,12 @@ class Swap:
                 swap.recover()
                 raise
 
-        self._optimizer.step = types.MethodType(step, self._optimizer)
+        @functools.wraps(getattr(zero, "__func__", zero))
+        def zero_grad(self: Any, *arguments: Any, **named: Any) -> Any:
+            for recorder in map(recorder_of, swap._sites):
+                if recorder is not None:
+                    recorder.drop_spent()
+            return zero(*arguments, **named)
+
+        optimizer.step = types.MethodType(step, optimizer)
+        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)

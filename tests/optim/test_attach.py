@@ -216,6 +216,8 @@ def test_gradients_are_those_of_A_before_and_after_the_step():
 def closure_of(form, x, y):
     def evaluate():
         form.optimizer.zero_grad()
+        if isinstance(form, LayerForm):  # where samples do not go with their gradient
+            form.decor.discard()
         loss = F.cross_entropy(form.model(x), y)
         loss.backward()
         return loss
@@ -765,3 +767,39 @@ def test_registering_a_kind():
             dbp.register(bad, lambda m: dbp.Patches(1))
     with pytest.raises(TypeError, match="describe=3"):
         dbp.register(Scaled, 3)
+
+
+# Samples whose gradient is dropped.
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_samples_of_a_skipped_step_go_with_its_gradient(set_to_none):
+    """Whether zero_grad comes after the step or between forward and backward."""
+    form, expected = trained(3), trained(3)
+    first, second = batches(2, seed=8)
+    for x, y in (first, second):
+        loss = F.cross_entropy(form.model(x), y)
+        form.optimizer.zero_grad(set_to_none)
+        loss.backward()
+        # the first step is skipped
+    assert pending(form) == len(LAYERS)
+    form.optimizer.step()
+    F.cross_entropy(expected.model(second[0]), second[1]).backward()
+    expected.optimizer.step()
+    for name in LAYERS:
+        assert torch.equal(form.decor.R(name), expected.decor.R(name))
+
+
+def test_zero_grad_between_micro_steps_keeps_what_is_still_to_go_backward():
+    form = trained(1)
+    (x1, y1), (x2, y2), (x3, y3) = batches(3, seed=8)
+    F.cross_entropy(form.model(x1), y1).backward()
+    late = F.cross_entropy(form.model(x2), y2) + F.cross_entropy(form.model(x3), y3)
+    assert pending(form) == 3 * len(LAYERS)
+    form.optimizer.zero_grad()
+    assert pending(form) == 2 * len(LAYERS)
+    recorder = form.decor._engine._recorders[0][0]
+    assert torch.equal(recorder.samples[0], x2[:3])
+    late.backward()
+    form.optimizer.step()
+    assert pending(form) == 0
