@@ -3,6 +3,10 @@
 A layer holds no samples itself. It holds a weak reference to a `Recorder`, which belongs to the
 optimiser: models therefore deep-copy and pickle without samples, and a layer whose optimiser has
 been garbage-collected stops copying.
+
+The memory of samples stays from step to step: nothing is allocated in a forward pass, and CUDA
+graphs find the next samples where they found the last. Between a ``step()`` and the next forward
+pass it is held without need.
 """
 
 from __future__ import annotations
@@ -47,8 +51,8 @@ class Owner(Protocol):
 class Recorder:
     """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
 
-    Their memory is kept for those of the step after: the n-th forward pass of a step writes where
-    the n-th of the step before did, as long as its samples are laid out alike and fit.
+    The n-th forward pass of a step writes where the n-th of the step before did, as long as its
+    samples are laid out alike and fit.
 
     Args:
         layer: the decorrelated layer it serves.

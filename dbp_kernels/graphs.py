@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from dbp_kernels import backends
 from dbp_kernels.jobs import Job
 
-WARM_UP = 2  # steps with a key before it is captured: they compile kernels and make tables
+WARM_UP = 2  # steps with a key before it is replayed: they compile kernels and make tables
 KEPT = 8  # graphs; the one that has not been replayed for longest goes
 # GUESS, not measured: a capture waits for the device and takes as long as some ten steps. Where
 # more than KEPT kinds of steps alternate, there is one in so many steps.
@@ -25,12 +27,22 @@ PAUSE = 100
 _REMEMBERED = 64  # keys that are counted, towards WARM_UP
 
 
+@dataclass(frozen=True)
+class _Replay:
+    launch: Callable[[], None]
+    rates: Tensor | None  # the learning rates that it reads, (jobs,); None: they cannot change
+
+
 class StepGraphs:
-    """The graphs of one optimiser's steps."""
+    """The graphs of one optimiser's steps.
+
+    A graph holds its learning rates fast at first. Where a step that is known but for its rates
+    comes, it is captured once more, with rates that are read from memory: for all that may come.
+    """
 
     def __init__(self) -> None:
-        self._replays: dict[Hashable, Callable[[], None]] = {}  # the last used ones last
-        self._counts: dict[int, int] = {}  # steps by their key's hash
+        self._replays: dict[Hashable, _Replay] = {}  # the last used ones last
+        self._counts: dict[int, int] = {}  # steps by hashes of their keys
         self._captures: dict[torch.device, Capture] = {}
         self._since = 0  # steps since the last capture
         self._failed = False
@@ -39,21 +51,22 @@ class StepGraphs:
         self,
         jobs: Sequence[Job],
         states: Sequence[Mapping[str, Tensor]],
-        work: Callable[[], None],
+        work: Callable[[Tensor | None], None],
         also: Hashable = None,
         written: Sequence[Tensor] = (),
     ) -> bool:
-        """Do ``work``, which updates the jobs, by a graph. False: it is still to be done.
+        """Update the jobs, if this is a step to replay or to capture. False: nothing has been done.
+
+        A step is captured after it has been done, for those to come. If that fails, a warning says
+        why, and this does nothing from then on.
 
         Args:
             jobs: with samples.
             states: for each the state of its R that ``work`` writes to; empty before the first time.
-            work: the same launches for the same key, and nothing else. It is called to be captured.
+            work: updates them at learning rates (jobs,), or at the jobs' own if given None, by the
+                same launches for the same key.
             also: whatever else decides what ``work`` launches, on which memory.
             written: what it writes to besides R and the states.
-
-        A capture that fails is told by a warning; then nothing has changed and nothing is captured
-        any more.
         """
         device = _device(jobs)
         if device is None or self._failed or not all(states):
@@ -62,34 +75,55 @@ class StepGraphs:
             return False
         self._since += 1
         key = step_key(jobs, states, device), also
-        replay = self._replays.pop(key, None) or self._captured(key, device, work)
-        if replay is None:
+        rates = tuple(job.options["lr"] for job in jobs)
+        for kept in ((key, rates), (key, None)):
+            if kept in self._replays:
+                self._replay(kept, rates)
+                # autograd counts what writes it sees, by which backward knows a graph that is stale
+                torch.autograd.graph.increment_version([*(job.R for job in jobs), *written])
+                return True
+        fixed, free = self._count((key, rates)), self._count((key, None))
+        if max(fixed, free) < WARM_UP or (len(self._replays) >= KEPT and self._since < PAUSE):
             return False
-        self._replays[key] = replay
-        while len(self._replays) > KEPT:
-            del self._replays[next(iter(self._replays))]
-        replay()
-        # autograd counts the writes that it sees, by which backward knows a graph that is stale
-        torch.autograd.graph.increment_version([*(job.R for job in jobs), *written])
+        if fixed >= WARM_UP:
+            self._do_and_capture((key, rates), device, work, None)
+        else:
+            widest = max((job.R.dtype for job in jobs), key=lambda dtype: dtype.itemsize)
+            memory = torch.tensor(rates, dtype=widest, device=device)
+            self._do_and_capture((key, None), device, work, memory)
         return True
 
-    def _captured(
-        self, key: Hashable, device: torch.device, work: Callable[[], None]
-    ) -> Callable[[], None] | None:
-        """What replays ``work``; None where it is to be done without a graph."""
-        times = self._counts.pop(hash(key), 0)
-        if times < WARM_UP or (len(self._replays) >= KEPT and self._since < PAUSE):
-            self._counts[hash(key)] = times + 1
-            while len(self._counts) > _REMEMBERED:
-                del self._counts[next(iter(self._counts))]
-            return None
+    def _replay(self, key: Hashable, rates: tuple[float, ...]) -> None:
+        replay = self._replays[key] = self._replays.pop(key)
+        if replay.rates is not None:
+            now = torch.tensor(rates, dtype=replay.rates.dtype, device="cpu")
+            replay.rates.copy_(now, non_blocking=True)
+        replay.launch()
+
+    def _count(self, key: Hashable) -> int:
+        """How many steps had this key, with this one."""
+        short = hash(key)
+        self._counts[short] = times = self._counts.pop(short, 0) + 1
+        while len(self._counts) > _REMEMBERED:
+            del self._counts[next(iter(self._counts))]
+        return times
+
+    def _do_and_capture(
+        self,
+        key: Hashable,
+        device: torch.device,
+        work: Callable[[Tensor | None], None],
+        rates: Tensor | None,
+    ) -> None:
+        work(rates)
         self._since = 0
         try:
-            capture = self._captures.get(device) or Capture(device)
-            self._captures[device] = capture
-            return capture(work)
+            if device not in self._captures:
+                self._captures[device] = Capture(device)
+            launch = self._captures[device](partial(work, rates))
         except Exception as failure:
             self._failed = True
+            self._replays.clear()
             problem: BaseException = failure
             while problem.__context__ is not None:  # the end of a capture fails too, and says less
                 problem = problem.__context__
@@ -97,9 +131,12 @@ class StepGraphs:
                 "cuda_graph=True: step() could not be captured in a CUDA graph and runs without one "
                 f"from now on ({type(problem).__name__}: {problem})",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-            return None
+            return
+        self._replays[key] = _Replay(launch, rates)
+        if len(self._replays) > KEPT:
+            del self._replays[next(iter(self._replays))]
 
 
 def _device(jobs: Sequence[Job]) -> torch.device | None:
@@ -114,7 +151,7 @@ def _device(jobs: Sequence[Job]) -> torch.device | None:
 def step_key(
     jobs: Sequence[Job], states: Sequence[Mapping[str, Tensor]], device: torch.device
 ) -> Hashable:
-    """What decides which launches update the jobs, and on which memory."""
+    """What decides which launches update the jobs, and on which memory; but the learning rates."""
     return (
         backends.selected(device),
         torch.are_deterministic_algorithms_enabled(),
@@ -124,8 +161,7 @@ def step_key(
 
 def _job_key(job: Job, state: Mapping[str, Tensor]) -> Hashable:
     return (
-        job.demean,
-        *job.rule.values(),
+        *(job.options[name] for name in ("kappa", "rule", "demean")),
         *job.layer._patch_geometry().values(),
         *map(_layout, (job.R, *state.values(), *job.samples)),
     )

@@ -20,6 +20,7 @@ from dbp_kernels.graphs import StepGraphs
 from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.rates import updates_at
 from dbp_kernels.streams import SideStreams
 from dbp_kernels.surgery import switch_fast_paths
 from dbp_kernels.write_back import write_back
@@ -42,7 +43,7 @@ class DecorUpdate(torch.optim.Optimizer):
     Learning-rate schedulers and parameter groups work as with any optimiser. Several forward passes
     before one ``step()`` (gradient accumulation, layers used twice) count together, patch by patch;
     recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
-    ``step()`` is to be left out, call ``discard()`` to free the samples. There are no gradients:
+    ``step()`` is to be left out, call ``discard()`` to drop the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
 
     Under torch.compile, CUDA graphs included, samples are taken on every call. Capturing a training
@@ -52,6 +53,21 @@ class DecorUpdate(torch.optim.Optimizer):
     With torch.distributed initialised, ``step()`` uses the samples of all ranks, and all of them
     must call it. DDP is told to leave R alone; instead, the first ``step()`` makes every R that of
     the group's first rank.
+
+    The samples' memory is kept for the next step's, as much as any step has needed, until
+    ``detach()``. If a layer is called more than 64 times between two steps, the last 64 calls count,
+    and one warning says so.
+
+    With ``cuda_graph`` a step of a kind that has come before is done once more, and captured; later
+    ones are replayed. Steps are of one kind if the same layers are due, with samples of the same
+    number and shapes, and the same options. As samples keep their memory, kinds are few: each set of
+    due layers is one, and so is an epoch's last, smaller batch. A kind that comes with another lr
+    is captured once more, for every lr; its results then differ by rounding from those without a
+    graph. Of more than 8 graphs those used last are kept, and one step in 100 is captured at most.
+    A capture waits for the device and empties torch's cache. The work's memory, mostly a second copy
+    of every R, then belongs to the graphs and no longer comes from what activations have left. If a
+    capture fails, a warning says why, and steps are launched as without ``cuda_graph``. So they are
+    on CPUs, where layers are on several devices, with several ranks, and in ``overlap()``.
 
     A layer belongs to one DecorUpdate, the last one made; ``step()`` of an earlier one raises.
 
@@ -85,17 +101,7 @@ class DecorUpdate(torch.optim.Optimizer):
             products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
             converge where S is badly conditioned. None does not follow torch's own setting.
         cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
-            the host little time; with other work than launches nothing changes. See below.
-
-    With ``cuda_graph`` a step that has come up twice is captured the third time, and replayed from
-    then on: one with the same layers due, samples of the same number and shapes, and the same
-    options, learning rates included. Samples keep their memory from step to step, so every set of
-    due layers is soon known; a last, smaller batch of an epoch is one more. A scheduler that sets
-    another lr at every step leaves nothing to replay: then all steps are launched as without it. At
-    most 8 graphs are kept, the last used. A capture waits for the device and empties torch's cache.
-    The memory of the work, mostly a copy of all R, is then the graphs' own, beside the activations.
-    If a capture fails, a warning says why, and steps are launched as without it. So they are on a
-    CPU, where layers are on several devices, with several ranks, and always in ``overlap()``.
+            the host little time. See above.
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
@@ -211,7 +217,7 @@ class DecorUpdate(torch.optim.Optimizer):
         return self._steps % options["update_every"] == 0 and options["lr"] != 0
 
     def discard(self) -> None:
-        """Free the samples taken since the last ``step()`` without using them."""
+        """Drop the samples taken since the last ``step()`` without using them."""
         for recorders in self._recorders:
             for recorder in recorders:
                 recorder.clear()
@@ -232,7 +238,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every R from the samples taken since the last ``step()``, and free those.
+        """Update every R from the samples taken since the last ``step()``, and drop those.
 
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
@@ -372,10 +378,10 @@ class DecorUpdate(torch.optim.Optimizer):
         """Whether a CUDA graph has done the step; else it is still to be done."""
         jobs = [job for job in jobs if job.samples]
 
-        def work() -> None:
+        def work(rates: Tensor | None) -> None:
             with self._own_precision(jobs):
-                updates = [(*update, None) for update in local_updates(jobs)]
-                write_back(jobs, updates, self._state_of)
+                updates = local_updates(jobs) if rates is None else updates_at(rates, jobs)
+                write_back(jobs, [(*update, None) for update in updates], self._state_of)
             self._follow()
 
         with uninterrupted():

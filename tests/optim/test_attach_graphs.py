@@ -55,9 +55,8 @@ def replays(monkeypatch):
         def __call__(self, work):
             def replay():
                 count.append(1)
-                owner = next(
-                    c.cell_contents for c in work.__closure__ if hasattr(c.cell_contents, "_sites")
-                )
+                cells = [cell.cell_contents for cell in work.func.__closure__]
+                owner = next(content for content in cells if hasattr(content, "_sites"))
                 # as with a graph, autograd does not see what is written
                 hidden = [t for site in owner._sites for t in (site.parameter, site.R)]
                 with torch.autograd._unsafe_preserve_version_counter(tuple(hidden)):
