@@ -93,8 +93,7 @@ def decorrelated_step(
     update_every: int = 1,
     compiled: str | None = None,
     overlap: bool = False,
-    update_precision: str | None = None,
-    cuda_graph: bool = False,
+    **options: object,
 ) -> Step:
     """The library's layer form: ``DecorUpdate.step()`` after the same step, or ``overlap()`` beside it."""
     import dbp_kernels as dbp
@@ -106,8 +105,7 @@ def decorrelated_step(
         kappa=KAPPA,
         sample=sample,
         update_every=update_every,
-        matmul_precision=update_precision,
-        cuda_graph=cuda_graph,
+        **options,
     )
     if overlap:
         return plain_step(model, dtype, compiled, update.overlap)

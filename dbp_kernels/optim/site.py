@@ -156,10 +156,7 @@ class Site:
     def condensed(self) -> Tensor:
         """A = W R, in the weight's dtype."""
         W, R = self._grouped(self.W), self.R
-        if self.patches.transposed:
-            A = R.mT @ W
-        else:
-            A = rows_times(W, R) if R.dim() == 2 else W @ R
+        A = R.mT @ W if self.patches.transposed else rows_times(W, R) if R.dim() == 2 else W @ R
         return A.reshape(self.W.shape).to(self.W.dtype)
 
     def gradient_of_W(self, dA: Tensor) -> Tensor:
