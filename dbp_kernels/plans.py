@@ -72,13 +72,17 @@ class ProductUpdate:
         """Change R (G, D, D) in place, in one pass over it and MR."""
         R.add_(self.MR, alpha=self.factor)
 
-    def finite(self) -> Tensor:
-        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What ``bound`` takes the norms of."""
+        return (self.MR,)
+
+    def bound(self, MR: Tensor) -> Tensor:
+        """0-dimensional, of the norm of MR: not finite if R_new is not; R is far from the largest.
 
         A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN.
         """
-        low, high = torch.aminmax(self.MR)  # one pass without D x D temporaries; passes NaN on
-        return (self.factor * (low.abs() + high.abs())).isfinite()
+        return abs(self.factor) * MR
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
@@ -180,13 +184,17 @@ class LowRankUpdate:
         with products_of_change(R):
             add_product_(R, self.X.mT, self.U, -self.weight)
 
-    def finite(self) -> Tensor:
-        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What ``bound`` takes the norms of."""
+        return self.scale, self.X, self.U
 
-        X = R Z^T has shown every NaN and Inf in R; X^T U is at most n max|X| max|U|.
+    def bound(self, scale: Tensor, X: Tensor, U: Tensor) -> Tensor:
+        """0-dimensional, of the norms of those: not finite if R_new is not; R is far from the largest.
+
+        X = R Z^T has shown every NaN and Inf in R; no entry of X^T U exceeds ||X|| ||U||.
         """
-        n = max(1.0, self.weight) * self.X.shape[1]
-        return torch.isfinite(self.scale.sum() + n * self.X.abs().amax() * self.U.abs().amax())
+        return scale + max(1.0, self.weight) * X * U
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
