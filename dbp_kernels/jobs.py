@@ -219,7 +219,7 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
         work_out = eager.work_out if backend is eager else backend.decor_update
         options = {**job.rule, "demean": job.demean, "choice": choice}
         update, loss = work_out(task.x, task.R, geometry, **options)
-    return update, loss.mean()
+    return update, _means(loss, 1)[0]
 
 
 def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -239,7 +239,12 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
         Z = torch.cat([task.patches for task in tasks])
         update = backend.update_direct if plan == "direct" else plans.update_from_samples
         R_new, loss = update(Z, R, **job.rule)
-    return zip(R_new.chunk(len(tasks)), loss.view(len(tasks), -1).mean(1).unbind())
+    return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
+
+
+def _means(loss: Tensor, layers: int) -> Sequence[Tensor]:
+    """Each layer's mean, 0-dimensional, over as many groups as the others have."""
+    return (loss if len(loss) == layers else loss.view(layers, -1).mean(1)).unbind()
 
 
 def moments_of(job: Job) -> distributed.Moments:

@@ -198,9 +198,10 @@ class LowRankUpdate:
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
-        self.scale.masked_fill_(~ok, 1)
-        self.X.masked_fill_(~ok, 0)
-        self.U.masked_fill_(~ok, 0)
+        refused = ~ok
+        self.scale.masked_fill_(refused, 1)
+        self.X.masked_fill_(refused, 0)
+        self.U.masked_fill_(refused, 0)
 
 
 # What plans have worked out: R itself has not changed yet.

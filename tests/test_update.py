@@ -522,6 +522,18 @@ def test_whatever_is_fed_R_stays_finite_or_as_it_was(size, images, decided, monk
     """One entry, or all, of the samples or of R, and the step size, are anything there is."""
     if decided:
         monkeypatch.setattr(write_back, "_decided", decided)
+    feed_anything(size, images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images", [4, 280, 700], ids=["samples", "direct", "gram"])
+@pytest.mark.parametrize("size", [3, 300])
+def test_whatever_is_fed_on_a_device(size, images):
+    feed_anything(size, images, "cuda")
+
+
+def feed_anything(size: int, images: int, device: str = "cpu") -> None:
     cases = [
         (value, where, everywhere, lr, kappa, rule)
         for value in HOSTILE
@@ -534,9 +546,9 @@ def test_whatever_is_fed_R_stays_finite_or_as_it_was(size, images, decided, monk
     ]
     outcomes = set()
     for value, where, everywhere, lr, kappa, rule in random.Random(0).sample(cases, 60):
-        layer = dnn.DecorLinear(size, 2)
+        layer = dnn.DecorLinear(size, 2, device=device)
         update = dbp.DecorUpdate(layer, lr=lr, kappa=kappa, rule=rule, sample=1.0)
-        x = torch.randn(images, size)
+        x = torch.randn(images, size, device=device)
         (x if where == "x" else layer.R)[... if everywhere else (1, 2)] = value
         layer(x)
         before = layer.R.clone()
