@@ -132,8 +132,11 @@ def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
         if task is None:
             results[index] = update_from(job, moments_of(job))
             continue
-        # a layer that shares nothing is a bucket of its own
-        buckets.setdefault(_bucket(task) or index, []).append((index, task))
+        key = _bucket(task)
+        if key is None:
+            results[index] = _update_alone(task)
+        else:
+            buckets.setdefault(key, []).append((index, task))
     for members in buckets.values():
         indices, tasks = zip(*members)
         updates = [_update_alone(*tasks)] if len(tasks) == 1 else _update_together(tasks)
@@ -184,6 +187,7 @@ def _task(job: Job, backend: str) -> _Task | None:
 
 
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
+    """The planner's; None as in `_Task`."""
     if (
         geometry.dim == 0
         or R.shape[:2] != (geometry.groups, geometry.dim)
@@ -196,7 +200,7 @@ def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choic
 
 
 def _bucket(task: _Task) -> tuple | None:
-    """All that layers must share to be updated together; None: each by itself."""
+    """The plan, and all that layers must share to be updated together; None: each by itself."""
     R, geometry, choice = task.R, task.seen.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
     if choice is None or geometry.dim > small[choice.name]:
@@ -228,11 +232,9 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     job, plan = tasks[0].job, tasks[0].choice.name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        seen = [(task.x, task.seen.geometry) for task in tasks]
-        grams = zip(seen, tasks)
-        S = torch.cat([backend.patch_gram(*of, task.choice.gram) for of, task in grams])
+        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.gram) for t in tasks])
         if job.demean:
-            m = torch.cat([backend.patch_mean(*of) for of in seen])
+            m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
