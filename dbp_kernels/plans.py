@@ -51,6 +51,11 @@ class UpdateRule:
             return cls((1 - kappa) / (dim - 1) if dim > 1 else 0.0, 2 * kappa, kappa, float(dim))
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
 
+    def loss(self, off: Tensor, v: Tensor) -> Tensor:
+        """(G,), of sum C^2 (G,) and v (G, D); in as few calls as it takes."""
+        weights = self.c_weight / self.loss_scale, self.kappa / self.loss_scale
+        return torch.add(weights[0] * off, v.square().sum(-1), alpha=weights[1])
+
 
 @dataclass(frozen=True)
 class ProductUpdate:
@@ -97,7 +102,7 @@ def _product_update(
     v = diagonal - 1
     diagonal.zero_()
     off = torch.linalg.vector_norm(M, dim=(-2, -1)).square()  # one pass, no D x D temporary
-    loss = (rule.c_weight * off + rule.kappa * v.square().sum(-1)) / rule.loss_scale
+    loss = rule.loss(off, v)
     if rule.c_weight == 0:
         M.zero_()
     # c_weight goes into the factor: multiplying M by it would be a pass over M
@@ -223,12 +228,12 @@ def low_rank_update(
     v = second - 1
     total = torch.linalg.vector_norm(matmul(X, X.mT), dim=(-2, -1)).square() / n**2
     off = (total - second.square().sum(-1)).clamp_min(0)
-    loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
-    d = weights.v_weight * v - weights.c_weight * second
-    scale = (1 - lr * d if lr else torch.ones_like(d)).unsqueeze(-1)
+    d = (weights.v_weight * v).sub_(second, alpha=weights.c_weight)
+    scale = torch.rsub(d, 1, alpha=lr) if lr else torch.ones_like(d)
     with products_of_change(R):
         U = matmul(X, R)
-    return LowRankUpdate(scale, X, U, lr * weights.c_weight / n), loss
+    update = LowRankUpdate(scale.unsqueeze(-1), X, U, lr * weights.c_weight / n)
+    return update, weights.loss(off, v)
 
 
 def update_from_samples(

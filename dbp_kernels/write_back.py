@@ -79,12 +79,14 @@ def _change(job: Job, update: Update, ok: Tensor | bool) -> None:
     """Make the update of the job's R if ``ok``."""
     if ok is False:
         return
-    R = job.grouped_R
     if not isinstance(update, Tensor):
         if ok is not True:
             update.cancel_unless_(ok)
-        update.apply_(R)
-    elif ok is True:
-        R.copy_(update.view_as(R))
+        update.apply_(job.grouped_R)
+        return
+    R = job.R
+    new = update.view_as(R)
+    if ok is True:
+        R.copy_(new)
     else:
-        torch.where(ok, update.view_as(R), R, out=R)
+        torch.where(ok, new, R, out=R)
