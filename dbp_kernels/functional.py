@@ -55,6 +55,8 @@ def _is_int(value: object) -> bool:
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
+    if type(value) is tuple and [type(v) for v in value] == [int] * dims:
+        return list(value)  # as layers have them, in every forward pass
     values = [value] if _is_int(value) else value
     if not isinstance(values, Sequence) or not all(map(_is_int, values)):
         raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
