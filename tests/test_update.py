@@ -572,7 +572,7 @@ def test_writing_back_on_a_GPU_launches_one_kernel_per_layer(monkeypatch):
             for layer in net:
                 layer(torch.randn(4, 16))
             with torch.no_grad():
-                worked_out = update._work_out()
+                worked_out = update._work_out(*update._due_jobs())
                 with Calls() as calls:
                     update._carry_out(*worked_out)
             update.discard()
