@@ -600,6 +600,22 @@ def test_options_set_by_hand_are_checked_by_step(size):
     assert torch.equal(net[0].R, torch.eye(size))
 
 
+def test_a_layer_changed_by_hand_is_seen_as_it_is_now():
+    layer = fresh(dnn.DecorConv2d(2, 3, 3, padding="same", padding_mode="reflect"))
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0)
+    x = torch.randn(2, 2, 6, 6, dtype=D64)
+    for change in ({}, {"padding": 0, "stride": [2, 1]}, {"dilation": (2, 2)}):
+        for name, value in change.items():
+            setattr(layer, name, value)
+        before = layer.R.clone()
+        layer(x)
+        update.step()
+        padded = x if layer.padding == 0 else nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+        S = dbp.patch_gram(padded, 3, layer.stride, 0, layer.dilation)
+        R, _ = plans.update_from_gram(S, before[None], 0.1, 0.5)
+        torch.testing.assert_close(layer.R, R[0], rtol=1e-10, atol=1e-12)
+
+
 def test_step_before_backward_is_an_error_not_a_wrong_gradient():
     layer = dnn.DecorLinear(3, 2)
     update = dbp.DecorUpdate(layer, lr=0.1)
