@@ -121,6 +121,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
         f"None or one of {tuple(MATMUL_PRECISIONS)}",
     ),
+    "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
     "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
     "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
 }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, precision
-from dbp_kernels.budget import Budget, ScheduleReport
+from dbp_kernels.budget import Budget, ScheduleReport, sample_sizes
 from dbp_kernels.capture import Recorder
 from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
@@ -21,6 +21,7 @@ from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
 from dbp_kernels.rates import updates_at
+from dbp_kernels.stagger import phases
 from dbp_kernels.streams import SideStreams
 from dbp_kernels.surgery import switch_fast_paths
 from dbp_kernels.write_back import write_back
@@ -100,6 +101,9 @@ class DecorUpdate(torch.optim.Optimizer):
             on GPUs float32 for what forms R S R^T (from patches in half precision S is of exact
             products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
             converge where S is badly conditioned. None does not follow torch's own setting.
+        stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
+            all, each is due at every k-th step, but not the same one, so that steps cost about the
+            same. A budget does so by itself.
         cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
             the host little time. See above.
 
@@ -124,6 +128,7 @@ class DecorUpdate(torch.optim.Optimizer):
         costs: str = "measured",
         matmul_precision: str | None = None,
         cuda_graph: bool = False,
+        stagger: bool = False,
     ) -> None:
         limits = checked_options(
             {
@@ -131,6 +136,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 "costs": costs,
                 "matmul_precision": matmul_precision,
                 "cuda_graph": cuda_graph,
+                "stagger": stagger,
             }
         )
         if cuda_graph and budget is not None:
@@ -158,6 +164,8 @@ class DecorUpdate(torch.optim.Optimizer):
         self._side = SideStreams()
         self._matmul_precision = limits["matmul_precision"]
         self._graphs = StepGraphs() if cuda_graph else None
+        self._stagger = limits["stagger"] and budget is None
+        self._phases: list[int] | None = None  # all layers are due at once
         self._steps = 0
         self._ranks_agree = False
         self._told_of_pending = False
@@ -184,6 +192,7 @@ class DecorUpdate(torch.optim.Optimizer):
         super().add_param_group({**options, "params": params})
         self._layers.append(list(layers.values()))
         self._recorders.append(_make_recorders(layers.values(), self, index))
+        self._phases = None
         if self._budget is not None:
             self._budget.restart(sum(map(len, self._layers)))
 
@@ -207,14 +216,27 @@ class DecorUpdate(torch.optim.Optimizer):
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
         options = self.param_groups[group]
-        if not self._due(options):
+        layer = sum(map(len, self._layers[:group])) + index
+        if not self._due(options, layer):
             return None
-        if self._budget is None:
-            return options
-        return self._budget.options(sum(map(len, self._layers[:group])) + index, options)
+        return options if self._budget is None else self._budget.options(layer, options)
 
-    def _due(self, options: dict[str, Any]) -> bool:
-        return self._steps % options["update_every"] == 0 and options["lr"] != 0
+    def _due(self, options: dict[str, Any], layer: int) -> bool:
+        phase = 0 if self._phases is None else self._phases[layer]
+        return (self._steps - phase) % options["update_every"] == 0 and options["lr"] != 0
+
+    def _take_turns(self, jobs: list[Job], many: bool) -> None:
+        """Choose when each layer is due from now on, by what its update costs."""
+        costs = [0.0] * sum(map(len, self._layers))
+        for job in jobs:
+            if job.samples:
+                geometries, device, dtype = job.geometries()
+                images = sum(int(sample.shape[0]) for sample in job.samples)
+                costs[job.index] = sample_sizes(geometries, images, device, dtype, many)[0][1]
+        every = [g["update_every"] for g, own in zip(self.param_groups, self._layers) for _ in own]
+        self._phases = phases(costs, every)
+        if many:
+            self._phases = distributed.of_first(self._phases, self.process_group)
 
     def discard(self) -> None:
         """Drop the samples taken since the last ``step()`` without using them."""
@@ -357,6 +379,8 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
+        if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
+            self._take_turns(jobs, many)
         return jobs, many
 
     def _work_out(
@@ -429,7 +453,7 @@ class DecorUpdate(torch.optim.Optimizer):
             self._device,
             [job.index for job in jobs],
             [self.state[job.R]["loss"] for job in jobs],
-            [index for index, group in enumerate(groups) if self._due(group)],
+            [index for index, group in enumerate(groups) if self._due(group, index)],
             [group["update_every"] for group in groups],
             self.process_group,
         )
@@ -516,6 +540,8 @@ class DecorUpdate(torch.optim.Optimizer):
             for index, state in packed["state"].items()
         }
         packed.update(steps=self._steps, generator=self._generator.get_state())
+        if self._phases is not None:
+            packed["phases"] = list(self._phases)
         if self._budget is not None:
             packed["budget"] = self._budget.state()
         return packed
@@ -543,6 +569,7 @@ class DecorUpdate(torch.optim.Optimizer):
             state["loss"] = state["loss"].clone()
             state["skipped"] = state["skipped"].to(torch.int64)
         self._steps = state_dict["steps"]
+        self._phases = state_dict.get("phases")
         self._generator.set_state(generator.get_state())
         self._ranks_agree = False
         self._budget = budget
@@ -559,6 +586,8 @@ class DecorUpdate(torch.optim.Optimizer):
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
             "_cuda_graph": self._graphs is not None,
+            "_stagger": self._stagger,
+            "_phases": self._phases,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -572,6 +601,8 @@ class DecorUpdate(torch.optim.Optimizer):
             {
                 "_budget": None,
                 "_matmul_precision": None,
+                "_stagger": False,
+                "_phases": None,
                 **state,
                 "_generator": generator,
                 "_ranks_agree": False,

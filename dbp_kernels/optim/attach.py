@@ -36,6 +36,7 @@ def attach(
     groups: Iterable[dict[str, Any]] | None = None,
     process_group: dist.ProcessGroup | None = None,
     max_size: int | None = None,
+    stagger: bool = True,
     cuda_graph: bool = False,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
@@ -60,7 +61,7 @@ def attach(
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
         optimizer: the optimiser of the model's weights, or several.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, cuda_graph: as for `DecorUpdate`.
+            process_group, stagger, cuda_graph: as for `DecorUpdate`.
         include, exclude: layers, as for `decorrelate_model`.
         groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.
         max_size: layers whose R would have more than max_size rows are left alone. R takes
@@ -102,6 +103,7 @@ def attach(
         budget=budget,
         costs=costs,
         matmul_precision=matmul_precision,
+        stagger=stagger,
         cuda_graph=cuda_graph,
     )
     return Attached(inner, optimizers, sites, engine, left_alone)

@@ -51,7 +51,7 @@ class Checkpoint:
 
     def _common(self) -> dict[str, Any]:
         own = self._engine.state_dict()
-        return {key: own[key] for key in ("steps", "generator", "budget") if key in own}
+        return {key: own[key] for key in ("steps", "generator", "phases", "budget") if key in own}
 
     def _take_out(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = state_dict["param_groups"]
@@ -98,6 +98,7 @@ class Checkpoint:
         engine = self._engine
         engine._steps = common["steps"]
         engine._generator.set_state(common["generator"].cpu())
+        engine._phases = common.get("phases")
         engine._ranks_agree = False
         if engine._budget is not None:
             engine._budget = engine._budget.restored(common.get("budget"))
