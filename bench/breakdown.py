@@ -34,12 +34,15 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
     import dbp_kernels as dbp
     from dbp_kernels import backends, capture, jobs, ops, plans, update
     from dbp_kernels.backends.eager import ops as eager
+    from dbp_kernels.optim.site import Site
 
     backend = backends.select(device_type)
     return [
         (capture.Recorder, "record", COPY),
         (ops, "condensed_weight", CONDENSE),
         (ops, "condensed_weight_transposed", CONDENSE),
+        (Site, "form", CONDENSE),
+        (Site, "gradient_of_W", BACKWARD),
         (backend, "patch_gram", MOMENTS),
         (jobs, "rows", PATCHES),
         (eager, "patches", PATCHES),
@@ -79,7 +82,7 @@ def marked(device_type: str) -> Iterator[set[int]]:
                     result = function(*arguments, **options)
             finally:
                 inside.clear()
-            if part == CONDENSE:
+            if part == CONDENSE and result is not None:  # of the layer form
                 nodes.update(_sequence_numbers(result))
             return result
 

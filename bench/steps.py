@@ -18,6 +18,7 @@ from .published import publish_model, publish_update
 from .timing import time_interleaved
 
 BP, OURS, PUBLISHED = "bp", "dbp", "published"
+LAYERS = "dbp layers"  # the layer form; OURS is the optimiser form
 LR, DECOR_LR, KAPPA = 1.6e-4, 1e-5, 0.5  # the paper's setting
 SAMPLES = (1.0, 0.1, 0.01)
 UPDATE_EVERY = (1, 4, 16)
@@ -45,6 +46,31 @@ def plain_step(
     ``beside`` makes a context for what follows the forward pass.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    return _step_of(model, optimizer, dtype, compiled, beside)
+
+
+def attached_step(
+    model: nn.Module,
+    sample: float,
+    dtype: torch.dtype = torch.float32,
+    compiled: str | None = None,
+    **options: object,
+) -> Step:
+    """The library's optimiser form: the same step by an optimiser under ``dbp.attach(**options)``."""
+    import dbp_kernels as dbp
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    dbp.attach(model, optimizer, lr=DECOR_LR, kappa=KAPPA, sample=sample, **options)
+    return _step_of(model, optimizer, dtype, compiled)
+
+
+def _step_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    compiled: str | None,
+    beside: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
     if compiled:
         model = torch.compile(model, mode=compiled)
 
@@ -67,9 +93,9 @@ def decorrelated_step(
     update_every: int = 1,
     compiled: str | None = None,
     overlap: bool = False,
-    update_precision: str | None = None,
+    **options: object,
 ) -> Step:
-    """The library's: the same step, then ``DecorUpdate.step()``, or ``overlap()`` beside it."""
+    """The library's layer form: ``DecorUpdate.step()`` after the same step, or ``overlap()`` beside it."""
     import dbp_kernels as dbp
 
     dbp.decorrelate_model(model)
@@ -79,7 +105,7 @@ def decorrelated_step(
         kappa=KAPPA,
         sample=sample,
         update_every=update_every,
-        matmul_precision=update_precision,
+        **options,
     )
     if overlap:
         return plain_step(model, dtype, compiled, update.overlap)
@@ -107,7 +133,8 @@ def variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module
     """{name: what turns a network into its training step}."""
     return {
         BP: lambda model: plain_step(model, dtype),
-        OURS: lambda model: decorrelated_step(model, sample, dtype),
+        OURS: lambda model: attached_step(model, sample, dtype),
+        LAYERS: lambda model: decorrelated_step(model, sample, dtype),
         PUBLISHED: lambda model: published_step(model, sample, dtype),
     }
 
@@ -118,18 +145,20 @@ def sampling_variants(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Ste
     With update_every=k, one step of k is an update at its sample, the others are idle.
     """
     makers = {
-        sampled(sample): lambda model, sample=sample: decorrelated_step(model, sample, dtype)
+        sampled(sample): lambda model, sample=sample: attached_step(model, sample, dtype)
         for sample in SAMPLES
     }
-    return {**makers, IDLE: lambda model: decorrelated_step(model, 0.1, dtype, NEVER_AGAIN)}
+    return {
+        **makers,
+        IDLE: lambda model: attached_step(model, 0.1, dtype, update_every=NEVER_AGAIN),
+    }
 
 
 def faster_variants(sample: float, dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Step]]:
     """The library's step with a faster update: in low precision, or beside the backward pass."""
-    make = decorrelated_step
     return {
-        "dbp medium": lambda model: make(model, sample, dtype, update_precision="medium"),
-        "dbp overlap": lambda model: make(model, sample, dtype, overlap=True),
+        "dbp medium": lambda m: attached_step(m, sample, dtype, matmul_precision="medium"),
+        "dbp layers overlap": lambda m: decorrelated_step(m, sample, dtype, overlap=True),
     }
 
 
@@ -144,7 +173,7 @@ def compiled_variants(
     """Plain and decorrelated steps under torch.compile."""
     return {
         f"bp {mode}": lambda model: plain_step(model, dtype, mode),
-        f"dbp {mode}": lambda model: decorrelated_step(model, sample, dtype, compiled=mode),
+        f"dbp {mode}": lambda model: attached_step(model, sample, dtype, mode),
     }
 
 
@@ -154,7 +183,7 @@ def run_step_case(
     *,
     batch: int | None = None,
     sample: float = 0.1,
-    methods: Sequence[str] = (BP, OURS, PUBLISHED),
+    methods: Sequence[str] = (BP, OURS, LAYERS, PUBLISHED),
     samplings: bool = False,
     faster: bool = False,
     compiled: str | None = None,

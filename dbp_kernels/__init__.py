@@ -25,13 +25,19 @@ from .backends import backend  # noqa: E402
 from .explain import explain  # noqa: E402
 from .functional import *  # noqa: E402, F403
 from .functional import __all__ as _functional  # noqa: E402
+from .optim.attach import attach  # noqa: E402
+from .optim.handle import Attached  # noqa: E402
+from .optim.kinds import Patches, register  # noqa: E402
 from .surgery import decorrelate_model, fuse_model  # noqa: E402
 from .update import DecorUpdate  # noqa: E402
 
 __all__ = [
+    "Attached",
     "DecorUpdate",
+    "Patches",
     "__version__",
     "accumulate_gradients",
+    "attach",
     "backend",
     "decorrelate_model",
     "explain",
@@ -39,5 +45,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "register",
     *_functional,
 ]

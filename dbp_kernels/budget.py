@@ -172,10 +172,7 @@ class Budget:
 
     def agree(self, process_group: dist.ProcessGroup | None) -> None:
         """Take over the schedule of the group's first rank: one clock for all."""
-        state = [self.schedule.state()]
-        source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
-        dist.broadcast_object_list(state, source, group=process_group)
-        self.schedule.load(state[0])
+        self.schedule.load(distributed.of_first(self.schedule.state(), process_group))
 
     # Told by step().
 

@@ -3,10 +3,15 @@
 A layer holds no samples itself. It holds a weak reference to a `Recorder`, which belongs to the
 optimiser: models therefore deep-copy and pickle without samples, and a layer whose optimiser has
 been garbage-collected stops copying.
+
+The memory of samples stays from step to step: nothing is allocated in a forward pass, and CUDA
+graphs find the next samples where they found the last. Between a ``step()`` and the next forward
+pass it is held without need.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from itertools import count
 from typing import Any, Protocol
@@ -17,6 +22,9 @@ from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
 from dbp_kernels.precision import computed_dtype
+
+# Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
+MAX_PENDING = 64
 
 _next_key = count()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -34,6 +42,7 @@ class Owner(Protocol):
 
     _generator: torch.Generator
     _budget: Any  # None, or what wants to know how long the copies take
+    _told_of_pending: bool  # whether it has been told that MAX_PENDING was passed
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """The options of a group's layer, or None where this step copies nothing of it."""
@@ -42,18 +51,22 @@ class Owner(Protocol):
 class Recorder:
     """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
 
+    The n-th forward pass of a step writes where the n-th of the step before did, as long as its
+    samples are laid out alike and fit.
+
     Args:
         layer: the decorrelated layer it serves.
         owner: the optimiser, referenced weakly like the layer.
         group, index: the layer's parameter group, and its place there.
-
-    ``seen`` counts the images that the samples were taken from.
     """
 
     def __init__(self, layer: nn.Module, owner: Owner, group: int, index: int) -> None:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
-        self.seen = 0
+        self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
+        self._images: list[int] = []  # that each of the samples was taken from
+        self._gradients: list[Any] = []  # what the layer's gradient was when each was taken
+        self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -68,14 +81,39 @@ class Recorder:
         layer = self._layer()
         return layer is not None and recorder_of(layer) is self
 
+    @property
+    def seen(self) -> int:
+        """How many images the samples were taken from."""
+        return sum(self._images)
+
     def clear(self) -> None:
-        """Drop the samples; whoever works on them now keeps them."""
-        self.samples = []
-        self.seen = 0
+        """Drop the samples; the next forward passes write to their memory."""
+        self.samples, self._images, self._gradients = [], [], []
+
+    def drop_spent(self) -> None:
+        """Drop samples whose gradient is there, and is about to be dropped as well."""
+        if not self.samples:
+            return
+        now = self._layer()._gradient()
+        self._drop([i for i, then in enumerate(self._gradients) if then != now])
+
+    def _drop(self, places: list[int]) -> None:
+        """Drop some samples; their memory is used again, after that of the others."""
+        order = [i for i in range(len(self.samples)) if i not in places]
+        rest = self._buffers[len(self.samples) :]
+        self._buffers = [self._buffers[i] for i in (*order, *places)] + rest
+        self.samples, self._images, self._gradients = (
+            [entries[i] for i in order] for entries in (self.samples, self._images, self._gradients)
+        )
+
+    def give_away(self) -> None:
+        """Drop the samples and leave their memory to whoever works on them now."""
+        self.clear()
+        self._buffers = []
 
     def release(self) -> None:
-        """Drop the samples and stop recording."""
-        self.clear()
+        """Drop the samples with their memory, and stop recording."""
+        self.give_away()
         layer = self._layer()
         if layer is not None and self.owns_layer:
             layer._recorder = layer._recorder_key = None
@@ -100,6 +138,7 @@ class Recorder:
                 "replay would ever learn; capture without it (decor.detach() or model.eval()), or "
                 "use torch.compile, which keeps sampling out of its CUDA graphs"
             )
+        self.dtype = dtype
         begin = None if owner._budget is None else mark(input.device)
         with torch.no_grad():
             batch = layer._as_images(_unwrapped(input).detach())
@@ -108,18 +147,58 @@ class Recorder:
             if size == 0:
                 return
             size = max(1, round(size * options.get("part", 1)))  # with a budget
-            self.seen += images
-            # A copy even of the whole batch: a view would keep the activation alive until step(),
-            # and would see whatever the model does to it in place.
+            chosen = None
             if options["sampling"] == "random" and size < images:
                 # on the CPU whatever the default device is: there its generator lives
                 order = torch.randperm(images, generator=owner._generator, device="cpu")
-                chosen = order[:size]
-                self.samples.append(batch[chosen.to(batch.device, non_blocking=True)].to(dtype))
-            else:
-                self.samples.append(batch[:size].to(dtype, copy=True))
+                chosen = order[:size].to(batch.device, non_blocking=True)
+            self._make_room(owner)
+            self.samples.append(self._copy(batch, size, chosen, dtype))
+            self._images.append(images)
+            self._gradients.append(layer._gradient())
         if begin is not None:
             owner._budget.add_span(begin, mark(input.device))
+
+    def _copy(self, batch: Tensor, size: int, chosen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The first ``size`` images, or the chosen ones, in the memory kept for the next sample.
+
+        A copy even of the whole batch: a view would keep the activation alive until step(), and
+        would see whatever the model does to it in place.
+        """
+        # what was made in inference mode can be written nowhere else
+        inference = torch.is_inference_mode_enabled()
+        layout = batch.shape[1:], batch.stride(), dtype, batch.device, inference
+        place = len(self.samples)
+        before, memory = self._buffers[place] if place < len(self._buffers) else (None, None)
+        if before != layout or memory.shape[0] < size:
+            taken = batch[:size] if chosen is None else batch[chosen]
+            memory = taken.to(dtype, copy=chosen is None)
+            self._buffers[place : place + 1] = [(layout, memory)]
+            return memory
+        sample = memory if memory.shape[0] == size else memory[:size]
+        if chosen is None:
+            sample.copy_(batch[:size])
+        elif batch.dtype == dtype:
+            torch.index_select(batch, 0, chosen, out=sample)
+        else:
+            sample.copy_(batch.index_select(0, chosen))
+        return sample
+
+    def _make_room(self, owner: Owner) -> None:
+        """Drop the oldest sample if there are as many as are kept; its memory is used again."""
+        if len(self.samples) < MAX_PENDING:
+            return
+        self._drop([0])
+        if not owner._told_of_pending:
+            owner._told_of_pending = True
+            warnings.warn(
+                f"a decorrelated layer has been called {MAX_PENDING + 1} times since the last "
+                f"step() of its DecorUpdate: only the samples of the last {MAX_PENDING} calls are "
+                "kept; call step() after every optimiser step, discard() where it is left out, or "
+                "detach() to stop sampling",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def recorder_of(layer: nn.Module) -> Recorder | None:

@@ -45,9 +45,17 @@ def checked_generator(
         valid = isinstance(entry, dict) and entry.keys() == {"loss", "skipped"}
         valid = valid and all(isinstance(v, Tensor) and v.dim() == 0 for v in entry.values())
         check(valid, f"has state[{index!r}]={entry!r} without scalars 'loss' and 'skipped'")
+    check(valid_phases(state_dict.get("phases"), sum(sizes)), "has phases of other layers")
     generator = torch.Generator()
     try:
         generator.set_state(state_dict["generator"].cpu())
     except (AttributeError, RuntimeError, TypeError) as error:
         check(False, f"has no valid state of a CPU generator ({error})")
     return generator
+
+
+def valid_phases(phases: Any, layers: int) -> bool:
+    """Whether they are None, or a number for each layer."""
+    return phases is None or (
+        isinstance(phases, list) and len(phases) == layers and all(type(p) is int for p in phases)
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,14 @@ class Moments:
 def active(process_group: dist.ProcessGroup | None) -> bool:
     """Whether there are other ranks to reduce with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+
+
+def of_first(value: Any, process_group: dist.ProcessGroup | None) -> Any:
+    """The value that the group's first rank gives; any object that can be pickled."""
+    held = [value]
+    source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
+    dist.broadcast_object_list(held, source, group=process_group)
+    return held[0]
 
 
 def packed_size(groups: int, size: int, first: bool) -> int:

@@ -55,6 +55,8 @@ def _is_int(value: object) -> bool:
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
+    if type(value) is tuple and [type(v) for v in value] == [int] * dims:
+        return list(value)  # as layers have them, in every forward pass
     values = [value] if _is_int(value) else value
     if not isinstance(values, Sequence) or not all(map(_is_int, values)):
         raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
@@ -67,22 +69,14 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     return values
 
 
-def pad_input(
-    input: Tensor,
+def _padding(
     kernel_size: Sequence[int],
     stride: IntOrInts,
     padding: IntOrInts | str,
     dilation: IntOrInts,
-    padding_mode: str = "zeros",
-) -> tuple[Tensor, list[int]]:
-    """Resolves strings and padding modes to what the ops take: symmetric zero padding.
-
-    Args:
-        input: (N, C, *spatial) or (C, *spatial).
-
-    Returns the input, padded as far as the op cannot, and the padding left to the op. Raises
-    ValueError for an unknown string, for "same" with a stride, or negative padding.
-    """
+    padding_mode: str,
+) -> tuple[tuple[int, ...], str, list[int]]:
+    """(what to pad by beforehand and in which mode, both as F.pad takes them; the ops' padding)."""
     dims = len(kernel_size)
     if padding_mode not in PADDING_MODES:
         raise ValueError(
@@ -108,11 +102,61 @@ def pad_input(
         remaining = [low for low, _ in pairs]
     else:
         extra, remaining = pairs, [0] * dims
-    flat = [p for pair in reversed(extra) for p in pair]
-    if any(flat):
-        mode = "constant" if padding_mode == "zeros" else padding_mode
-        input = F.pad(input, flat, mode=mode)
-    return input, remaining
+    flat = tuple(p for pair in reversed(extra) for p in pair)
+    return flat, "constant" if padding_mode == "zeros" else padding_mode, remaining
+
+
+def pad_input(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: IntOrInts,
+    padding: IntOrInts | str,
+    dilation: IntOrInts,
+    padding_mode: str = "zeros",
+) -> tuple[Tensor, list[int]]:
+    """Resolves strings and padding modes to what the ops take: symmetric zero padding.
+
+    Args:
+        input: (N, C, *spatial) or (C, *spatial).
+
+    Returns the input, padded as far as the op cannot, and the padding left to the op. Raises
+    ValueError for an unknown string, for "same" with a stride, or negative padding.
+    """
+    flat, mode, remaining = _padding(kernel_size, stride, padding, dilation, padding_mode)
+    return F.pad(input, flat, mode=mode) if any(flat) else input, remaining
+
+
+def resolved(
+    shape: Sequence[int],
+    kernel_size: IntOrInts,
+    stride: IntOrInts,
+    padding: IntOrInts | str,
+    dilation: IntOrInts,
+    groups: int,
+    padding_mode: str,
+) -> tuple[tuple[int, ...], str, tuple, bool]:
+    """How the ops see an input of this shape: F.pad's arguments, theirs, whether it is batched."""
+    one = _is_int(kernel_size)
+    if not one and not isinstance(kernel_size, Sequence):
+        raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
+    dims = len(shape) - 2 if one else len(kernel_size)
+    if dims == 0 and not one:
+        given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
+        for name, (value, default) in given.items():
+            values = [value] if _is_int(value) or isinstance(value, str) else value
+            if any(v not in (default, "valid", "same") for v in values):
+                raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
+        return (), "constant", ([], [], [], [], groups), True
+    if not 1 <= dims <= 3 or len(shape) not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"input has shape {tuple(shape)} with kernel_size={kernel_size}: expected "
+            "(N, C, *spatial) with 1 to 3 spatial dimensions, (C, *spatial) with one int of "
+            "kernel_size for each, or kernel_size=() for an input (..., D)"
+        )
+    kernel = _ints("kernel_size", kernel_size, dims)
+    flat, mode, remaining = _padding(kernel, stride, padding, dilation, padding_mode)
+    strides, dilations = _ints("stride", stride, dims), _ints("dilation", dilation, dims)
+    return flat, mode, (kernel, strides, remaining, dilations, groups), len(shape) == dims + 2
 
 
 def op_arguments(
@@ -127,30 +171,12 @@ def op_arguments(
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is a {type(input).__name__}: expected a Tensor")
-    one = _is_int(kernel_size)
-    if not one and not isinstance(kernel_size, Sequence):
-        raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
-    dims = input.dim() - 2 if one else len(kernel_size)
-    if dims == 0 and not one:
-        given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
-        for name, (value, default) in given.items():
-            values = [value] if _is_int(value) or isinstance(value, str) else value
-            if any(v not in (default, "valid", "same") for v in values):
-                raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
-        return input, ([], [], [], [], groups), True
-    if not 1 <= dims <= 3 or input.dim() not in (dims + 1, dims + 2):
-        raise ValueError(
-            f"input has shape {tuple(input.shape)} with kernel_size={kernel_size}: expected "
-            "(N, C, *spatial) with 1 to 3 spatial dimensions, (C, *spatial) with one int of "
-            "kernel_size for each, or kernel_size=() for an input (..., D)"
-        )
-    kernel = _ints("kernel_size", kernel_size, dims)
-    batched = input.dim() == dims + 2
+    flat, mode, arguments, batched = resolved(
+        input.shape, kernel_size, stride, padding, dilation, groups, padding_mode
+    )
     if not batched:
         input = input.unsqueeze(0)
-    input, remaining = pad_input(input, kernel, stride, padding, dilation, padding_mode)
-    strides, dilations = _ints("stride", stride, dims), _ints("dilation", dilation, dims)
-    return input, (kernel, strides, remaining, dilations, groups), batched
+    return F.pad(input, flat, mode=mode) if any(flat) else input, arguments, batched
 
 
 def patch_gram(

@@ -145,6 +145,13 @@ class ConvGeometry:
     groups: int
     axes: tuple[Axis, ...]
 
+    def __hash__(self) -> int:
+        return self._hash  # asked for several times in every call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.batch, self.channels, self.groups, self.axes))
+
     @cached_property
     def taps(self) -> int:
         """Taps of the kernel, K*K in two dimensions."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbp_kernels import backends, distributed, functional, plans
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.choices import update_choices
+from dbp_kernels.dispatch import plain
 from dbp_kernels.geometry import ConvGeometry
-from dbp_kernels.ops import check_update, geometry_of
+from dbp_kernels.ops import check_update, geometry_of, patch_gram, patch_mean
+from dbp_kernels.planner import Choice
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -39,7 +43,8 @@ class Job:
     @property
     def grouped_R(self) -> Tensor:
         """R as (groups, D, D)."""
-        return self.R.view(-1, *self.R.shape[-2:])
+        R = self.R  # a module looks long for its buffers
+        return R.view(-1, *R.shape[-2:])
 
     @property
     def demean(self) -> bool:
@@ -51,23 +56,63 @@ class Job:
 
     def check(self) -> None:
         """Raises as ``decor_update``: options and R may have been set by hand meanwhile."""
-        check_update(self.R, **self.rule, dim=self.R.shape[-1])
+        R = self.R
+        check_update(R, **self.rule, dim=R.shape[-1])
 
     def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
         """Those of the samples, batch by batch, and where and as what these are."""
-        prepared = list(_prepared(self))
-        x = prepared[0][0]
-        return [geometry_of(x, *rest) for x, rest in prepared], x.device, x.dtype
+        inputs = self.inputs()
+        x = inputs[0][0]
+        return [seen.geometry for _, seen in inputs], x.device, x.dtype
 
-    def batches(self) -> list[Tensor]:
-        """The samples in as few batches as their shapes allow, on R's device."""
-        samples = [sample.to(self.R.device) for sample in self.samples]
-        if not self.layer._patch_geometry()["kernel_size"]:
+    def inputs(self) -> list[tuple[Tensor, _Seen]]:
+        """The samples in as few batches as their shapes allow, on R's device, as the ops see them."""
+        arguments = self.layer._patch_geometry()
+        device = self.R.device
+        samples = [sample.to(device) for sample in self.samples]
+        if not arguments["kernel_size"]:
             samples = [sample.reshape(-1, sample.shape[-1]) for sample in samples]
-        alike: dict[Any, list[Tensor]] = {}
-        for sample in samples:
-            alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
-        return [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in alike.values()]
+        if len(samples) > 1:
+            alike: dict[Any, list[Tensor]] = {}
+            for sample in samples:
+                alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
+            samples = [torch.cat(batch) for batch in alike.values()]
+        result = []
+        for batch in samples:
+            seen = _seen(batch.shape, batch.dtype, *map(_hashable, arguments.items()))
+            if any(seen.pad):
+                batch = F.pad(batch, seen.pad, mode=seen.pad_mode)
+            result.append((batch, seen))
+        return result
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How ops see a batch of samples: padded like this, with these arguments after the input."""
+
+    pad: tuple[int, ...]
+    pad_mode: str
+    arguments: tuple
+    geometry: ConvGeometry
+
+
+@lru_cache(maxsize=4096)
+def _seen(shape: torch.Size, dtype: torch.dtype, *layer: tuple[str, Any]) -> _Seen:
+    """Kept: to work it out anew for every layer takes a good part of a step's time on the host."""
+    arguments = {**_NO_WINDOW, **dict(layer)}
+    pad, mode, op_arguments, _ = functional.resolved(shape, **arguments)
+    # nothing but the shape of the padded batch counts
+    padded = F.pad(torch.empty(shape, dtype=dtype, device="meta"), pad)
+    return _Seen(pad, mode, op_arguments, geometry_of(padded, *op_arguments))
+
+
+_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+
+
+def _hashable(item: tuple[str, Any]) -> tuple[str, Any]:
+    """A layer's argument, which may have been set by hand to a list."""
+    name, value = item
+    return (name, tuple(value)) if isinstance(value, list) else item
 
 
 # R_new, or what is to be done to R: either way, R itself has not changed yet.
@@ -77,119 +122,134 @@ Update = Tensor | plans.Update
 def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
     """(update, loss) of every job from this process's samples, small equal layers together."""
     results: dict[int, tuple[Update, Tensor]] = {}
-    buckets: dict[Any, list[tuple[int, Tensor, ConvGeometry, tuple]]] = {}
+    buckets: dict[Any, list[tuple[int, _Task]]] = {}
+    selected: dict[torch.device, str] = {}  # asked once: the answer takes longer than a launch
     for index, job in enumerate(jobs):
-        prepared = _one_input(job)
-        if prepared is None:
+        device = job.R.device
+        if device not in selected:
+            selected[device] = backends.selected(device)
+        task = _task(job, selected[device])
+        if task is None:
             results[index] = update_from(job, moments_of(job))
             continue
-        x, arguments = prepared
-        geometry = geometry_of(x, *arguments)
-        plan = _plan(job, x, geometry)
-        key = _bucket(job, plan, geometry)
+        key = _bucket(task)
         if key is None:
-            results[index] = _update_alone(job, plan, x, geometry, arguments)
+            results[index] = _update_alone(task)
         else:
-            buckets.setdefault(key, []).append((index, x, geometry, arguments))
-    for (plan, *_), members in buckets.items():
-        indices, xs, geometries, arguments = zip(*members)
-        if len(members) == 1:
-            results[indices[0]] = _update_alone(jobs[indices[0]], plan, *members[0][1:])
-        else:
-            together = [jobs[i] for i in indices]
-            results.update(
-                zip(indices, _update_together(plan, together, xs, geometries, arguments))
-            )
+            buckets.setdefault(key, []).append((index, task))
+    for members in buckets.values():
+        indices, tasks = zip(*members)
+        updates = [_update_alone(*tasks)] if len(tasks) == 1 else _update_together(tasks)
+        results.update(zip(indices, updates))
     return [results[index] for index in range(len(jobs))]
 
 
-def _one_input(job: Job) -> tuple[Tensor, tuple] | None:
-    """All samples as one input of an op, with its geometry's arguments; None: moments are better.
+@dataclass
+class _Task:
+    """A job whose samples are one input of an op.
+
+    Attributes:
+        R: (groups, D, D).
+        x: the input.
+        seen: how the op sees it.
+        backend: the name of the one to run on.
+        choice: the planner's; None: what is unusual is the op's to check and to compute.
+    """
+
+    job: Job
+    R: Tensor
+    x: Tensor
+    seen: _Seen
+    backend: str
+    choice: Choice | None
+
+    @property
+    def patches(self) -> Tensor:
+        """Z (groups, n, D) in R's dtype."""
+        return eager.patches(self.x, self.seen.geometry, self.R.dtype, self.job.demean)
+
+
+def _task(job: Job, backend: str) -> _Task | None:
+    """All samples as one input of an op; None: moments are better.
 
     Few patches from inputs of several shapes become rows, so that the planner has its choice.
     """
-    prepared = list(_prepared(job))
-    if len(prepared) == 1:
-        return prepared[0]
-    geometries = [geometry_of(x, *arguments) for x, arguments in prepared]
-    groups, size, _ = job.grouped_R.shape
-    if sum(geometry.samples for geometry in geometries) > size:
-        return None
-    Z = torch.cat([rows(x, g, job.R.dtype) for (x, _), g in zip(prepared, geometries)], 1)
-    return Z.transpose(0, 1).flatten(1), ([], [], [], [], groups)
+    R, inputs = job.grouped_R, job.inputs()
+    if len(inputs) == 1:
+        ((x, seen),) = inputs
+    else:
+        if sum(seen.geometry.samples for _, seen in inputs) > R.shape[1]:
+            return None
+        Z = torch.cat([rows(x, seen.geometry, R.dtype) for x, seen in inputs], 1)
+        x = Z.transpose(0, 1).flatten(1)
+        seen = _seen(x.shape, x.dtype, ("kernel_size", ()), ("groups", R.shape[0]))
+    return _Task(job, R, x, seen, backend, _choice(x, R, seen.geometry, backend))
 
 
-def _prepared(job: Job) -> Iterator[tuple[Tensor, tuple]]:
-    """Every batch of the job's samples as an op's input, with its geometry's arguments."""
-    for batch in job.batches():
-        yield functional.op_arguments(batch, **{**_NO_WINDOW, **job.layer._patch_geometry()})[:2]
-
-
-_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
-
-
-def _plan(job: Job, x: Tensor, geometry: ConvGeometry) -> str | None:
-    """The planner's plan; None: what is unusual is the op's to check and to compute."""
-    R = job.grouped_R
+def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
+    """The planner's; None as in `_Task`."""
     if (
         geometry.dim == 0
         or R.shape[:2] != (geometry.groups, geometry.dim)
         or geometry.samples == 0
         or (x.dtype == torch.float64) != (R.dtype == torch.float64)
+        or (backend != "eager" and not plain(x, R))  # kernels read memory, and nobody looks on
     ):
         return None
-    return update_choices(geometry, R.device.type, x.dtype)[0].name
+    return update_choices(geometry, R.device.type, x.dtype, backend)[0]
 
 
-def _bucket(job: Job, plan: str | None, geometry: ConvGeometry) -> tuple | None:
+def _bucket(task: _Task) -> tuple | None:
     """The plan, and all that layers must share to be updated together; None: each by itself."""
-    R = job.grouped_R
+    R, geometry, choice = task.R, task.seen.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
-    if plan is None or geometry.dim > small[plan]:
+    if choice is None or geometry.dim > small[choice.name]:
         return None
-    n = None if plan == "gram" else geometry.samples
-    return plan, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
+    n = None if choice.name == "gram" else geometry.samples
+    job = task.job
+    return choice.name, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
 
 
-def _update_alone(
-    job: Job, plan: str | None, x: Tensor, geometry: ConvGeometry, arguments: tuple
-) -> tuple[Update, Tensor]:
-    R = job.grouped_R
-    if plan == "samples":
-        Z = eager.patches(x, geometry, R.dtype, job.demean)
-        update, loss = backends.select(R.device).low_rank_update(Z, R, **job.rule)
-    elif plan is not None and backends.selected(R.device) == "eager":
-        update, loss = eager.work_out(x, R, geometry, **job.rule, demean=job.demean)
+def _update_alone(task: _Task) -> tuple[Update, Tensor]:
+    job, choice, geometry = task.job, task.choice, task.seen.geometry
+    if choice is None:
+        operands = task.x, job.R, *task.seen.arguments
+        return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+    backend = backends.module(task.backend)
+    if choice.name == "samples":
+        update, loss = backend.low_rank_update(task.patches, task.R, **job.rule)
     else:
-        return torch.ops.dbp.decor_update(x, job.R, *arguments, **job.rule, demean=job.demean)
-    return update, loss.mean()
+        # eager's stops short of changing R, which saves memory
+        work_out = eager.work_out if backend is eager else backend.decor_update
+        options = {**job.rule, "demean": job.demean, "choice": choice}
+        update, loss = work_out(task.x, task.R, geometry, **options)
+    return update, _means(loss, 1)[0]
 
 
-def _update_together(
-    plan: str,
-    jobs: list[Job],
-    xs: Sequence[Tensor],
-    geometries: Sequence[ConvGeometry],
-    arguments: Sequence[tuple],
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
-    R = torch.cat([job.grouped_R for job in jobs])
-    backend = backends.select(R.device)
+    R = torch.cat([task.R for task in tasks])
+    job, plan = tasks[0].job, tasks[0].choice.name
+    backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        S = torch.cat([torch.ops.dbp.patch_gram(x, *a) for x, a in zip(xs, arguments)])
-        if jobs[0].demean:
-            m = torch.cat([torch.ops.dbp.patch_mean(x, *a) for x, a in zip(xs, arguments)])
+        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.gram) for t in tasks])
+        if job.demean:
+            m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        R_new, loss = backend.update_from_gram(S, R, **jobs[0].rule, overwrite=True)
+        R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
-        demean = jobs[0].demean
-        Z = torch.cat([eager.patches(x, g, R.dtype, demean) for x, g in zip(xs, geometries)])
+        Z = torch.cat([task.patches for task in tasks])
         if plan == "direct":
-            R_new, loss = backend.update_direct(Z, R, **jobs[0].rule)
+            R_new, loss = backend.update_direct(Z, R, **job.rule)
         else:
-            update, loss = backend.low_rank_update(Z, R, **jobs[0].rule)
+            update, loss = backend.low_rank_update(Z, R, **job.rule)
             R_new = update.new(R)
-    return zip(R_new.chunk(len(jobs)), loss.view(len(jobs), -1).mean(1).unbind())
+    return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
+
+
+def _means(loss: Tensor, layers: int) -> Sequence[Tensor]:
+    """Each layer's mean, 0-dimensional, over as many groups as the others have."""
+    return (loss if len(loss) == layers else loss.view(layers, -1).mean(1)).unbind()
 
 
 def moments_of(job: Job) -> distributed.Moments:
@@ -198,11 +258,11 @@ def moments_of(job: Job) -> distributed.Moments:
     total = distributed.Moments(
         torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
     )
-    for x, arguments in _prepared(job):
-        n = geometry_of(x, *arguments).samples
-        total.second.add_(torch.ops.dbp.patch_gram(x, *arguments).to(R.dtype), alpha=n)
+    for x, seen in job.inputs():
+        n = seen.geometry.samples
+        total.second.add_(patch_gram(x, *seen.arguments).to(R.dtype), alpha=n)
         if job.demean:
-            total.first.add_(torch.ops.dbp.patch_mean(x, *arguments).to(R.dtype), alpha=n)
+            total.first.add_(patch_mean(x, *seen.arguments).to(R.dtype), alpha=n)
         total.count.add_(n)
     return total
 

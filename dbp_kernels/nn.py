@@ -82,6 +82,9 @@ class _Decorrelated(nn.Module):
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
 
+    def _gradient(self) -> None:
+        """What changes with the weight's gradient, where samples depend on it: here never."""
+
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
         return functional.condensed_weight(self.weight, self.R, getattr(self, "groups", 1))

@@ -11,6 +11,7 @@ from torch import nn
 
 from dbp_kernels import distributed, plans
 from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import MATMUL_PRECISIONS
 
 _SAMPLINGS = ("first", "random")
@@ -67,6 +68,9 @@ def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
         raise TypeError(f"modules={modules!r}: expected a torch.nn.Module or several")
     for index, entry in enumerate(modules):
         name, module = entry if isinstance(entry, tuple) and len(entry) == 2 else (index, entry)
+        if isinstance(module, Site):
+            yield str(name), module
+            continue
         if not isinstance(module, nn.Module):
             raise TypeError(f"modules contains {entry!r}: expected a torch.nn.Module")
         for inner, layer in distributed.unwrap(module).named_modules():
@@ -117,6 +121,8 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
         f"None or one of {tuple(MATMUL_PRECISIONS)}",
     ),
+    "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
     "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
 }
 

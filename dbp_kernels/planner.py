@@ -164,10 +164,14 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     return Choice("self_wgrad", flop / 1e9, seconds + moved / m.bytes_per_second() + calls * m.call)
 
 
-def _upper(dim: int, rows: int) -> float:
+def _upper(count: int) -> float:
     """The part of a symmetric product's operations that is left when it is cut into panels."""
-    count = panels(dim, rows)
     return (count + 1) / (2 * count)
+
+
+def _panels(dim: int, rows: int, device_type: str, backend: str) -> int:
+    """Those of an update's symmetric product; Triton's kernel for it leaves out lower tiles itself."""
+    return panels(dim, rows, device_type == "cuda" and backend != "triton")
 
 
 def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float = 1) -> float:
@@ -177,12 +181,28 @@ def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float 
     return _copying(elements, cost_at(table, elements / parts), size)
 
 
-def _unfold_cost(geometry: ConvGeometry, m: Machine, size: int, device_type: str) -> Choice:
+def _operand_size(size: int, precision: str) -> int:
+    """Bytes of an input's element, where ``size`` are those of the accumulation."""
+    return 2 if precision in ("bf16", "fp16") else size
+
+
+def _unfold_cost(
+    geometry: ConvGeometry, m: Machine, size: int, device_type: str, precision: str
+) -> Choice:
     n, d = geometry.samples, geometry.dim
-    flop = 2.0 * geometry.groups * n * d**2 * _upper(d, n)
+    count = panels(d, n, device_type == "cuda")
+    flop = 2.0 * geometry.groups * n * d**2 * _upper(count)
     result = geometry.groups * d**2
-    seconds = flop / m.product_rate(max(1, d // panels(d, n)), geometry.groups)  # a panel's side
-    seconds += 4 * m.call if geometry.pointwise else m.unfold_call
+    seconds = flop / m.product_rate(max(1, d // count), geometry.groups)  # a panel's side
+    if not geometry.pointwise:
+        seconds += m.unfold_call
+    elif device_type == "cuda":
+        # a product of each panel, scaled (of half precision) and mirrored
+        seconds += count * m.product_call + (2 * count - 1) * m.call
+        read = _operand_size(size, precision) * geometry.input_numel
+        seconds += read / m.bytes_per_second()
+    else:
+        seconds += 4 * m.call
     seconds += size * 2 * result / m.bytes_per_second()
     seconds += _copying(result, _fresh(result, m, size), size)
     if not geometry.pointwise:
@@ -198,7 +218,9 @@ def _tiles(side: int, smallest: int = 16, largest: int = 128) -> tuple[int, int]
     return count * tile, count
 
 
-def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, name: str) -> Choice:
+def _kernel_shift_cost(
+    geometry: ConvGeometry, m: Machine, size: int, name: str, precision: str
+) -> Choice:
     """Products of boxes of pixels: no mask at borders, only the upper tiles of a shift of zero."""
     sm90 = name == "cuda_sm90"
     side, count = _tiles(geometry.group_channels, *((64, 64) if sm90 else ()))
@@ -215,19 +237,23 @@ def _kernel_shift_cost(geometry: ConvGeometry, m: Machine, size: int, name: str)
     counts = [_axis_counts(axis) for axis in geometry.axes]
     boxes = _half([c[2] for c in counts], [c[3] for c in counts])
     block = geometry.groups * side**2
-    moved = size * (3 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    moved = 3 * _operand_size(size, precision) * geometry.input_numel
+    moved += 2 * size * geometry.groups * geometry.dim**2
     moved += 2 * 4 * boxes * block  # partial sums, written and read
     seconds = flop / m.kernel_rate(side, sm90)
     seconds += moved / m.bytes_per_second() + 3 * m.call
     return Choice(name, flop / 1e9, seconds)
 
 
-def _kernel_direct_cost(geometry: ConvGeometry, m: Machine, size: int, name: str) -> Choice:
+def _kernel_direct_cost(
+    geometry: ConvGeometry, m: Machine, size: int, name: str, precision: str
+) -> Choice:
     """The upper tiles of Z^T Z, its columns gathered from the input."""
     sm90 = name == "cuda_sm90"
     side, count = _tiles(geometry.dim, *((128, 128) if sm90 else ()))
     flop = geometry.groups * geometry.samples * side**2 * (1 + 1 / count)
-    moved = size * (2 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    moved = 2 * _operand_size(size, precision) * geometry.input_numel
+    moved += 2 * size * geometry.groups * geometry.dim**2
     rate = m.kernel_rate(min(side, 128), sm90) * (1 if geometry.pointwise else m.gather)
     seconds = flop / rate + moved / m.bytes_per_second() + 2 * m.call
     return Choice(name, flop / 1e9, seconds)
@@ -255,7 +281,7 @@ def gram_choices(
     libraries'. ``sm90``: there is a GPU of compute capability 9.0, and kernels for it were compiled.
     """
     m = machine(device_type, precision, itemsize)
-    choices = [_unfold_cost(geometry, m, itemsize, device_type)]
+    choices = [_unfold_cost(geometry, m, itemsize, device_type, precision)]
     if not geometry.pointwise:
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
             if not all(unfolded):
@@ -263,12 +289,12 @@ def gram_choices(
         convolving = machine(device_type, float32, itemsize)
         choices.append(_self_wgrad_cost(geometry, convolving, itemsize))
     if backend in KERNEL_BACKENDS:
-        choices.append(_kernel_direct_cost(geometry, m, itemsize, f"{backend}_direct"))
+        choices.append(_kernel_direct_cost(geometry, m, itemsize, f"{backend}_direct", precision))
         if not geometry.pointwise:
-            choices.append(_kernel_shift_cost(geometry, m, itemsize, f"{backend}_shift"))
+            choices.append(_kernel_shift_cost(geometry, m, itemsize, f"{backend}_shift", precision))
     if backend == "cuda" and sm90 and _sm90_covers(geometry, precision):
         cost = _kernel_direct_cost if geometry.pointwise else _kernel_shift_cost
-        choices.append(cost(geometry, m, itemsize, "cuda_sm90"))
+        choices.append(cost(geometry, m, itemsize, "cuda_sm90", precision))
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
@@ -311,7 +337,8 @@ def update_choices(
         seconds += squares * square / bandwidth + m.plan_call[PLANS.index(name)]
         return Choice(name, flop / 1e9, seconds)
 
-    upper, few = _upper(d, min(n, d)), min(n, d)
+    few = min(n, d)
+    upper = _upper(_panels(d, few, device_type, backend))
     copied = 0.0 if geometry.pointwise else _im2col_seconds(geometry, m, itemsize)
     if backend in KERNEL_BACKENDS:  # the products of a GPU do not hide writing and reading Z and X
         copied += 5 * itemsize * n * d * g / bandwidth
@@ -355,7 +382,7 @@ def stats_choices(
     n, d, g = geometry.samples, geometry.dim, geometry.groups
     gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32, sm90)[0]
     bandwidth = m.bytes_per_second()
-    upper = _upper(d, min(n, d))
+    upper = _upper(_panels(d, min(n, d), device_type, backend))
     # P = R S, half of P R^T, and both read and written
     flop = 2.0 * g * d**3 * (1 + upper)
     seconds = flop / _dense_rate(m, d, d, g) + 6 * itemsize * g * d * d / bandwidth + 4 * m.call

@@ -52,6 +52,11 @@ class UpdateRule:
             return cls((1 - kappa) / (dim - 1) if dim > 1 else 0.0, 2 * kappa, kappa, float(dim))
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
 
+    def loss(self, off: Tensor, v: Tensor) -> Tensor:
+        """(G,), of sum C^2 (G,) and v (G, D); in as few calls as it takes."""
+        weights = self.c_weight / self.loss_scale, self.kappa / self.loss_scale
+        return torch.add(weights[0] * off, v.square().sum(-1), alpha=weights[1])
+
 
 @dataclass(frozen=True)
 class ProductUpdate:
@@ -73,13 +78,17 @@ class ProductUpdate:
         """Change R (G, D, D) in place, in one pass over it and MR."""
         R.add_(self.MR, alpha=self.factor)
 
-    def finite(self) -> Tensor:
-        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What ``bound`` takes the norms of."""
+        return (self.MR,)
+
+    def bound(self, MR: Tensor) -> Tensor:
+        """0-dimensional, of the norm of MR: not finite if R_new is not; R is far from the largest.
 
         A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN.
         """
-        low, high = torch.aminmax(self.MR)  # one pass without D x D temporaries; passes NaN on
-        return (self.factor * (low.abs() + high.abs())).isfinite()
+        return abs(self.factor) * MR
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
@@ -94,7 +103,7 @@ def _product_update(
     v = diagonal - 1
     diagonal.zero_()
     off = torch.linalg.vector_norm(M, dim=(-2, -1)).square()  # one pass, no D x D temporary
-    loss = (rule.c_weight * off + rule.kappa * v.square().sum(-1)) / rule.loss_scale
+    loss = rule.loss(off, v)
     if rule.c_weight == 0:
         M.zero_()
     # c_weight goes into the factor: multiplying M by it would be a pass over M
@@ -181,19 +190,24 @@ class LowRankUpdate:
         with products_of_change(R):
             add_product_(R, self.X.mT, self.U, -self.weight)
 
-    def finite(self) -> Tensor:
-        """0-dimensional bool: whether R_new is finite, if R is far from the largest number.
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What ``bound`` takes the norms of."""
+        return self.scale, self.X, self.U
 
-        X = R Z^T has shown every NaN and Inf in R; X^T U is at most n max|X| max|U|.
+    def bound(self, scale: Tensor, X: Tensor, U: Tensor) -> Tensor:
+        """0-dimensional, of the norms of those: not finite if R_new is not; R is far from the largest.
+
+        X = R Z^T has shown every NaN and Inf in R; no entry of X^T U exceeds ||X|| ||U||.
         """
-        n = max(1.0, self.weight) * self.X.shape[1]
-        return torch.isfinite(self.scale.sum() + n * self.X.abs().amax() * self.U.abs().amax())
+        return scale + max(1.0, self.weight) * X * U
 
     def cancel_unless_(self, ok: Tensor) -> None:
         """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
-        self.scale.masked_fill_(~ok, 1)
-        self.X.masked_fill_(~ok, 0)
-        self.U.masked_fill_(~ok, 0)
+        refused = ~ok
+        self.scale.masked_fill_(refused, 1)
+        self.X.masked_fill_(refused, 0)
+        self.U.masked_fill_(refused, 0)
 
 
 # What plans have worked out: R itself has not changed yet.
@@ -221,12 +235,12 @@ def low_rank_update(
     v = second - 1
     total = torch.linalg.vector_norm(product(X, X), dim=(-2, -1)).square() / n**2
     off = (total - second.square().sum(-1)).clamp_min(0)
-    loss = (weights.c_weight * off + weights.kappa * v.square().sum(-1)) / weights.loss_scale
-    d = weights.v_weight * v - weights.c_weight * second
-    scale = (1 - lr * d if lr else torch.ones_like(d)).unsqueeze(-1)
+    d = (weights.v_weight * v).sub_(second, alpha=weights.c_weight)
+    scale = torch.rsub(d, 1, alpha=lr) if lr else torch.ones_like(d)
     with products_of_change(R):
         U = matmul(X, R)
-    return LowRankUpdate(scale, X, U, lr * weights.c_weight / n), loss
+    update = LowRankUpdate(scale.unsqueeze(-1), X, U, lr * weights.c_weight / n)
+    return update, weights.loss(off, v)
 
 
 def update_from_samples(

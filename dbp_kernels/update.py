@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, precision
-from dbp_kernels.budget import Budget, ScheduleReport
+from dbp_kernels.budget import Budget, ScheduleReport, sample_sizes
 from dbp_kernels.capture import Recorder
 from dbp_kernels.checkpoints import checked_generator
 from dbp_kernels.clock import Mark, mark
+from dbp_kernels.graphs import StepGraphs
 from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.jobs import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.param_groups import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.rates import updates_at
+from dbp_kernels.stagger import phases
 from dbp_kernels.streams import SideStreams
 from dbp_kernels.surgery import switch_fast_paths
 from dbp_kernels.write_back import write_back
@@ -41,7 +44,7 @@ class DecorUpdate(torch.optim.Optimizer):
     Learning-rate schedulers and parameter groups work as with any optimiser. Several forward passes
     before one ``step()`` (gradient accumulation, layers used twice) count together, patch by patch;
     recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
-    ``step()`` is to be left out, call ``discard()`` to free the samples. There are no gradients:
+    ``step()`` is to be left out, call ``discard()`` to drop the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
 
     Under torch.compile, CUDA graphs included, samples are taken on every call. Capturing a training
@@ -51,6 +54,21 @@ class DecorUpdate(torch.optim.Optimizer):
     With torch.distributed initialised, ``step()`` uses the samples of all ranks, and all of them
     must call it. DDP is told to leave R alone; instead, the first ``step()`` makes every R that of
     the group's first rank.
+
+    The samples' memory is kept for the next step's, as much as any step has needed, until
+    ``detach()``. If a layer is called more than 64 times between two steps, the last 64 calls count,
+    and one warning says so.
+
+    With ``cuda_graph`` a step of a kind that has come before is done once more, and captured; later
+    ones are replayed. Steps are of one kind if the same layers are due, with samples of the same
+    number and shapes, and the same options. As samples keep their memory, kinds are few: each set of
+    due layers is one, and so is an epoch's last, smaller batch. A kind that comes with another lr
+    is captured once more, for every lr; its results then differ by rounding from those without a
+    graph. Of more than 8 graphs those used last are kept, and one step in 100 is captured at most.
+    A capture waits for the device and empties torch's cache. The work's memory, mostly a second copy
+    of every R, then belongs to the graphs and no longer comes from what activations have left. If a
+    capture fails, a warning says why, and steps are launched as without ``cuda_graph``. So they are
+    on CPUs, where layers are on several devices, with several ranks, and in ``overlap()``.
 
     A layer belongs to one DecorUpdate, the last one made; ``step()`` of an earlier one raises.
 
@@ -84,10 +102,15 @@ class DecorUpdate(torch.optim.Optimizer):
             TF32 in Triton's kernels (from patches in half precision S is of exact products), and
             M' R, by which R changes, is TF32. In TF32 the former would not let R converge where S
             is badly conditioned. None does not follow torch's own setting.
+        stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
+            all, each is due at every k-th step, but not the same one, so that steps cost about the
+            same. A budget does so by itself.
+        cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
+            the host little time. See above.
 
     Raises:
-        ValueError: an option is out of range, there is no decorrelated layer, or a layer is in two
-            groups. Nothing is changed.
+        ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
+            or there is a budget with ``cuda_graph``. Nothing is changed.
         TypeError: the first argument has another form. Nothing is changed.
     """
 
@@ -105,10 +128,23 @@ class DecorUpdate(torch.optim.Optimizer):
         budget: float | None = None,
         costs: str = "measured",
         matmul_precision: str | None = None,
+        cuda_graph: bool = False,
+        stagger: bool = False,
     ) -> None:
         limits = checked_options(
-            {"budget": budget, "costs": costs, "matmul_precision": matmul_precision}
+            {
+                "budget": budget,
+                "costs": costs,
+                "matmul_precision": matmul_precision,
+                "cuda_graph": cuda_graph,
+                "stagger": stagger,
+            }
         )
+        if cuda_graph and budget is not None:
+            raise ValueError(
+                f"cuda_graph=True with budget={budget}, which chooses layers anew at every step: "
+                "expected one of the two"
+            )
         defaults = checked_options(
             {
                 "lr": lr,
@@ -128,8 +164,12 @@ class DecorUpdate(torch.optim.Optimizer):
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         self._side = SideStreams()
         self._matmul_precision = limits["matmul_precision"]
+        self._graphs = StepGraphs() if cuda_graph else None
+        self._stagger = limits["stagger"] and budget is None
+        self._phases: list[int] | None = None  # all layers are due at once
         self._steps = 0
         self._ranks_agree = False
+        self._told_of_pending = False
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
@@ -153,6 +193,7 @@ class DecorUpdate(torch.optim.Optimizer):
         super().add_param_group({**options, "params": params})
         self._layers.append(list(layers.values()))
         self._recorders.append(_make_recorders(layers.values(), self, index))
+        self._phases = None
         if self._budget is not None:
             self._budget.restart(sum(map(len, self._layers)))
 
@@ -176,17 +217,30 @@ class DecorUpdate(torch.optim.Optimizer):
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
         options = self.param_groups[group]
-        if not self._due(options):
+        layer = sum(map(len, self._layers[:group])) + index
+        if not self._due(options, layer):
             return None
-        if self._budget is None:
-            return options
-        return self._budget.options(sum(map(len, self._layers[:group])) + index, options)
+        return options if self._budget is None else self._budget.options(layer, options)
 
-    def _due(self, options: dict[str, Any]) -> bool:
-        return self._steps % options["update_every"] == 0 and options["lr"] != 0
+    def _due(self, options: dict[str, Any], layer: int) -> bool:
+        phase = 0 if self._phases is None else self._phases[layer]
+        return (self._steps - phase) % options["update_every"] == 0 and options["lr"] != 0
+
+    def _take_turns(self, jobs: list[Job], many: bool) -> None:
+        """Choose when each layer is due from now on, by what its update costs."""
+        costs = [0.0] * sum(map(len, self._layers))
+        for job in jobs:
+            if job.samples:
+                geometries, device, dtype = job.geometries()
+                images = sum(int(sample.shape[0]) for sample in job.samples)
+                costs[job.index] = sample_sizes(geometries, images, device, dtype, many)[0][1]
+        every = [g["update_every"] for g, own in zip(self.param_groups, self._layers) for _ in own]
+        self._phases = phases(costs, every)
+        if many:
+            self._phases = distributed.of_first(self._phases, self.process_group)
 
     def discard(self) -> None:
-        """Free the samples taken since the last ``step()`` without using them."""
+        """Drop the samples taken since the last ``step()`` without using them."""
         for recorders in self._recorders:
             for recorder in recorders:
                 recorder.clear()
@@ -198,6 +252,8 @@ class DecorUpdate(torch.optim.Optimizer):
         for recorders in self._recorders:
             for recorder in recorders:
                 recorder.release()
+        if self._graphs is not None:
+            self._graphs = StepGraphs()
 
     close = detach
 
@@ -205,7 +261,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every R from the samples taken since the last ``step()``, and free those.
+        """Update every R from the samples taken since the last ``step()``, and drop those.
 
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
@@ -236,8 +292,10 @@ class DecorUpdate(torch.optim.Optimizer):
                 result = closure()
         begin = None if self._budget is None else mark(self._device)
         try:
-            jobs, updates = self._work_out()
-            self._carry_out(jobs, updates)
+            jobs, many = self._due_jobs()
+            if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
+                jobs, updates = self._work_out(jobs, many)
+                self._carry_out(jobs, updates)
             if self._budget is not None:
                 self._budget_step(begin, jobs)
         finally:
@@ -279,7 +337,9 @@ class DecorUpdate(torch.optim.Optimizer):
                 torch.no_grad(),
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
-                jobs, updates = self._work_out()
+                jobs, updates = self._work_out(*self._due_jobs())
+            for _, _, recorder in self._places():  # forward passes in the block must not write to
+                recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
             yield
             self._side.join()
@@ -303,8 +363,8 @@ class DecorUpdate(torch.optim.Optimizer):
                 "expected after it"
             )
 
-    def _work_out(self) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
-        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+    def _due_jobs(self) -> tuple[list[Job], bool]:
+        """(the layers of this step, whether there are other ranks), checked; no R changes."""
         self._check_attached()
         self._follow_R()
         budget = self._budget
@@ -320,6 +380,15 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
+        if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
+            self._take_turns(jobs, many)
+        return jobs, many
+
+    def _work_out(
+        self, jobs: list[Job], many: bool
+    ) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
+        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+        budget = self._budget
         with self._own_precision(jobs):
             if budget is not None:
                 seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
@@ -330,6 +399,29 @@ class DecorUpdate(torch.optim.Optimizer):
             jobs = [job for job in jobs if job.samples]
             return jobs, [(*update, None) for update in local_updates(jobs)]
 
+    def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
+        """Whether a CUDA graph has done the step; else it is still to be done."""
+        jobs = [job for job in jobs if job.samples]
+
+        def work(rates: Tensor | None) -> None:
+            with self._own_precision(jobs):
+                updates = local_updates(jobs) if rates is None else updates_at(rates, jobs)
+                write_back(jobs, [(*update, None) for update in updates], self._state_of)
+            self._follow()
+
+        with uninterrupted():
+            states = [self.state.get(job.R, {}) for job in jobs]
+            done = graphs.run(jobs, states, work, *self._followed())
+            self._steps += done
+        return done
+
+    def _follow(self) -> None:
+        """What else is to be done once R has changed."""
+
+    def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
+        """What decides what ``_follow`` launches, and what it writes to."""
+        return None, ()
+
     def _carry_out(
         self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
     ) -> None:
@@ -337,6 +429,7 @@ class DecorUpdate(torch.optim.Optimizer):
         with self._own_precision(jobs), uninterrupted():
             write_back(jobs, updates, self._state_of)
             self._steps += 1
+            self._follow()
 
     @contextmanager
     def _own_precision(self, jobs: list[Job]) -> Iterator[None]:
@@ -361,7 +454,7 @@ class DecorUpdate(torch.optim.Optimizer):
             self._device,
             [job.index for job in jobs],
             [self.state[job.R]["loss"] for job in jobs],
-            [index for index, group in enumerate(groups) if self._due(group)],
+            [index for index, group in enumerate(groups) if self._due(group, index)],
             [group["update_every"] for group in groups],
             self.process_group,
         )
@@ -448,6 +541,8 @@ class DecorUpdate(torch.optim.Optimizer):
             for index, state in packed["state"].items()
         }
         packed.update(steps=self._steps, generator=self._generator.get_state())
+        if self._phases is not None:
+            packed["phases"] = list(self._phases)
         if self._budget is not None:
             packed["budget"] = self._budget.state()
         return packed
@@ -475,6 +570,7 @@ class DecorUpdate(torch.optim.Optimizer):
             state["loss"] = state["loss"].clone()
             state["skipped"] = state["skipped"].to(torch.int64)
         self._steps = state_dict["steps"]
+        self._phases = state_dict.get("phases")
         self._generator.set_state(generator.get_state())
         self._ranks_agree = False
         self._budget = budget
@@ -490,6 +586,9 @@ class DecorUpdate(torch.optim.Optimizer):
             "_generator": self._generator.get_state(),
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
+            "_cuda_graph": self._graphs is not None,
+            "_stagger": self._stagger,
+            "_phases": self._phases,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -498,13 +597,18 @@ class DecorUpdate(torch.optim.Optimizer):
             return
         generator = torch.Generator()
         generator.set_state(state["_generator"])
+        graphed = state.pop("_cuda_graph", False)
         super().__setstate__(
             {
                 "_budget": None,
                 "_matmul_precision": None,
+                "_stagger": False,
+                "_phases": None,
                 **state,
                 "_generator": generator,
                 "_ranks_agree": False,
+                "_told_of_pending": False,
+                "_graphs": StepGraphs() if graphed else None,
                 "_side": SideStreams(),
             }
         )
@@ -522,6 +626,8 @@ class DecorUpdate(torch.optim.Optimizer):
             lines.append(f"  budget={self._budget.share:g}, costs={self._budget.costs!r}")
         if self._matmul_precision is not None:
             lines.append(f"  matmul_precision={self._matmul_precision!r}")
+        if self._graphs is not None:
+            lines.append("  cuda_graph=True")
         return "\n".join([*lines, ")"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -41,25 +42,32 @@ def _to_device(
     sampled: tuple[Tensor | None, ...],
 ) -> None:
     """Everything that takes memory comes first, so that nothing fails after the first change."""
-    finite = torch.stack(list(map(_finite, changes))) & torch.stack(list(losses)).isfinite()
+    both = torch.stack([*_bounds(changes), *losses]).view(2, -1)
+    finite = both.isfinite().all(0)
     accept, skip = finite, ~finite
     states = [state_of(job.R) for job in jobs]
     reported = [state["loss"] for state in states]
     if sampled[0] is not None:
         some = torch.stack(sampled)
         accept, skip = finite & some, skip & some
-        losses = list(map(torch.where, sampled, losses, reported))
-    skips = list(skip.to(torch.int64).unbind())
+        losses = torch.where(some, both[1], torch.stack(reported)).unbind()
+    skips = skip.to(torch.int64).unbind()
     for job, change, ok in zip(jobs, changes, _decided(accept)):
-        _change(job.grouped_R, change, ok)
+        _change(job, change, ok)
     torch._foreach_copy_(reported, list(losses))
-    torch._foreach_add_([state["skipped"] for state in states], skips)
+    torch._foreach_add_([state["skipped"] for state in states], list(skips))
 
 
-def _finite(update: Update) -> Tensor:
-    if isinstance(update, Tensor):
-        return update.sum().isfinite()  # not finite if an entry is not: one pass, no temporary
-    return update.finite()
+def _bounds(changes: Sequence[Update]) -> list[Tensor]:
+    """Of every change a number, 0-dimensional, that is not finite if the change is not.
+
+    All from one call, which GPUs make a few launches of however many layers there are. A norm
+    squares: in float32 it also refuses changes beyond 1e19, where the next loss would overflow.
+    """
+    parts = [(c,) if isinstance(c, Tensor) else c.parts for c in changes]
+    norms = iter(torch._foreach_norm(list(chain.from_iterable(parts))))
+    of_each = [list(islice(norms, len(p))) for p in parts]
+    return [n[0] if isinstance(c, Tensor) else c.bound(*n) for c, n in zip(changes, of_each)]
 
 
 def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
@@ -67,15 +75,18 @@ def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
     return accept.tolist() if accept.is_cpu else accept.unbind()
 
 
-def _change(R: Tensor, update: Update, ok: Tensor | bool) -> None:
-    """Make the update of R (groups, D, D) if ``ok``."""
+def _change(job: Job, update: Update, ok: Tensor | bool) -> None:
+    """Make the update of the job's R if ``ok``."""
     if ok is False:
         return
     if not isinstance(update, Tensor):
         if ok is not True:
             update.cancel_unless_(ok)
-        update.apply_(R)
-    elif ok is True:
-        R.copy_(update.view_as(R))
+        update.apply_(job.grouped_R)
+        return
+    R = job.R
+    new = update.view_as(R)
+    if ok is True:
+        R.copy_(new)
     else:
-        torch.where(ok, update.view_as(R), R, out=R)
+        torch.where(ok, new, R, out=R)

@@ -520,7 +520,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
             assert measured["status"] == "ok", (name, measured)
             assert measured["seconds"]["samples"] == suites.QUICK_PAIRS
             assert measured["seconds"]["median"] > 0
-    assert set(result["step"][0]["methods"]) == {"bp", "dbp", "published"}
+    assert set(result["step"][0]["methods"]) == {"bp", "dbp", "dbp layers", "published"}
     assert result["complete"]
     assert result["machine"]["threads"] == 1
     assert result["command"].startswith("python -m bench --suite all")

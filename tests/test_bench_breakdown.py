@@ -92,7 +92,7 @@ def test_breakdown_table_shows_shares():
 def test_a_step_is_broken_down_and_varied():
     record = steps.run_step_case(TINY, FAST, samplings=True, faster=True)
     names = {"bp", "dbp", "published", "dbp 100%", "dbp 10%", "dbp 1%", steps.IDLE}
-    names |= {"dbp medium", "dbp overlap"}
+    names |= {"dbp medium", "dbp layers", "dbp layers overlap"}
     assert set(record["methods"]) == names
     assert {method["status"] for method in record["methods"].values()} == {"ok"}
     assert "extra" in record["breakdown"]
@@ -113,10 +113,11 @@ def test_an_idle_step_takes_no_samples_and_leaves_r_alone():
     step = steps.sampling_variants(torch.float32)[steps.IDLE](model)
     images, labels = steps.random_images(TINY, FAST, 8)
     step(images, labels)
-    R = model[0].R.clone()
+    (feed,) = model[0]._forward_hooks.values()
+    R = feed.site.R.clone()
     assert not torch.equal(R, torch.eye(27))
     step(images, labels)
-    assert torch.equal(model[0].R, R)
+    assert torch.equal(feed.site.R, R)
 
 
 def test_sampling_table_averages_one_update_over_k_steps():

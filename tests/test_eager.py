@@ -518,6 +518,30 @@ def test_thirteen_products_for_a_three_by_three_kernel():
 # --------------------------------------------------------------------------- products
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_mirror_on_cuda_copies_a_panel_at_a_time(count):
+    out = random((2, 777, 777), F64)
+    expected = out.clone()
+    matmul.mirror(expected, count)
+    copies = []
+
+    class OnCuda:
+        """Looks like a tensor there."""
+
+        is_cuda, shape = True, out.shape
+
+        def __getitem__(self, index):
+            return out[index]
+
+        def __setitem__(self, index, value):
+            copies.append(index)
+            out[index] = value
+
+    matmul.mirror(OnCuda(), count)
+    assert torch.equal(out, expected)
+    assert len(copies) == count - 1
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("n", "dim"), [(4, 5), (300, 513), (300, 777), (2500, 7), (2048, 3)])
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)
@@ -542,6 +566,9 @@ def test_products(n, dim, groups, dtype):
 def test_wide_and_tall_products_are_cut_in_panels():
     assert matmul.panels(512, 10_000) > 1
     assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
+    # calls on a GPU cost more than small products
+    assert matmul.panels(1152, 10_000, cuda=True) == 1
+    assert matmul.panels(4608, 10_000, cuda=True) == 4
 
 
 @pytest.mark.parametrize("rows", [0, 1, 10, 32, 33])

@@ -161,6 +161,28 @@ def test_kernels_of_capability_9_0_have_a_figure_of_their_own(c, machines):
         assert {name for name in plain if times[name] != plain[name]} == {"cuda_sm90"}
 
 
+@pytest.mark.parametrize(
+    ("channels", "size"), [(64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14)]
+)
+def test_on_a_GPU_one_launch_beats_a_library_product_of_pixels(channels, size):
+    """A library's product takes the host longer than either takes the GPU."""
+    g = case(26, channels, (size, size), 1).geometry
+    assert gram_choices(g, "cuda", 4, "triton", "bf16")[0].name == "triton_direct"
+    # nor is it cut into panels, each of which would be a product
+    (alone,) = gram_choices(g, "cuda", 4, "eager", "bf16")
+    assert alone.gflop == pytest.approx(2 * g.samples * g.dim**2 / 1e9)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_half_precision_is_read_faster(kernel):
+    """Kernels read the input itself, not a float32 copy."""
+    g = case(26, 64, (28, 28), kernel).geometry
+    machines = {p: replace(calibration.machine("cuda"), speed=1.0) for p in ("bf16", "tf32")}
+    for cost in (planner._kernel_direct_cost, planner._kernel_shift_cost):
+        half, full = (cost(g, m, 4, "triton", p).seconds for p, m in machines.items())
+        assert half < full
+
+
 def test_small_patches_are_decorrelated_in_one_kernel():
     few, many = case(26, 3, (32, 32), 3, padding=1), case(32, 128, (28, 28), 3, padding=1)
     best = {

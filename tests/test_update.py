@@ -4,7 +4,9 @@ import copy
 import gc
 import io
 import pickle
+import random
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -510,6 +512,77 @@ def test_a_step_size_beyond_all_numbers_is_skipped(images):
     assert torch.equal(layer.R, torch.eye(300))
 
 
+HOSTILE = [float("nan"), float("inf"), -float("inf"), 1e38, 1e25, 1e18, 1e-18, 1e-38]
+
+
+@pytest.mark.parametrize("decided", [None, lambda accept: accept.unbind()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("images", [4, 280, 700], ids=["samples", "direct", "gram"])
+@pytest.mark.parametrize("size", [3, 300], ids=["R_new", "in place"])
+def test_whatever_is_fed_R_stays_finite_or_as_it_was(size, images, decided, monkeypatch):
+    """One entry, or all, of the samples or of R, and the step size, are anything there is."""
+    if decided:
+        monkeypatch.setattr(write_back, "_decided", decided)
+    feed_anything(size, images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images", [4, 280, 700], ids=["samples", "direct", "gram"])
+@pytest.mark.parametrize("size", [3, 300])
+def test_whatever_is_fed_on_a_device(size, images):
+    feed_anything(size, images, "cuda")
+
+
+def feed_anything(size: int, images: int, device: str = "cpu") -> None:
+    cases = [
+        (value, where, everywhere, lr, kappa, rule)
+        for value in HOSTILE
+        for where in ("x", "R")
+        for everywhere in (False, True)
+        for lr in (1e-3, 1e20, 1e38)
+        for kappa in (0.0, 0.5, 1.0)
+        for rule in ("standard", "normalized")
+        if where == "x" or abs(value) <= 1e30  # R is far from the largest number, or is no number
+    ]
+    outcomes = set()
+    for value, where, everywhere, lr, kappa, rule in random.Random(0).sample(cases, 60):
+        layer = dnn.DecorLinear(size, 2, device=device)
+        update = dbp.DecorUpdate(layer, lr=lr, kappa=kappa, rule=rule, sample=1.0)
+        x = torch.randn(images, size, device=device)
+        (x if where == "x" else layer.R)[... if everywhere else (1, 2)] = value
+        layer(x)
+        before = layer.R.clone()
+        update.step()
+        (skipped,), (loss,) = update.skipped().values(), update.losses().values()
+        same = torch.equal(layer.R.nan_to_num(7.0), before.nan_to_num(7.0))
+        assert same if skipped else layer.R.isfinite().all() and loss.isfinite()
+        outcomes.add((int(skipped), same))
+    assert {(0, False), (1, True)} <= outcomes
+
+
+def test_writing_back_on_a_GPU_launches_one_kernel_per_layer(monkeypatch):
+    """The choice between its update and its R; the checks are one call however many there are."""
+    monkeypatch.setattr(write_back, "_decided", lambda accept: accept.unbind())
+    views = {"aten.view.default", "aten.unbind.int", "aten.alias.default"}
+    launches = []
+    for layers in (2, 9):
+        net = nn.ModuleList(dnn.DecorLinear(16, 2) for _ in range(layers))
+        update = dbp.DecorUpdate(net, lr=1e-3, sample=1.0)
+        for _ in range(2):  # the first time makes the reports
+            for layer in net:
+                layer(torch.randn(4, 16))
+            with torch.no_grad():
+                worked_out = update._work_out(*update._due_jobs())
+                with Calls() as calls:
+                    update._carry_out(*worked_out)
+            update.discard()
+        counted = Counter(calls.names)
+        assert counted.pop("aten.where.self_out") == layers
+        launches.append({name: n for name, n in counted.items() if name not in views})
+    assert launches[0] == launches[1]
+    assert sum(launches[0].values()) < 14
+
+
 @pytest.mark.parametrize("size", [3, 300])
 def test_options_set_by_hand_are_checked_by_step(size):
     net = nn.Sequential(dnn.DecorLinear(size, size), dnn.DecorLinear(size, size))
@@ -525,6 +598,22 @@ def test_options_set_by_hand_are_checked_by_step(size):
     with pytest.raises(TypeError, match=r"R has dtype torch\.float16"):
         update.step()
     assert torch.equal(net[0].R, torch.eye(size))
+
+
+def test_a_layer_changed_by_hand_is_seen_as_it_is_now():
+    layer = fresh(dnn.DecorConv2d(2, 3, 3, padding="same", padding_mode="reflect"))
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0)
+    x = torch.randn(2, 2, 6, 6, dtype=D64)
+    for change in ({}, {"padding": 0, "stride": [2, 1]}, {"dilation": (2, 2)}):
+        for name, value in change.items():
+            setattr(layer, name, value)
+        before = layer.R.clone()
+        layer(x)
+        update.step()
+        padded = x if layer.padding == 0 else nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+        S = dbp.patch_gram(padded, 3, layer.stride, 0, layer.dilation)
+        R, _ = plans.update_from_gram(S, before[None], 0.1, 0.5)
+        torch.testing.assert_close(layer.R, R[0], rtol=1e-10, atol=1e-12)
 
 
 def test_step_before_backward_is_an_error_not_a_wrong_gradient():
@@ -997,6 +1086,18 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += func._schema.name.split("::")[1].rstrip("_") in ("bmm", "baddbmm")
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operators called, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import nn
 
 from dbp_kernels.backends import NAMES, backend
+from dbp_kernels.graphs import WARM_UP
 from dbp_kernels.precision import matmul_precision
 from dbp_kernels.verify.workers import Case
 
 from ..kernels import Settings
 from ..networks import SMALL
-from ..steps import BP, GPU_STEP_CASES, OURS, decorrelated_step, plain_step, run_step_case
+from ..steps import (
+    BP,
+    GPU_STEP_CASES,
+    OURS,
+    Step,
+    attached_step,
+    decorrelated_step,
+    plain_step,
+    run_step_case,
+)
 from .layers import judged
 from .stage import DTYPE, RESULT, Setting, Stage
 
@@ -32,39 +44,57 @@ def ratios(setting: Setting) -> list[Case]:
 
 
 def variants(setting: Setting) -> list[Case]:
-    """By precision, overlapped, and by backend. "auto" takes Triton's kernels where there are any."""
+    """By precision, in the layer form, and by backend. "auto" takes Triton's kernels if there are any."""
     cuda = ["cuda"] if "cuda" in setting.families() else []
-    wanted = ("high", "high overlap", *cuda, "eager", "overlap")
+    wanted = ("high", "layers", *cuda, "eager", "layers overlap")
     methods = [OURS, *(f"{OURS} {what}" for what in wanted)]
     return [Case(f"{m}: {network}", _LIMIT) for m in methods for network in _networks(setting)]
 
 
 def run(name: str, setting: Setting) -> dict:
-    """One variant and plain backpropagation, interleaved, and where the extra time goes."""
+    """One variant, launched as it is and by CUDA graphs, and plain backpropagation, interleaved.
+
+    Also where the extra time goes.
+    """
     method, _, network = name.partition(": ")
     how = method.split()[1:]
     # profiles of a ResNet take long to read; the default variant is profiled more often
     profiled = 3 if method == OURS else 1
-    settings = Settings(setting.torch_device, DTYPE, _PAIRS, channels_last=True, profiled=profiled)
+    settings = Settings(
+        setting.torch_device,
+        DTYPE,
+        _PAIRS,
+        warmup=WARM_UP + 1,  # and the step that is checked: a graph has been captured then
+        channels_last=True,
+        profiled=profiled,
+    )
     if setting.rehearse:
         settings = replace(settings, dtype=torch.float32, pairs=1, warmup=1)
     high = "high" if "high" in how else None  # of the update, and of all other products
-    makers = {
-        BP: lambda model: plain_step(model, settings.dtype),
-        method: lambda model: decorrelated_step(
-            model, _SAMPLE, settings.dtype, overlap="overlap" in how, update_precision=high
-        ),
-    }
+
+    def make(model: nn.Module, cuda_graph: bool = False) -> Step:
+        options = {"matmul_precision": high, "cuda_graph": cuda_graph}
+        if "layers" in how:
+            overlap = "overlap" in how
+            return decorrelated_step(model, _SAMPLE, settings.dtype, overlap=overlap, **options)
+        return attached_step(model, _SAMPLE, settings.dtype, **options)
+
+    makers = {BP: lambda model: plain_step(model, settings.dtype), method: make}
+    if "overlap" not in how:  # which graphs do not do
+        makers[f"{method} graph"] = partial(make, cuda_graph=True)
     case = _networks(setting)[network]
     named = next((backend(name) for name in how if name in NAMES), nullcontext())
     # around the breakdown too, which marks the functions of the backend that it finds
     with named, matmul_precision(high) if high else nullcontext():
         record = run_step_case(case, settings, sample=_SAMPLE, makers=makers, ours=method)
-    found, plain = (record["methods"][key] for key in (method, BP))
     told = {}
-    if "seconds" in found and "seconds" in plain:
-        ratio = found["seconds"]["median"] / plain["seconds"]["median"]
-        told["ratio"] = found["ratio"] = float(f"{ratio:.4g}")
+    plain = record["methods"][BP]
+    for key, found in record["methods"].items():
+        if key != BP and "seconds" in found and "seconds" in plain:
+            ratio = found["seconds"]["median"] / plain["seconds"]["median"]
+            found["ratio"] = float(f"{ratio:.4g}")
+            told["ratio" + key.removeprefix(method)] = found["ratio"]
+    found = record["methods"][method]
     if method != OURS:
         record["breakdowns"] = {method: record.pop("breakdown", None)}
     return {**judged(found), **told, RESULT: {"step": [record]}}

@@ -134,15 +134,8 @@ class Training:
         self.model: nn.Module = build_model(
             recipe.model, (3, SIZE, SIZE), CLASSES, widths=recipe.widths
         )
-        self.decor = None
-        if method != BP:
-            dbp.decorrelate_model(self.model)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.backend = "eager" if method == EAGER else "auto"
-        if method != BP:
-            self.decor = dbp.DecorUpdate(
-                self.model, lr=recipe.decor_lr, kappa=recipe.kappa, sample=recipe.sample
-            )
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             recipe.lr,
@@ -150,6 +143,16 @@ class Training:
             nesterov=True,
             weight_decay=recipe.weight_decay,
         )
+        self.decor = None
+        if method != BP:
+            self.decor = dbp.attach(
+                self.model,
+                self.optimizer,
+                lr=recipe.decor_lr,
+                kappa=recipe.kappa,
+                sample=recipe.sample,
+                cuda_graph=True,
+            )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, recipe.lr, steps, cycle_momentum=False
         )
@@ -169,10 +172,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.logits(pixels), labels)
         loss.backward()
-        self.optimizer.step()
-        if self.decor is not None:
-            with backend(self.backend):
-                self.decor.step()
+        with backend(self.backend):
+            self.optimizer.step()
         self.schedule.step()
         return loss.detach()
 

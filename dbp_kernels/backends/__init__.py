@@ -105,7 +105,12 @@ def _index(device: torch.device) -> int:
 
 def select(device: torch.device | str) -> ModuleType:
     """The backend module to run on. Raises RuntimeError if the requested one is not usable."""
-    return _load(_MODULES[selected(device)])
+    return module(selected(device))
+
+
+def module(name: str) -> ModuleType:
+    """The backend of this name, as ``selected`` gives it."""
+    return _load(_MODULES[name])
 
 
 def give_up(device: torch.device, reason: str) -> None:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+import dbp_kernels as dbp
 from bench import bars, calibrate, cli, machine, registry
 from bench.device import (
     command,
@@ -105,8 +106,7 @@ def test_steps_hold_what_the_bars_need():
     assert needed <= {case.named() for case in measured}
     assert all(case.batch == 256 for case in measured)
     assert {n.split(":")[0] for n in names(steps.STEPS)} == {
-        *("dbp", "dbp high", "dbp high overlap", "dbp overlap"),
-        *("dbp cuda", "dbp eager"),
+        *("dbp", "dbp high", "dbp layers", "dbp layers overlap", "dbp cuda", "dbp eager"),
     }
 
 
@@ -213,13 +213,15 @@ def test_an_unknown_group_is_a_sentence(capsys):
     assert "no group 'second'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["dbp", "dbp high overlap", "dbp eager"])
+@pytest.mark.parametrize("method", ["dbp", "dbp layers", "dbp layers overlap", "dbp eager"])
 def test_a_step_is_measured_beside_plain_backpropagation(method):
     record = steps.run(f"{method}: convnet", Setting("cpu", rehearse=True))
     assert record["status"] == "passed", record
     (step,) = record["result"]["step"]
-    assert set(step["methods"]) == {"bp", method}
+    graphed = {f"{method} graph"} - {"dbp layers overlap graph"}
+    assert set(step["methods"]) == {"bp", method, *graphed}
     assert step["methods"][method]["ratio"] == record["ratio"] > 0
+    assert ("ratio graph" in record) == bool(graphed)
     parts = step["breakdown"] if method == "dbp" else step["breakdowns"][method]
     assert parts["extra"] == pytest.approx(sum(parts.values()) - parts["extra"], rel=0.01, abs=1e-6)
 
@@ -249,6 +251,22 @@ def test_high_is_the_precision_of_the_update_too(method, expected, monkeypatch):
     monkeypatch.setattr(precision, "update_precision", update_precision)
     steps.run(f"{method}: convnet", Setting("cpu", rehearse=True))
     assert seen == {expected}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("dbp", [False, True]), ("dbp layers overlap", [False])]
+)
+def test_the_variant_called_graph_replays_a_graph(method, expected, monkeypatch):
+    seen = []
+    real = dbp.DecorUpdate.__init__
+
+    def init(self, *arguments, **options):
+        seen.append(options["cuda_graph"])
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(dbp.DecorUpdate, "__init__", init)
+    steps.run(f"{method}: convnet", Setting("cpu", rehearse=True))
+    assert seen == expected
 
 
 def test_figures_of_a_part_are_a_piece_of_a_calibration_file():

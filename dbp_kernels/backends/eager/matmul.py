@@ -13,6 +13,9 @@ from . import onednn
 # need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many
 # rows are worth narrower panels, which run at a somewhat lower rate.
 _PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
+# On CUDA calls count: an H100's host needs some 50 us for a product, in which the GPU is done with one
+# of three sides of 1024 (float32).
+_CUDA_PANEL = 1024
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
 
@@ -69,11 +72,11 @@ def _thin_product(X: Tensor, Y: Tensor) -> Tensor:
     return total.baddbmm_(X[:, whole:].mT, Y[:, whole:]) if whole < n else total
 
 
-def panels(dim: int, rows: int) -> int:
+def panels(dim: int, rows: int, cuda: bool = False) -> int:
     """Number of column panels to cut X^T X into, for X of ``rows`` rows and ``dim`` columns."""
     if rows < _FEW_ROWS:
         return 1
-    panel = _NARROW_PANEL if rows >= 2 * dim else _PANEL
+    panel = _CUDA_PANEL if cuda else _NARROW_PANEL if rows >= 2 * dim else _PANEL
     return max(1, min(_MAX_PANELS, dim // panel))
 
 
@@ -98,7 +101,7 @@ def symmetric_product(
 
     On CPUs fastest where columns of X and Y are dense in memory.
     """
-    count = panels(X.shape[-1], X.shape[1])
+    count = panels(X.shape[-1], X.shape[1], X.is_cuda)
     out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1]) if out is None else out
     if onednn.faster(X, Y):
         for start, stop in _edges(X.shape[-1], count):
@@ -111,10 +114,14 @@ def symmetric_product(
 
 
 def mirror(out: Tensor, count: int) -> None:
-    """Copies the panels above the diagonal of out (G, D, D) below it, in tiles a cache can hold."""
+    """Copies the panels above the diagonal of out (G, D, D) below it.
+
+    In tiles that a CPU's cache can hold; on CUDA, whose copies do that themselves, panel by panel.
+    """
     for start, stop in _edges(out.shape[-1], count)[1:]:
-        for left in range(0, start, _PANEL):
-            right = min(left + _PANEL, start)
+        tile = start if out.is_cuda else _PANEL
+        for left in range(0, start, tile):
+            right = min(left + tile, start)
             out[:, start:stop, left:right] = out[:, left:right, start:stop].mT
 
 

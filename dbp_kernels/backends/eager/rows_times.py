@@ -78,12 +78,12 @@ class _ByOneDNN(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         R, X = ctx.saved_tensors
         return (
-            None if R is None else _times_transposed(gradient, R),
+            None if R is None else rows_times_transposed(gradient, R),
             None if X is None else X.mT @ gradient,
         )
 
 
-def _times_transposed(X: Tensor, R: Tensor) -> Tensor:
+def rows_times_transposed(X: Tensor, R: Tensor) -> Tensor:
     """X R^T for X (a, D), R (D, D), differentiable."""
     once_more = torch.is_grad_enabled() and (X.requires_grad or R.requires_grad)
     if not once_more and _by_onednn(X, R.mT):

@@ -368,7 +368,7 @@ class _Blocks:
 
 def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
     if X.data_ptr() == Y.data_ptr() and X.shape == Y.shape:
-        count = panels(X.shape[-1], X.shape[1])
+        count = panels(X.shape[-1], X.shape[1], X.is_cuda)
         upper_product(X, X, out, accumulate, count)
         mirror(out, count)  # what lies below the diagonal is overwritten, accumulated or not
     else:

@@ -111,7 +111,7 @@ def chunks(
 def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
     dtype = statistics_dtype(x.dtype)
-    count, mean = panels(geometry.dim, geometry.samples), 1 / geometry.samples
+    count, mean = panels(geometry.dim, geometry.samples, x.is_cuda), 1 / geometry.samples
     few = geometry.groups == 1 and geometry.samples <= geometry.dim
     if few and not geometry.axes and count == 1 and x.dtype == dtype:
         Z = x.reshape(-1, geometry.dim)  # one call: a small linear layer notices every other

@@ -1,0 +1,1 @@
+"""The optimiser form: decorrelation learnt beside any torch optimiser, on an unmodified model."""

@@ -1,0 +1,211 @@
+"""``dbp.attach``: one line beside an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dbp_kernels.distributed import unwrap
+from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.optim.engine import Engine
+from dbp_kernels.optim.handle import Attached
+from dbp_kernels.optim.kinds import patches_of
+from dbp_kernels.optim.site import Feed, Site
+from dbp_kernels.surgery import Filter, _Filter
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    lr: float = 1e-5,
+    kappa: float = 0.5,
+    sample: float | int = 0.1,
+    rule: str = "standard",
+    update_every: int = 1,
+    demean: bool = False,
+    sampling: str = "first",
+    budget: float | None = None,
+    costs: str = "measured",
+    matmul_precision: str | None = None,
+    include: Filter = None,
+    exclude: Filter = None,
+    groups: Iterable[dict[str, Any]] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    max_size: int | None = None,
+    stagger: bool = True,
+    cuda_graph: bool = False,
+) -> Attached:
+    """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        decor = dbp.attach(model, optimizer)
+        for x, y in loader:
+            loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    The model stays an ordinary one, whose weights hold A = W R: nothing has to be undone to export,
+    save or average it. ``optimizer.step()`` does the rest: for each attached weight it forms
+    dL/dW = (dL/dA) R^T, the optimiser makes its step on W, R learns from samples of the layer's
+    input, and A = W R goes back into the weight. That is DBP exactly (arXiv 2405.02385, eq. 3 and
+    section 2.2): weight decay acts on W; gradients are clipped as those of A.
+
+    ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them.
+
+    Args:
+        model: any module; layers of the kinds that ``dbp.register`` knows are attached: Linear,
+            convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
+        optimizer: the optimiser of the model's weights, or several.
+        lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
+            process_group, stagger, cuda_graph: as for `DecorUpdate`.
+        include, exclude: layers, as for `decorrelate_model`.
+        groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.
+        max_size: layers whose R would have more than max_size rows are left alone. R takes
+            4 D^2 bytes for patches of D entries.
+
+    Returns:
+        A handle: what is attached, losses, R, ``detach()``.
+
+    Raises:
+        TypeError: an argument has another type. Nothing is changed.
+        ValueError: there is nothing to attach, a layer is decorrelated or attached already, or an
+            option is out of range. Nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    optimizers = _optimizers(optimizer)
+    inner = unwrap(model)
+    already = [name for name, module in inner.named_modules() if is_decorrelated(module)]
+    if already:
+        raise ValueError(
+            f"model has the decorrelated layer {already[0]!r}: expected a plain model "
+            "(dbp.fuse_model makes it one), or a DecorUpdate"
+        )
+    sites, left_alone = _find(inner, optimizers, include, exclude, max_size)
+    if not sites:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
+        raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
+    engine = Engine(
+        sites,
+        _grouped(sites, inner, groups),
+        lr=lr,
+        kappa=kappa,
+        sample=sample,
+        rule=rule,
+        update_every=update_every,
+        demean=demean,
+        process_group=process_group,
+        sampling=sampling,
+        budget=budget,
+        costs=costs,
+        matmul_precision=matmul_precision,
+        stagger=stagger,
+        cuda_graph=cuda_graph,
+    )
+    return Attached(inner, optimizers, sites, engine, left_alone)
+
+
+def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    several = [given] if isinstance(given, torch.optim.Optimizer) else given
+    if not isinstance(several, Iterable):
+        raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or several")
+    several = list(several)
+    for optimizer in several:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+    if not several:
+        raise ValueError("optimizer=[]: expected at least one")
+    return several
+
+
+def _find(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    include: Filter,
+    exclude: Filter,
+    max_size: int | None,
+) -> tuple[list[Site], dict[str, str]]:
+    """(sites, {layer: why it is none})."""
+    included, excluded = _Filter("include", include), _Filter("exclude", exclude)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    included.check(names)
+    excluded.check(names)
+    optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    owners = _owners(model)
+    sites, left_alone = [], {}
+    for module, aliases in names.items():
+        name = aliases[0] or type(module).__name__
+        patches = patches_of(module)
+        if patches is None:
+            if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+                left_alone[name] = f"{type(module).__name__} is no kind that dbp.register knows"
+            continue
+        if isinstance(patches, str):
+            left_alone[name] = patches
+            continue
+        weight = module._parameters[patches.weight]
+        others = [other for other in owners[id(weight)] if other not in aliases]
+        if include is not None and not any(included(alias, module) for alias in aliases):
+            left_alone[name] = "not among include"
+        elif any(excluded(alias, module) for alias in aliases):
+            left_alone[name] = "among exclude"
+        elif others:
+            left_alone[name] = f"its {patches.weight} is that of {others[0]!r} too"
+        elif id(weight) not in optimised:
+            left_alone[name] = f"its {patches.weight} is not in the optimiser"
+        elif max_size is not None and patches.size > max_size:
+            mib = 4 * patches.groups * patches.size**2 / 2**20
+            left_alone[name] = (
+                f"its R would have {patches.size} > max_size={max_size} rows, {mib:.0f} MiB"
+            )
+        elif _is_fed(module):
+            raise ValueError(f"layer {name!r} is attached already: expected detach() before")
+        else:
+            sites.append(Site(name, module, patches))
+    return sites, left_alone
+
+
+def _is_fed(module: nn.Module) -> bool:
+    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
+    return any(hook.site is not None for hook in hooks)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that have each parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _grouped(
+    sites: list[Site], model: nn.Module, groups: Iterable[dict[str, Any]] | None
+) -> list[Any]:
+    """The sites as the engine's groups; those that no group names come last."""
+    rest, made = list(sites), []
+    for group in groups or ():
+        if not isinstance(group, dict) or "modules" not in group:
+            raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
+        chosen = _Filter("groups", group["modules"])
+        chosen.check({m: [n] for n, m in model.named_modules()})
+        own = [site for site in rest if chosen(site.name, site.module)]
+        if not own:
+            raise ValueError(f"groups: no attached layer is left for {group['modules']!r}")
+        rest = [site for site in rest if site not in own]
+        made.append({**group, "modules": list(_named(own))})
+    if rest:
+        made.append({"modules": list(_named(rest))})
+    return made
+
+
+def _named(sites: Iterable[Site]) -> Iterator[tuple[str, Site]]:
+    for site in sites:
+        yield site.name, site

@@ -1,0 +1,199 @@
+"""A site: one weight of a model that holds A = W R, and what belongs to it, W and R."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
+from dbp_kernels.capture import record, recorder_of
+from dbp_kernels.nn import identity_R
+from dbp_kernels.optim.kinds import Patches
+from dbp_kernels.precision import statistics_dtype
+
+
+class Feed:
+    """A forward hook: hands a site samples of its layer's input, while the weight learns.
+
+    A copy of the model has copies of its hooks: those feed nobody.
+    """
+
+    def __init__(self, site: Site | None) -> None:
+        self.site = site
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        site = self.site
+        if site is not None and site.parameter.requires_grad:
+            input = site.patches.input(arguments, named)
+            if input is not None:
+                record(site, input)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Feed:
+        return Feed(None)
+
+    def __reduce__(self) -> tuple[type[Feed], tuple[None]]:
+        return Feed, (None,)
+
+
+class Site:
+    """A weight that holds A = W R outside of its optimiser's step, and W within it.
+
+    The parameter stays the same object, and its memory outside of the step the same. To the engine
+    that learns R it is a layer.
+
+    Attributes:
+        name: of the module, in the model.
+        module, patches: the layer, and how it sees its input.
+        R: (D, D), or (groups, D, D) with groups > 1; at least float32.
+        W: as the weight. Within the step it is the memory that the parameter points to.
+    """
+
+    _recorder = None
+    _recorder_key = None
+
+    def __init__(self, name: str, module: nn.Module, patches: Patches) -> None:
+        self.name, self.module, self.patches = name, module, patches
+        weight = self.parameter
+        self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
+        self.W = weight.detach().clone()
+        self._A: Tensor | None = None  # within the step: A's memory
+        self._dA: Tensor | None = None
+        self._written = self._seen()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module._parameters[self.patches.weight]
+
+    # What the engine that learns R asks a layer.
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.parameter
+
+    def _patch_geometry(self) -> dict[str, Any]:
+        return self.patches.window
+
+    def _patch_size(self) -> tuple[int, int]:
+        return self.patches.groups, self.patches.size
+
+    def _as_images(self, input: Tensor) -> Tensor:
+        """The input with a leading dimension to sample along."""
+        unbatched = input.dim() <= max(1, self.patches.dims + 1)
+        return input.unsqueeze(0) if unbatched else input
+
+    def _gradient(self) -> tuple[int, int] | None:
+        """What changes with the weight's gradient."""
+        gradient = self.parameter.grad
+        return None if gradient is None else (id(gradient), gradient._version)
+
+    # A, W and their gradients.
+
+    def enter(self) -> None:
+        """The parameter becomes W, and its gradient, if it has one, dL/dW = dL/dA R^T."""
+        weight = self.parameter
+        self._A, self._dA = weight.data, weight.grad
+        if self._dA is not None:
+            weight.grad = self.gradient_of_W(self._dA)
+        weight.data = self.W
+
+    def leave(self) -> None:
+        """The parameter becomes A again, as it was, and its gradient is dL/dA."""
+        if self._A is None:
+            return
+        weight = self.parameter
+        self.W = weight.data
+        weight.data, weight.grad = self._A, self._dA
+        self._A = self._dA = None
+
+    def form(self) -> None:
+        """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
+        weight = self.parameter.detach()  # with its version counter
+        weight.copy_(self.condensed())
+
+    def layout(self) -> Hashable:
+        """What decides what ``form`` launches, and on which memory."""
+        weight = self.parameter
+        tensors = ((t.data_ptr(), t.stride()) for t in (weight, self.W, self.R))
+        return *tensors, weight.dtype, self.rounded
+
+    def formed(self) -> None:
+        """Called after every change that is not somebody else's."""
+        self._written = self._seen()
+
+    def _seen(self) -> tuple[int, int]:
+        """By which a write of somebody else's shows, unless it goes through ``.data``."""
+        return self.parameter.data_ptr(), self.parameter._version
+
+    @torch.no_grad()
+    def take_over(self) -> bool:
+        """Whether somebody has written to the weight, and not A: W is then what gives it.
+
+        Waits for the device if somebody has written at all.
+        """
+        if self._seen() == self._written:
+            return False
+        self.to_follow()
+        weight = self.parameter.detach()
+        tolerance = 8 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
+        if torch.allclose(weight, self.condensed(), rtol=0, atol=tolerance):
+            return False
+        A, R = self._grouped(weight).double(), self.R.double()
+        # a solve, not an inverse: A = W R, or R^T W
+        W = torch.linalg.solve(R.mT, A if self.patches.transposed else A.mT)
+        W = W if self.patches.transposed else W.mT
+        self.W.copy_(W.reshape(self.W.shape))
+        return True
+
+    def condensed(self) -> Tensor:
+        """A = W R, in the weight's dtype."""
+        W, R = self._grouped(self.W), self.R
+        A = R.mT @ W if self.patches.transposed else rows_times(W, R) if R.dim() == 2 else W @ R
+        return A.reshape(self.W.shape).to(self.W.dtype)
+
+    def gradient_of_W(self, dA: Tensor) -> Tensor:
+        """dL/dW = dL/dA R^T, in the gradient's dtype and its very layout, as fused optimisers want."""
+        D, R = self._grouped(dA), self.R
+        if self.patches.transposed:
+            dW = R @ D
+        else:
+            dW = rows_times_transposed(D, R) if R.dim() == 2 else D @ R.mT
+        dW = dW.to(dA.dtype).reshape(dA.shape)
+        if dW.stride() == dA.stride():
+            return dW
+        return torch.empty_like(dA).copy_(dW)
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """A weight or its gradient as (out, D), or (groups, out, D); transposed (D, out) of each."""
+        groups, size = self._patch_size()
+        batch = () if groups == 1 else (groups,)
+        rows = (size, -1) if self.patches.transposed else (-1, size)
+        return weight.to(self.R.dtype).reshape(*batch, *rows)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the layer computes in half precision: products in TF32 will do then."""
+        recorder = recorder_of(self)
+        return recorder is not None and recorder.dtype in (torch.float16, torch.bfloat16)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """R = I, and W is the weight as it is."""
+        self.W.copy_(self.parameter)
+        self.R.zero_()
+        self.R.diagonal(dim1=-2, dim2=-1).fill_(1)
+
+    def to_follow(self) -> None:
+        """After model.to(): W and R go where the parameter has gone."""
+        weight = self.parameter
+        if weight.device != self.W.device or weight.dtype != self.W.dtype:
+            self.W = self.W.to(weight.device, weight.dtype)
+            self.R = self.R.to(weight.device, statistics_dtype(weight.dtype))

@@ -1,0 +1,198 @@
+"""Around an optimiser's ``step()``: W takes A's place in the parameters, and A comes back."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from dbp_kernels.capture import recorder_of
+from dbp_kernels.optim.site import Site
+from dbp_kernels.precision import tf32_products
+
+
+@contextmanager
+def in_own_precision(sites: Sequence[Site]) -> Iterator[None]:
+    """Within it A and dL/dW are formed: without autocast, and in TF32 if A is rounded anyway.
+
+    That is where all layers computed in half precision, as under autocast; so their gradients, too,
+    were rounded to less than TF32 is.
+    """
+    with ExitStack() as stack:
+        if all(site.W.is_cuda and site.rounded for site in sites):
+            stack.enter_context(tf32_products())
+        for device_type in {site.W.device.type for site in sites}:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@torch.no_grad()
+def form(sites: Sequence[Site]) -> None:
+    """A = W R in the parameters of all sites."""
+    with in_own_precision(sites):
+        for site in sites:
+            site.form()
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more layers"
+
+
+class Swap:
+    """Has an optimiser step on W, while everything else sees A = W R.
+
+    The hooks of ``step()`` do it, because wrappers of ``step()`` come and go (schedulers and
+    accelerate put theirs on the instance, and take them off). Post hooks do not run where a step
+    raises: that alone is seen by a wrapper on the instance, and if even that was taken off, by the
+    next forward pass.
+
+    Args:
+        optimizer: the weights'.
+        sites: of its parameters.
+        after: called when the weights have made their step, with A in the parameters as it was.
+
+    Samples go with their gradient: ``zero_grad()`` drops those whose backward pass has been, which
+    are left there where a step was skipped (by a GradScaler, say).
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], after: Callable[[], None]
+    ) -> None:
+        self._optimizer, self._sites, self._after = optimizer, sites, after
+        self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
+        self._inside = False
+        self._evaluations: int | None = None  # of the closure, if there is one
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._guard()
+
+    def remove(self) -> None:
+        """From now on the optimiser steps on what the parameters hold."""
+        self.recover()
+        for handle in self._handles:
+            handle.remove()
+
+    def recover(self) -> None:
+        """A into the parameters, of wherever the weights are, if a step was left by an exception."""
+        if self._inside:
+            self._leave()
+            form(self._sites)
+            self._formed()
+        self._depth = 0
+        self._evaluations = None
+
+    def recover_if_left(self) -> None:
+        """``recover()`` where a forward pass finds W, and not because a closure makes it."""
+        if self._inside:
+            self.recover()
+
+    # The hooks.
+
+    def _before_step(self, optimizer: Any, arguments: tuple, named: dict[str, Any]) -> Any:
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        given = list(arguments)
+        closure = named.get("closure") or (given[1] if len(given) > 1 else None)
+        if not callable(closure):
+            self._enter()
+            return None
+        self._evaluations = 0
+        if "closure" in named:
+            return arguments, {**named, "closure": self._on_A(closure)}
+        given[1] = self._on_A(closure)
+        return tuple(given), named
+
+    def _after_step(self, optimizer: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        unused, self._evaluations = self._evaluations == 0, None
+        self._leave()
+        self._depth = 0
+        if unused:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}.step(closure) never evaluated its closure: "
+                "expected it to, so that the weights step by its gradients; nothing was learnt of R"
+            )
+        self._after()
+        self._formed()
+
+    def _on_A(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, evaluated on A; after it the parameters and gradients are W's.
+
+        An optimiser that moves the weights between two evaluations gets A of where they are.
+        """
+
+        @functools.wraps(closure)
+        def evaluate() -> Any:
+            if self._inside:
+                self._leave()
+                if self._evaluations:
+                    form(self._sites)
+                    self._formed()
+            result = closure()
+            if self._evaluations is not None:
+                self._evaluations += 1
+            self._enter()
+            return result
+
+        return evaluate
+
+    @torch.no_grad()
+    def _enter(self) -> None:
+        changed = [site.name for site in self._sites if site.take_over()]
+        if changed:
+            warnings.warn(
+                f"the weights of {some(changed)} were changed outside of their optimiser: the "
+                "network stays as it was made, and W becomes A R^-1",
+                stacklevel=6,
+            )
+        self._inside = True
+        with in_own_precision(self._sites):
+            for site in self._sites:
+                site.enter()
+
+    def _formed(self) -> None:
+        for site in self._sites:
+            site.formed()
+
+    def _leave(self) -> None:
+        for site in self._sites:
+            site.leave()
+        self._inside = False
+
+    # What hooks do not see.
+
+    def _guard(self) -> None:
+        """Puts wrappers on the instance. Bound methods: schedulers look for what those have."""
+        optimizer, swap = self._optimizer, self
+        inner, zero = optimizer.step, optimizer.zero_grad
+
+        @functools.wraps(getattr(inner, "__func__", inner))
+        def step(self: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                return inner(*arguments, **named)
+            except BaseException:
+                swap.recover()
+                raise
+
+        @functools.wraps(getattr(zero, "__func__", zero))
+        def zero_grad(self: Any, *arguments: Any, **named: Any) -> Any:
+            for recorder in map(recorder_of, swap._sites):
+                if recorder is not None:
+                    recorder.drop_spent()
+            return zero(*arguments, **named)
+
+        optimizer.step = types.MethodType(step, optimizer)
+        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)
