@@ -38,7 +38,8 @@ def exact(A, B):
 
 @pytest.fixture
 def always(monkeypatch):
-    """The kernel takes products of every size."""
+    """The kernel takes products of every size, on any GPU."""
+    monkeypatch.setattr(product, "_FAST", (TARGET,))
     monkeypatch.setattr(product, "_WORTH", 0)
     monkeypatch.setattr(product, "_THIN", 0)
 
@@ -135,10 +136,12 @@ def test_only_where_it_should_win(monkeypatch):
     def chosen(*sizes):
         return product.choose_config(*sizes, DEVICE)
 
+    monkeypatch.setattr(product, "target", lambda device: 90)
+    smallest = configs(product.KERNEL, product.PRECISION, 90)[-1]
     large = (1, 2304, 2304, 2304)
-    assert chosen(*large) == CONFIGS[-1]
-    assert chosen(4, 1152, 1152, 1152) == CONFIGS[-1]
-    assert chosen(1, 1274, 4608, 4607) == CONFIGS[-1]
+    assert chosen(*large) == smallest
+    assert chosen(4, 1152, 1152, 1152) == smallest
+    assert chosen(1, 1274, 4608, 4607) == smallest
     for sizes in ((1, 576, 576, 576), (4, 64, 64, 64), (1, 100, 9216, 9216), (1, 9216, 1, 9216)):
         assert chosen(*sizes) is None, sizes
     for target, fast in ((80, True), (86, False), (89, False), (100, True), (120, False)):
@@ -147,10 +150,12 @@ def test_only_where_it_should_win(monkeypatch):
 
 
 def test_what_is_pinned_is_taken_where_it_has_registers(monkeypatch):
-    monkeypatch.setattr(product, "pinned", lambda *arguments: CONFIGS[0])
-    assert product.choose_config(1, 2304, 2304, 2304, DEVICE) == CONFIGS[0]
-    assert product.choose_config(1, 2304, 2304, 2303, DEVICE) == CONFIGS[-1]
-    assert product.choose_config(1, 2304, 2303, 2304, DEVICE) == CONFIGS[-1]
+    largest, *_, smallest = configs(product.KERNEL, product.PRECISION, 90)
+    monkeypatch.setattr(product, "target", lambda device: 90)
+    monkeypatch.setattr(product, "pinned", lambda *arguments: largest)
+    assert product.choose_config(1, 2304, 2304, 2304, DEVICE) == largest
+    assert product.choose_config(1, 2304, 2304, 2303, DEVICE) == smallest
+    assert product.choose_config(1, 2304, 2303, 2304, DEVICE) == smallest
 
 
 @pytest.mark.parametrize("name", ["ieee", "tf32", "tf32x3"])

@@ -78,8 +78,9 @@ ANY_SIZE = 64 * 64
 # Where TF32 has at least 8 times the rate of float32; elsewhere three products of it take longer
 # than one of the library in float32.
 _FAST = (80, 90, 100, 103)
-# Multiply-adds from which on the kernel should win. On an H100, where its sibling for symmetric
-# products was measured, the library took as long at D = 1152 and 1.4 times as long at D = 2304.
+# Multiply-adds from which on the kernel should win. Of its sibling for symmetric products, which has
+# half the tiles, two took as long as the library's product on an H100 at D = 1152, 0.7 times as long
+# at D = 2304. This kernel itself has not been timed.
 _WORTH = 2**31
 _THIN = 128  # along a shorter side than this, too much of the tiles is empty
 
@@ -99,8 +100,8 @@ def choose_config(
     fit = [c for c in configs(KERNEL, PRECISION, target(device)) if usable(c, columns, inner)]
     sizes = {"groups": groups, "rows": rows, "columns": columns, "inner": inner}
     best = pinned(KERNEL, PRECISION, sizes, device)
-    # Of the symmetric product's tiles an H100 ran 64 x 64 fastest at every D: several programs on
-    # one multiprocessor, of which one multiplies while others split their operands.
+    # Of the symmetric product's tiles an H100 ran 64 x 64 faster than 128 x 128, at D = 2304 and
+    # 4608: several programs share a multiprocessor, and one multiplies while others split operands.
     return best if best in fit else fit[-1]
 
 
