@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dbp_kernels.precision import matmul_precision
+from dbp_kernels.precision import matmul_precision, products_in
 
 from . import machine
 from .timing import cpu_time, time_once
@@ -330,8 +330,23 @@ def _assembling(meter: Meter, channels: int, size: int, kind) -> float:
 
 def _tensor_cores(meter: Meter) -> dict:
     """GFLOP/s of a large product in each precision but ieee float32."""
+    from dbp_kernels import backends
+
     dtypes = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return {"tensor_cores": {name: _peak(meter, dtype) for name, dtype in dtypes.items()}}
+    rates = {name: _peak(meter, dtype) for name, dtype in dtypes.items()}
+    if not backends.unusable("triton", "cuda"):
+        rates["tf32x3"] = _three_products(meter)
+    return {"tensor_cores": rates}
+
+
+def _three_products(meter: Meter) -> float:
+    """GFLOP/s of a large product as exact as float32's by our kernel."""
+    from dbp_kernels.backends.triton.product import product
+
+    side = 4608 // meter.shrink
+    a = meter.random(1, side, side)
+    with products_in("tf32x3"):
+        return 2 * side**3 / meter.seconds(lambda: product(a, a)) / 1e9
 
 
 def _peak(meter: Meter, dtype: torch.dtype) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dbp_kernels.precision import matmul_precision
+from dbp_kernels.precision import products_in
 
 from . import check, machine, registry
 from .algorithms import geometry_of
@@ -69,6 +69,9 @@ PRECISIONS = {
 _GRAMS = ("gram_shift", "gram_direct", "gram_shift_tma")  # modules of the Triton backend
 PAIRS = 5
 _DIMS, _GROUPS = (576, 1152, 2304, 256, 128, 64), (1, 4)
+# Of products: groups, rows, columns, inner dimension. R S, and samples Z R^T.
+_PRODUCTS = ((1, 2304, 2304, 2304), (1, 4608, 4608, 4608), (4, 1152, 1152, 1152))
+_PRODUCTS += ((1, 1274, 2048, 2048), (1, 1274, 4608, 4608))
 
 
 def shapes() -> list[Shape]:
@@ -101,11 +104,16 @@ def gram_shapes(case: registry.Case, precision: str) -> Iterator[Shape]:
 
 
 def _matrix_shapes() -> Iterator[Shape]:
-    for precision in ("tf32", "ieee"):
+    for sizes in _PRODUCTS:
+        groups, rows, columns, inner = sizes
+        label = f"{groups} of {rows}x{columns}x{inner}"
+        yield Shape("product", "tf32x3", label, partial(_product_problem, *sizes))
+    for precision in ("tf32x3", "tf32", "ieee"):
         for dim in _DIMS:
             for groups in _GROUPS:
                 make = partial(_update_problem, precision, groups, dim)
                 yield Shape("symmetric_update", precision, f"{groups} of D {dim}", make)
+    for precision in ("tf32", "ieee"):
         for case in registry.select("stem|3x3 3@|1x1 64@", 26):
             make = partial(_stats_problem, precision, case)
             yield Shape("decor_stats", precision, case.name, make)
@@ -145,7 +153,7 @@ def _in(precision: str, run: Callable) -> Callable:
     """``run`` with products of float32 in this precision."""
 
     def within(config: object) -> torch.Tensor:
-        with matmul_precision("high" if precision == "tf32" else "highest"):
+        with products_in(precision):
             return run(config)
 
     return within
@@ -196,6 +204,25 @@ def _update_problem(precision: str, groups: int, dim: int, device: torch.device)
         configs.configs(update.KERNEL, precision, runtime.target(device)),
         _in(precision, lambda config: update.symmetric_update(A, B, 1.0, rule, config)[0]),
         exact,
+    )
+
+
+def _product_problem(
+    groups: int, rows: int, columns: int, inner: int, device: torch.device
+) -> Problem:
+    from dbp_kernels.backends.triton import configs, product, runtime
+
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(groups, rows, inner, generator=generator).to(device)
+    B = torch.randn(groups, columns, inner, generator=generator).to(device)
+    every = configs.configs(product.KERNEL, product.PRECISION, runtime.target(device))
+    return Problem(
+        product.KERNEL,
+        product.PRECISION,
+        {"groups": groups, "rows": rows, "columns": columns, "inner": inner},
+        tuple(c for c in every if product.usable(c, columns, inner)),
+        _in(product.PRECISION, lambda config: product.product(A, B, config)),
+        lambda: A.double() @ B.double().mT,
     )
 
 

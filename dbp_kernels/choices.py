@@ -7,7 +7,7 @@ import torch
 from . import backends, planner
 from .backends.cuda import library
 from .geometry import ConvGeometry
-from .precision import change_in_tf32, statistics_dtype, tf32
+from .precision import statistics_dtype, tf32, update_products
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -41,7 +41,15 @@ def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> 
     backend = backend or backends.selected(device_type)
     if dtype == torch.float64 or (backend == "eager" and device_type != "cuda"):
         return device_type, itemsize  # products of float32 or float64
-    float32, change = ("tf32" if allowed else "ieee" for allowed in (tf32(), change_in_tf32()))
+    float32 = "tf32" if tf32() else "ieee"
     sm90 = backend == "cuda" and library.sm90_problem() is None
     # interpreted kernels make the choices of a GPU
-    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, change, sm90
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, _products(backend), sm90
+
+
+def _products(backend: str) -> tuple[str, str]:
+    """The precisions of what forms M and of what changes R."""
+    both = update_products()
+    if both == "tf32x3":
+        return both if backend == "triton" else "ieee", "tf32"
+    return both, both

@@ -216,7 +216,8 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
         operands = task.x, job.R, *task.seen.arguments
         return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
     if choice.name == "samples":
-        update, loss = plans.low_rank_update(task.patches, task.R, **job.rule)
+        backend = backends.module(task.backend)
+        update, loss = backend.low_rank_update(task.patches, task.R, **job.rule)
     else:
         # eager's stops short of changing R, which saves memory
         backend = backends.module(task.backend)
@@ -239,8 +240,11 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
         R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
         Z = torch.cat([task.patches for task in tasks])
-        update = backend.update_direct if plan == "direct" else plans.update_from_samples
-        R_new, loss = update(Z, R, **job.rule)
+        if plan == "direct":
+            R_new, loss = backend.update_direct(Z, R, **job.rule)
+        else:
+            update, loss = backend.low_rank_update(Z, R, **job.rule)
+            R_new = update.new(R)
     return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
 
 

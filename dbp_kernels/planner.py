@@ -31,7 +31,8 @@ ALGORITHMS = (
     *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
     "cuda_sm90",
 )
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of a product's operands; float32 is ieee or tf32
+# Of a product's operands; float32 is one of the first three, the second three products of tf32.
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -313,17 +314,17 @@ def update_choices(
     backend: str = "eager",
     precision: str = "ieee",
     float32: str = "ieee",
-    change: str | None = None,
+    products: tuple[str, str] | None = None,
     sm90: bool = False,
 ) -> tuple[Choice, ...]:
     """The plans for one update of R from this geometry's samples, cheapest first.
 
-    Plan "samples" is left out for n > D, where its loss would lose its digits. ``precision`` is
-    that of S's operands, ``change`` that of what changes R, M' R (None: as ``float32``), ``float32``
-    that of all other products; the rest as in ``gram_choices``.
+    Plan "samples" is left out for n > D, where its loss would lose its digits. ``products`` are the
+    precisions of what forms M = R S R^T and of what changes R, M' R (None: both as ``float32``); the
+    rest as in ``gram_choices``.
     """
-    m = machine(device_type, float32, itemsize)
-    at_last = machine(device_type, change or float32, itemsize)
+    form, change = products or (float32, float32)
+    m, at_last = machine(device_type, form, itemsize), machine(device_type, change, itemsize)
     n, d, g = geometry.samples, geometry.dim, geometry.groups
     gram = gram_choices(geometry, device_type, itemsize, backend, precision, float32, sm90)[0]
     bandwidth = m.bytes_per_second()

@@ -17,12 +17,13 @@ Source: DBP paper (arXiv 2405.02385) eq. 3 and section 2.1; <x x^T> = R S R^T ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backends.eager.matmul import add_product_, matmul, symmetric_product
+from .backends.eager.matmul import add_product_, matmul, symmetric_product, times_transposed
 from .precision import products_of_change
 
 RULES = ("standard", "normalized")
@@ -214,19 +215,25 @@ Update = ProductUpdate | LowRankUpdate
 
 
 def low_rank_update(
-    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+    Z: Tensor,
+    R: Tensor,
+    lr: float,
+    kappa: float,
+    rule: str = "standard",
+    product: Callable[[Tensor, Tensor], Tensor] = times_transposed,
 ) -> tuple[LowRankUpdate, Tensor]:
     """Plan "samples" up to its change of R. Arguments as `update_from_samples`; loss (G,).
 
     The loss comes from ||X^T X||_F = ||X X^T||_F minus the diagonal's part. For n > D and nearly
     white x that difference loses its digits in float32, so the planner uses this plan for n <= D.
+    ``product``, X (G, a, k), Y (G, b, k) -> X Y^T, is for the products that would form M.
     """
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
     n = Z.shape[1]
-    X = matmul(Z, R.mT)
+    X = product(Z, R)
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
-    total = torch.linalg.vector_norm(matmul(X, X.mT), dim=(-2, -1)).square() / n**2
+    total = torch.linalg.vector_norm(product(X, X), dim=(-2, -1)).square() / n**2
     off = (total - second.square().sum(-1)).clamp_min(0)
     d = (weights.v_weight * v).sub_(second, alpha=weights.c_weight)
     scale = torch.rsub(d, 1, alpha=lr) if lr else torch.ones_like(d)

@@ -66,19 +66,19 @@ def matmul_precision(name: str) -> AbstractContextManager:
 # "samples": the two it consists of). Those before it form M = R S R^T, whose large terms cancel:
 # with them in TF32, R does not converge where S is badly conditioned. M' R costs next to nothing in
 # TF32: its error shrinks with the change of R. From bench/results/precision (python -m bench
-# precision).
-_change_in_tf32: ContextVar[bool] = ContextVar("dbp_change_in_tf32", default=False)
+# precision). Kernels of ours form M by three products of TF32, which lose no more than float32.
+_by_default: ContextVar[bool] = ContextVar("dbp_update_by_default", default=False)
 
 
 @contextmanager
 def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
     """An update's products, some on CUDA or none, have this one of MATMUL_PRECISIONS, or None's."""
-    token = _change_in_tf32.set(name is None)
+    token = _by_default.set(name is None)
     try:
         with _full_float32(cuda) if name is None else matmul_precision(name):
             yield
     finally:
-        _change_in_tf32.reset(token)
+        _by_default.reset(token)
 
 
 def _full_float32(cuda: bool) -> AbstractContextManager:
@@ -88,16 +88,28 @@ def _full_float32(cuda: bool) -> AbstractContextManager:
     return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
 
 
+def products_in(precision: str) -> AbstractContextManager:
+    """Within it ``update_products`` is "ieee", "tf32x3" or "tf32"; half precision takes "ieee"."""
+    return update_precision({"tf32": "high", "tf32x3": None}.get(precision, "highest"), True)
+
+
 def products_of_change(R: Tensor) -> AbstractContextManager:
     """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
-    if _change_in_tf32.get() and on_cuda(R):
+    if _by_default.get() and on_cuda(R):
         return tf32_products()
     return nullcontext()
 
 
-def change_in_tf32() -> bool:
-    """Whether the products that form M' R are in TF32 on CUDA."""
-    return _change_in_tf32.get() or tf32()
+def update_products() -> str:
+    """What an update's products of float32 on CUDA are now.
+
+    "ieee": float32. "tf32": TF32. "tf32x3", which is the default of DecorUpdate: those that form
+    M = R S R^T are as exact as float32, by three TF32 products in kernels that can and in float32
+    elsewhere; those of M' R are TF32.
+    """
+    if tf32():
+        return "tf32"
+    return "tf32x3" if _by_default.get() else "ieee"
 
 
 def tf32_products() -> AbstractContextManager:

@@ -98,9 +98,10 @@ class DecorUpdate(torch.optim.Optimizer):
             torch.set_float32_matmul_precision: "highest" (float32), "high" (TF32 on GPUs) or
             "medium" (TF32 on GPUs; bfloat16 on CPUs where oneDNN makes that of it). R stays
             float32; what it changes by, and the losses, are that precise. None: float32 on CPUs;
-            on GPUs float32 for what forms R S R^T (from patches in half precision S is of exact
-            products), and TF32 for M' R, by which R changes. In TF32 the former does not let R
-            converge where S is badly conditioned. None does not follow torch's own setting.
+            on GPUs what forms R S R^T is as exact as in float32, large products of it by three of
+            TF32 in Triton's kernels (from patches in half precision S is of exact products), and
+            M' R, by which R changes, is TF32. In TF32 the former would not let R converge where S
+            is badly conditioned. None does not follow torch's own setting.
         stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
             all, each is due at every k-th step, but not the same one, so that steps cost about the
             same. A budget does so by itself.

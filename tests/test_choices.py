@@ -34,13 +34,25 @@ def test_eager_on_cuda_is_planned_in_its_operands_precision(dtype, operands, geo
     assert choices.gram_choices(*asked) == planner.gram_choices(*where)
     assert choices.update_choices(*asked) == planner.update_choices(*where)
     with precision.update_precision(None, True):
-        assert choices.update_choices(*asked) == planner.update_choices(*where, "tf32")
+        products = "ieee", "tf32"
+        assert choices.update_choices(*asked) == planner.update_choices(*where, products)
     with precision.update_precision("high", True):
         operands = "tf32" if operands == "ieee" else operands
         where = geometry, "cuda", 4, "eager", operands, "tf32"
         assert choices.update_choices(*asked) == planner.update_choices(*where)
     tf32()
     assert choices.gram_choices(*asked) == planner.gram_choices(*where)
+
+
+@every_geometry
+@pytest.mark.parametrize(
+    ("backend", "form"), [("triton", "tf32x3"), ("cuda", "ieee"), ("eager", "ieee")]
+)
+def test_a_default_update_is_planned_in_what_its_backend_multiplies_in(backend, form, geometry):
+    with precision.update_precision(None, True):
+        found = choices.update_choices(geometry, "cuda", torch.float32, backend)
+    where = geometry, "cuda", 4, backend, "ieee", "ieee"
+    assert found == planner.update_choices(*where, (form, "tf32"))
 
 
 @every_geometry
@@ -57,12 +69,17 @@ def test_what_lower_precisions_save():
     ieee, half = (seconds(planner.gram_choices, CONV, p) for p in ("ieee", "bf16"))
     assert half["unfold"] < ieee["unfold"]
     assert half["self_wgrad"] == ieee["self_wgrad"]  # whose operands are made float32
-    ieee, change, all_tf32 = (
+    ieee, change, three, all_tf32 = (
         seconds(planner.update_choices, LINEAR, "ieee", *rest)
-        for rest in (["ieee"], ["ieee", "tf32"], ["tf32"])
+        for rest in (
+            ["ieee"],
+            ["ieee", ("ieee", "tf32")],
+            ["ieee", ("tf32x3", "tf32")],
+            ["tf32"],
+        )
     )
     assert set(ieee) == {"gram (unfold)", "direct", "samples"}
-    assert all(all_tf32[plan] < change[plan] < ieee[plan] for plan in ieee)
+    assert all(all_tf32[p] < three[p] < change[p] < ieee[p] for p in ieee)
 
 
 @every_geometry

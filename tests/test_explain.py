@@ -50,7 +50,7 @@ def test_plans_are_those_of_an_update_of_the_default_precision(monkeypatch):
     asked = []
 
     def choices(geometry, device_type, dtype):
-        asked.append((dtype, precision.change_in_tf32()))
+        asked.append((dtype, precision.update_products()))
         return update_choices(geometry, device_type, 4)
 
     module = importlib.import_module("dbp_kernels.explain")  # dbp.explain is the function
@@ -59,7 +59,7 @@ def test_plans_are_those_of_an_update_of_the_default_precision(monkeypatch):
     dbp.explain(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         dbp.explain(model, x)
-    assert asked == [(torch.float32, True), (torch.bfloat16, True)]
+    assert asked == [(torch.float32, "tf32x3"), (torch.bfloat16, "tf32x3")]
 
 
 def test_prints_a_table_with_choice_and_alternatives():

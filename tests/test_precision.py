@@ -77,6 +77,21 @@ def test_names_mean_what_torch_means_by_them(name):
         assert now() == expected
 
 
+@pytest.mark.parametrize("set_to", ["none", "ieee", "tf32"])
+def test_an_updates_products_by_name(set_to):
+    torch.backends.cuda.matmul.fp32_precision = set_to
+    outside = "tf32" if set_to == "tf32" else "ieee"
+    expected = {"highest": "ieee", "high": "tf32", "medium": "tf32", None: "tf32x3"}
+    assert precision.update_products() == outside
+    for name, products in expected.items():
+        with precision.update_precision(name, True):
+            assert precision.update_products() == products
+    for products in ("ieee", "tf32x3", "tf32"):
+        with precision.products_in(products):
+            assert precision.update_products() == products
+    assert precision.update_products() == outside
+
+
 @pytest.mark.parametrize("name", [*precision.MATMUL_PRECISIONS, None])
 def test_an_update_of_its_own_precision_leaves_torchs_alone(name, seen):
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # by the new interface
@@ -253,7 +268,7 @@ def test_an_error_ends_the_updates_precision(as_cuda, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         update.step()
     assert now() == before
-    assert not precision._change_in_tf32.get()
+    assert precision.update_products() == "tf32"  # torch's own
 
 
 @pytest.mark.parametrize("value", ["low", "tf32", 1, ["high"]])

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from dbp_kernels import planner
+from dbp_kernels import planner, precision
 from dbp_kernels.backends import prepared
 from dbp_kernels.backends.cuda import library
 from dbp_kernels.backends.triton import runtime
@@ -62,7 +62,9 @@ def test_everything_that_decides_tells_inputs_apart(made):
         found.add(make(x))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert len(found) == len(calls) == len(alike) + 3
+    with precision.update_precision(None, True):
+        found.add(make(x))
+    assert len(found) == len(calls) == len(alike) + 4
 
 
 def test_the_number_of_them_is_bounded_and_the_oldest_goes(made, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..precision import tf32
+from ..precision import update_products
 
 # Of all functions together; the oldest goes first. One holds 10 KB of tables on the device for a
 # layer of a ResNet on average, 100 KB at most, and shares them with other layouts of its geometry.
@@ -32,14 +32,15 @@ T = TypeVar("T")
 def prepared(make: Callable[..., T]) -> Callable[..., T]:
     """Calls ``make(x, *arguments)`` once per layout of x and arguments, and keeps what it returns.
 
-    A layout is shape, strides, dtype, device and alignment; torch's tf32 setting counts as well.
+    A layout is shape, strides, dtype, device and alignment; the precision of products counts as well.
     ``make`` may look at nothing else of x, and must not keep it; x's device is the current one.
     """
 
     @wraps(make)
     def kept(x: Tensor, *arguments: Hashable) -> T:
         aligned = x.data_ptr() % ALIGNMENT == 0
-        key = (make, x.shape, x.stride(), x.dtype, x.device, aligned, tf32(), *arguments)
+        layout = x.shape, x.stride(), x.dtype, x.device, aligned
+        key = (make, *layout, update_products(), *arguments)
         found = _kept.get(key)
         if found is None:
             with torch.cuda.device_of(x):

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.triton import configs, gram_direct, gram_shift, gram_shift_tma, stats, update
+from ..backends.triton import (
+    configs,
+    gram_direct,
+    gram_shift,
+    gram_shift_tma,
+    product,
+    stats,
+    update,
+)
 from ..backends.triton.configs import Config
 from .checks import RULE, Check, Problem, convolution, moments, statistics, weighed
 
@@ -54,6 +62,8 @@ def checks(scope: str, capability: int) -> Iterator[Check]:
     """As ``cases.checks``."""
     for precision in PRECISIONS:
         yield from _grams(precision, capability)
+    yield from _updates("tf32x3", capability)
+    yield from _products(capability)
     for precision in ("ieee", "tf32"):
         yield from _updates(precision, capability)
         yield from _statistics(precision, capability)
@@ -121,6 +131,26 @@ def _update(c: Config, precision: str, dim: int) -> Check:
 
     problem = Problem(f"D = {dim}, 2 groups", (4, 2 * dim), groups=2)
     return Check("triton", update.KERNEL, c.text, precision, problem, compute, weighed)
+
+
+def _products(capability: int) -> Iterator[Check]:
+    for c in configs.configs(product.KERNEL, product.PRECISION, capability):
+        for dim in (c.block_m + 16, c.block_m + 3):  # with and without masks
+            if product.usable(c, dim, dim):
+                yield _product(c, dim)
+
+
+def _product(c: Config, dim: int) -> Check:
+    """All rows of R but one times the transpose of R."""
+
+    def compute(x: Tensor, R: Tensor) -> tuple[Tensor, ...]:
+        return (product.product(R[:, 1:], R, c),)
+
+    def exact(x: Tensor, R: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+        return (R[:, 1:] @ R.mT,)
+
+    problem = Problem(f"D = {dim}, 2 groups", (4, 2 * dim), groups=2)
+    return Check("triton", product.KERNEL, c.text, product.PRECISION, problem, compute, exact)
 
 
 def _by_descriptors(capability: int) -> Iterator[Check]:

@@ -8,7 +8,7 @@ import torch
 
 from bench import registry, tune
 from dbp_kernels.backends import prepared
-from dbp_kernels.backends.triton import configs, runtime
+from dbp_kernels.backends.triton import configs, product, runtime
 from dbp_kernels.backends.triton.configs import Config, precision_key
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def test_every_target_has_configurations():
     for target in runtime.TARGETS:
         for kernel, by_precision in configs._family(target).items():
             for precision, shipped in by_precision.items():
-                assert precision in ("bf16", "fp16", "tf32", "ieee")
+                assert precision in ("bf16", "fp16", "tf32", "tf32x3", "ieee")
                 assert configs.configs(kernel, precision, target) == shipped
                 assert len(set(shipped)) == len(shipped) > 0
                 sizes = [c.block_m * c.block_n for c in shipped]
@@ -130,7 +130,7 @@ def test_shapes_have_names_of_their_own_and_the_telling_ones_first():
     assert len(set(names)) == len(names)
     assert names[0] == "gram_shift bf16: 3x3 64@56 b26"
     precisions = [name.split()[1] for name in names]
-    assert set(precisions) == {"bf16:", "tf32:", "ieee:", "fp16:"}
+    assert set(precisions) == {"bf16:", "tf32:", "tf32x3:", "ieee:", "fp16:"}
     assert set(precisions[:20]) == {"bf16:", "tf32:"}
     assert not any("cifar" in name or "@32 " in name for name in names if "gram" in name)
 
@@ -156,20 +156,24 @@ def small_problems(dim: int) -> list[tune.Problem]:
         for precision in ("bf16", "tf32"):
             found += [shape.make(CPU) for shape in tune.gram_shapes(case, precision)]
     found.append(tune._stats_problem("ieee", registry.conv(2, 3, 5, 3), CPU))
-    found.append(tune._update_problem("tf32", 2, dim, CPU))
+    found += [tune._update_problem(p, 2, dim, CPU) for p in ("tf32", "tf32x3")]
+    found.append(tune._product_problem(2, dim + 5, dim + 16, dim, CPU))
     found = list(filter(None, found))
-    kernels = {"gram_shift", "gram_shift_tma", "gram_direct", "decor_stats", "symmetric_update"}
-    assert {p.kernel for p in found} == kernels
+    kernels = {"gram_shift", "gram_shift_tma", "gram_direct", "decor_stats"}
+    assert {p.kernel for p in found} == kernels | {"symmetric_update", "product"}
     return found
 
 
 def test_every_kernel_takes_what_the_tuner_pins(monkeypatch):
+    monkeypatch.setattr(product, "_WORTH", 0)  # of products so small, that the kernel takes them
+    monkeypatch.setattr(product, "_THIN", 0)
     started, pinned = [], {}
     monkeypatch.setattr(configs, "_measured", lambda k, p, s, device: pinned.get((k, p, str(s))))
 
     def start(kernel, grid, arguments, num_warps, num_stages):
-        if "SQUARE" not in arguments and "BLOCK" in arguments:  # no reduction, no packing
-            started.append((arguments["BLOCK"], num_warps, num_stages))
+        tile = arguments.get("BLOCK", arguments.get("BLOCK_M"))
+        if "SQUARE" not in arguments and tile:  # no reduction, no packing
+            started.append((tile, num_warps, num_stages))
 
     runtime.simulate(runtime.Simulator(90, start))
     try:

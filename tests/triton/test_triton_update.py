@@ -1,5 +1,7 @@
 """The update's symmetric product and epilogue: half the tiles, the same update."""
 
+import contextlib
+
 import pytest
 import simulator
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from dbp_kernels import plans
 from dbp_kernels import precision as precision_module
-from dbp_kernels.backends.triton import runtime
+from dbp_kernels.backends.triton import product, runtime
 from dbp_kernels.backends.triton.configs import configs
 from dbp_kernels.backends.triton.dot import round_tf32
 from dbp_kernels.backends.triton.update import (
@@ -22,11 +24,12 @@ from dbp_kernels.backends.triton.update import (
     update_from_gram,
     upper_tile,
 )
+from dbp_kernels.precision import products_in
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 LR = 0.5  # large, so that an error is not hidden behind R itself
-PRECISIONS = {"ieee": "highest", "tf32": "high"}
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 TARGET = runtime.target(DEVICE) if DEVICE.type == "cuda" else 90
 CONFIGS = [
     pytest.param(precision, config, id=f"{precision} {config.text}")
@@ -37,11 +40,10 @@ CONFIGS = [
 
 @pytest.fixture(autouse=True)
 def precision():
-    """Sets the float32 matmul precision for one test."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield lambda name: torch.set_float32_matmul_precision(PRECISIONS[name])
-    torch.set_float32_matmul_precision(before)
+    """Sets the precision of an update's products for one test."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(products_in("ieee"))
+        yield lambda name: stack.enter_context(products_in(name))
 
 
 def problem(groups, n, dim, seed=0):
@@ -99,11 +101,16 @@ def test_both_plans_match_the_oracle(groups, n, dim, kappa, rule, seed):
 @pytest.mark.parametrize("source", ["gram", "direct"])
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [(None, ["ieee", "ieee", "tf32"]), ("highest", ["ieee"] * 3), ("high", ["tf32"] * 3)],
+    [(None, ["ieee", "tf32x3", "tf32"]), ("highest", ["ieee"] * 3), ("high", ["tf32"] * 3)],
 )
-def test_precision_of_each_product(name, expected, source, precision, monkeypatch):
-    """P or X, M by the kernel, M' R, as DecorUpdate sets them."""
+@pytest.mark.parametrize("large", [False, True])
+def test_precision_of_each_product(name, expected, source, large, precision, monkeypatch):
+    """P or X, by a kernel where it is large, M by the kernel, M' R, as DecorUpdate sets them."""
     monkeypatch.setattr(precision_module, "on_cuda", lambda x: True)
+    if large:
+        monkeypatch.setattr(product, "_WORTH", 0)
+        monkeypatch.setattr(product, "_THIN", 0)
+        expected = ["tf32x3" if name is None else expected[0], *expected[1:]]
     products = Products()
 
     def spy(launch, **tensors):
@@ -130,7 +137,7 @@ def test_every_configuration(precision, name, config, dim):
     A = torch.randn_like(r) @ r.mT
     M = A @ A.mT  # any symmetric product will do
     A, B = M, torch.eye(dim, device=DEVICE).expand_as(M)
-    A, B = (A, B) if name == "ieee" else (tf32(A).float(), B)
+    A = tf32(A).float() if name == "tf32" else A
     rule = plans.UpdateRule.make("normalized", 0.3, dim)
     E, loss = symmetric_update(A, B, 0.7, rule, config)
     exact_E, exact_loss = expected_update(A, B, 0.7, rule)
@@ -148,7 +155,7 @@ def test_long_inner_dimension(precision, name, config):
     precision(name)
     for inner in (1, 45, 96):
         X = random((2, 19, inner), torch.float32).to(DEVICE)
-        operand = X if name == "ieee" else tf32(X)
+        operand = tf32(X) if name == "tf32" else X
         rule = plans.UpdateRule.make("standard", 0.5, 19)
         E, loss = symmetric_update(X, X, 1 / inner, rule, config)
         exact_E, exact_loss = expected_update(operand, operand, 1 / inner, rule)
@@ -229,11 +236,10 @@ def test_small_matrices_take_small_tiles_and_large_ones_large(name):
 
 
 def update_in_simulator(target, name, config, groups, dim, inner, seed):
-    torch.set_float32_matmul_precision(PRECISIONS[name])
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled with NaN
     X = random((groups, dim, inner), torch.float32, seed)
     rule = plans.UpdateRule.make("standard", 0.3, dim)
-    with simulator.simulated(target, seed):
+    with simulator.simulated(target, seed), products_in(name):
         return X, *symmetric_update(X, X, 1 / inner, rule, config)
 
 
@@ -247,7 +253,7 @@ def test_compiled_code(compiled, target, name, dim, inner):
         if config.block_m >= 4 * dim or (config.block_m > 64 and dim % 16):
             continue
         X, E, loss = compiled(update_in_simulator, target, name, config, 2, dim, inner, seed)
-        operand = X if name == "ieee" else tf32(X)
+        operand = tf32(X) if name == "tf32" else X
         exact_E, exact_loss = expected_update(operand, operand, 1 / inner, rule)
         assert error(E, exact_E) < 1e-6, config.text
         assert error(loss, exact_loss) < 2e-6, config.text

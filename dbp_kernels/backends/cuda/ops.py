@@ -11,7 +11,6 @@ from torch import Tensor
 from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
-from ...precision import change_in_tf32
 from ..eager import ops as eager
 from ..eager.matmul import symmetric_product
 from ..eager.unfold import rows
@@ -20,6 +19,7 @@ from . import gram, stats
 from .update import update_direct, update_from_gram
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
+low_rank_update = eager.low_rank_update  # products only
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
@@ -82,8 +82,7 @@ def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
 
 
 @prepared
-def _update_choice(x: Tensor, geometry: ConvGeometry, change: bool) -> Choice:
-    """``change``: of what it depends on, the one thing that others do not."""
+def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
     return update_choices(geometry, x.device.type, x.dtype, "cuda")[0]
 
 
@@ -98,7 +97,7 @@ def decor_update(
     choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or _update_choice(x, geometry, change_in_tf32())
+    choice = choice or _update_choice(x, geometry)
     if choice.name == "samples":
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
     if choice.name == "direct":

@@ -28,6 +28,11 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     return multiply(X[0], Y[0]).unsqueeze(0)
 
 
+def times_transposed(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y^T for X (G, a, n), Y (G, b, n)."""
+    return matmul(X, Y.mT)
+
+
 def add_product_(R: Tensor, X: Tensor, Y: Tensor, alpha: float) -> None:
     """R += alpha X Y in place, for R (G, a, b), X (G, a, n), Y (G, n, b); alpha 0 ignores X Y."""
     if alpha == 0:

@@ -63,6 +63,7 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
 
 update_from_gram = plans.update_from_gram
 update_direct = plans.update_direct
+low_rank_update = plans.low_rank_update
 
 
 def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool) -> Tensor:

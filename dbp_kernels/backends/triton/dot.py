@@ -18,7 +18,15 @@ def round_tf32(x):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in float32. PRECISION ("ieee" or "tf32") is that of float32 operands.
+    """acc + a b in float32. PRECISION ("ieee", "tf32x3" or "tf32") is that of float32 operands.
+
+    "tf32x3" splits an operand into a tf32 value and the rest, and adds the products of values and
+    rests to that of the values: what is lost is the product of the rests, and what tf32 does not
+    hold of a rest, some 2^-21 of the operand (absolutely, 2^-126 times the other: a denormal rest
+    may count as zero). Sums over one block of the inner dimension are added to acc in float32: tensor
+    cores truncate as they add. Where an operand is not finite its rest is NaN; Triton drops NaN from
+    the sum of rests, and the product of the values decides: Inf stays Inf, NaN stays NaN. A number
+    within 2^-12 of the largest float32 rounds to Inf. The interpreter computes in float32.
 
     UPCAST casts 16-bit operands to float32: Triton's interpreter multiplies bfloat16 wrongly.
     """

@@ -13,12 +13,12 @@ from ...choices import gram_choices, stats_choices, update_choices
 from ...geometry import ConvGeometry
 from ...planner import Choice
 from ...plans import UpdateRule
-from ...precision import change_in_tf32
 from ..eager import ops as eager
 from ..eager.unfold import rows
 from ..prepared import Gram, prepared
 from . import configs, gram_shift, gram_shift_tma, stats, update
 from .gram_direct import direct_gram
+from .product import product
 from .runtime import dot_precision, target
 from .work import MAX_PIXELS
 
@@ -97,24 +97,22 @@ def decor_update(
     """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
     if R.dtype != torch.float32:
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
-    choice = choice or _update_choice(x, geometry, change_in_tf32())
+    choice = choice or _update_choice(x, geometry)
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.gram)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+    Z = eager.patches(x, geometry, R.dtype, demean)
     if choice.name == "direct":
-        Z = rows(x, geometry, R.dtype)
-        if demean:
-            Z = Z - Z.mean(1, keepdim=True)
         return update_direct(Z, R, lr, kappa, rule)
-    return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+    due, loss = low_rank_update(Z, R, lr, kappa, rule)
+    return due.new(R), loss
 
 
 @prepared
-def _update_choice(x: Tensor, geometry: ConvGeometry, change: bool) -> Choice:
-    """``change``: of what it depends on, the one thing that others do not."""
+def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
     return update_choices(geometry, x.device.type, x.dtype, "triton")[0]
 
 
@@ -138,3 +136,12 @@ def update_direct(
     """As ``plans.update_direct``; all matrices of the batch in the same launches."""
     call = update.update_direct if R.dtype == torch.float32 else plans.update_direct
     return call(Z, R, lr, kappa, rule)
+
+
+def low_rank_update(
+    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
+) -> tuple[plans.LowRankUpdate, Tensor]:
+    """As ``plans.low_rank_update``."""
+    if R.dtype != torch.float32:
+        return plans.low_rank_update(Z, R, lr, kappa, rule)
+    return plans.low_rank_update(Z, R, lr, kappa, rule, product)

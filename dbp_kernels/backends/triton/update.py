@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plans import UpdateRule
-from ...precision import products_of_change
+from ...precision import products_of_change, update_products
 from ..prepared import prepared
 from .configs import Config, configs, pinned
 from .dot import dot
-from .runtime import KernelCase, Launch, dot_precision, sm_count, target
+from .product import product
+from .runtime import KernelCase, Launch, sm_count, target
 
 
 @triton.jit
@@ -151,7 +152,7 @@ def symmetric_update(
 def _launch(A: Tensor, alpha: float, rule: UpdateRule, config: Config | None) -> tuple[Launch, int]:
     """The launch without its tensors, and the tiles of one matrix."""
     groups, dim, inner = A.shape
-    precision = dot_precision(torch.float32)
+    precision = update_products()
     config = config or choose_config(groups, dim, inner, precision, A.device)
     tiles = _tiles(dim, config)
     launch = Launch(
@@ -186,8 +187,8 @@ def update_from_gram(
 ) -> tuple[Tensor, Tensor]:
     """Plan "gram", as ``plans.update_from_gram``. S, R (G, D, D) float32 -> R_new, loss (G,)."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    # R S and not S R^T, which is its transpose: the kernel wants rows with K contiguous
-    P = torch.bmm(R, S)
+    # R S^T = R S and not S R^T, which is its transpose: the kernel wants rows with K contiguous
+    P = product(R, S)
     E, loss = symmetric_update(P, R, 1.0, weights, config, out=S if overwrite else None)
     with products_of_change(R):
         return torch.baddbmm(R, E, R, alpha=-lr, out=P), loss
@@ -203,7 +204,7 @@ def update_direct(
 ) -> tuple[Tensor, Tensor]:
     """Plan "direct", as ``plans.update_direct``. Z (G, n, D), R (G, D, D) float32, n >= 1."""
     weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    X = torch.bmm(R, Z.mT)  # (G, D, n)
+    X = product(R, Z)  # (G, D, n)
     E, loss = symmetric_update(X, X, 1 / Z.shape[1], weights, config)
     with products_of_change(R):
         return torch.baddbmm(R, E, R, alpha=-lr), loss
@@ -227,9 +228,9 @@ def cases(capability: int) -> list[KernelCase]:
             },
             num_warps=c.num_warps,
             num_stages=c.num_stages,
-            tensor_cores=precision == "tf32" and c.block_m >= 64,  # wgmma has 64 rows
+            tensor_cores=precision != "ieee" and c.block_m >= 64,  # wgmma has 64 rows
         )
-        for precision in ("tf32", "ieee")
+        for precision in ("tf32x3", "tf32", "ieee")
         for c in configs(KERNEL, precision, capability)
         for aligned in (True, False)
         if aligned or c.block_m <= ANY_SIZE
