@@ -1,49 +1,45 @@
-"""Suite "accumulation": a training step of several micro-steps, with A = W R formed at each or once."""
+"""Suite "accumulation": a training step of several micro-steps, which the optimiser form makes one of."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dbp_kernels as dbp
+
 from .kernels import Settings
 from .networks import SMALL, StepCase
-from .steps import BP, DECOR_LR, KAPPA, LR, OURS, Step, start, time_steps
+from .steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, Step, start, time_steps
 
 CASES = SMALL
 MICRO_STEPS = 4
-AT_EACH = "dbp, A at each"
 
 
-def _step(model: nn.Module, settings: Settings, sample: float | None, held: bool) -> Step:
-    """One step of Adam from the gradients of ``MICRO_STEPS`` parts of the batch; returns the loss.
-
-    ``sample`` is None for plain backpropagation.
-    """
-    import dbp_kernels as dbp
-
-    decor = None
-    if sample is not None:
-        dbp.decorrelate_model(model)
-        decor = dbp.DecorUpdate(model, lr=DECOR_LR, kappa=KAPPA, sample=sample)
+def _step(model: nn.Module, method: str, settings: Settings, sample: float) -> Step:
+    """One step of Adam from the gradients of ``MICRO_STEPS`` parts of the batch; returns the loss."""
+    options = {"lr": DECOR_LR, "kappa": KAPPA, "sample": sample}
+    update = None
+    if method == LAYERS:
+        update = dbp.DecorUpdate(dbp.decorrelate_model(model), **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    if method == OURS:
+        dbp.attach(model, optimizer, **options)
     dtype = settings.dtype
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad()
         total = 0.0
-        with dbp.accumulate_gradients(model) if held else contextlib.nullcontext():
-            for x, y in zip(images.chunk(MICRO_STEPS), labels.chunk(MICRO_STEPS)):
-                with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                    loss = F.cross_entropy(model(x), y) / MICRO_STEPS
-                loss.backward()
-                total = total + loss.detach()
+        for x, y in zip(images.chunk(MICRO_STEPS), labels.chunk(MICRO_STEPS)):
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(model(x), y) / MICRO_STEPS
+            loss.backward()
+            total = total + loss.detach()
         optimizer.step()
-        if decor is not None:
-            decor.step()
+        if update is not None:
+            update.step()
         return total
 
     return step
@@ -57,15 +53,14 @@ def run_accumulation_case(
     sample: float = 0.1,
     tick: Callable[[], object] = lambda: None,
 ) -> dict:
-    """Times one step of plain backpropagation and of ours with and without ``accumulate_gradients``.
+    """Times one step of plain backpropagation and of both our forms.
 
     As in suite "step", the first loss of each must be plain backpropagation's.
     """
     batch = batch or case.batch
     makers = {
-        BP: lambda model: _step(model, settings, None, held=False),
-        OURS: lambda model: _step(model, settings, sample, held=True),
-        AT_EACH: lambda model: _step(model, settings, sample, held=False),
+        method: lambda model, method=method: _step(model, method, settings, sample)
+        for method in (BP, OURS, LAYERS)
     }
     model, images, labels = start(case, settings, batch)
     records, _ = time_steps(makers, model, images, labels, settings, case.pairs, tick)

@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from . import bars
-from .accumulation import AT_EACH
 from .kernel_tables import rivals_of
 
 LEGEND_ABOVE = {
@@ -26,7 +25,7 @@ COLOURS = {
     "self_wgrad": "#ccbb44",
     "padded_gemm": "#228833",
     "published": "#ee6677",
-    AT_EACH: "#aa3377",
+    "dbp layers": "#aa3377",
 }
 OTHER = "#999999"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import bars
-from .accumulation import AT_EACH
 from .budget import plot_budget
+from .steps import LAYERS
 from .training_report import plot_training
 
 
@@ -94,14 +94,18 @@ _RATIOS: dict[str, tuple[str, Callable[[dict, str], float | None], tuple[str, ..
     "step": (
         "time of a step over plain backpropagation's",
         _slowdown,
-        ("dbp", "published"),
+        ("dbp", LAYERS, "published"),
     ),
     "accumulation": (
         "time of a step of several micro-steps over plain backpropagation's",
         _slowdown,
-        ("dbp", AT_EACH),
+        ("dbp", LAYERS),
     ),
-    "memory": ("peak memory over plain backpropagation's", _peak_ratio, ("dbp", "published")),
+    "memory": (
+        "peak memory over plain backpropagation's",
+        _peak_ratio,
+        ("dbp", LAYERS, "published"),
+    ),
 }
 
 

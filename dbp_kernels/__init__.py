@@ -20,7 +20,6 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
     )
 
 from . import nn, ops, reference  # noqa: E402
-from .accumulate import accumulate_gradients  # noqa: E402
 from .backends import backend  # noqa: E402
 from .explain import explain  # noqa: E402
 from .functional import *  # noqa: E402, F403
@@ -36,7 +35,6 @@ __all__ = [
     "DecorUpdate",
     "Patches",
     "__version__",
-    "accumulate_gradients",
     "attach",
     "backend",
     "decorrelate_model",

@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbp_kernels import functional
-from dbp_kernels.accumulate import held_weight
 from dbp_kernels.capture import record
 from dbp_kernels.precision import statistics_dtype
 
@@ -56,7 +54,6 @@ class _Decorrelated(nn.Module):
     # Class attributes, so that surgery can turn a plain layer into this class.
     _recorder = None
     _recorder_key = None
-    _holder = None  # see accumulate_gradients
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -155,7 +152,6 @@ class _Decorrelated(nn.Module):
         state = self.__dict__.copy()
         state.pop("_recorder", None)
         state.pop("_recorder_key", None)
-        state.pop("_holder", None)
         return state
 
     def extra_repr(self) -> str:
@@ -185,11 +181,7 @@ class DecorLinear(_Decorrelated, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        A = held_weight(self)
-        if A is None:
-            output = functional.decor_linear(input, self.weight, self.R, self.bias)
-        else:
-            output = F.linear(input, A, self.bias)
+        output = functional.decor_linear(input, self.weight, self.R, self.bias)
         record(self, input)
         return output
 
@@ -225,11 +217,7 @@ class _DecorConvNd(_Decorrelated):
         return input if input.dim() > len(self.kernel_size) + 1 else input.unsqueeze(0)
 
     def _convolve(self, decor_conv: Callable[..., Tensor], input: Tensor) -> Tensor:
-        A = held_weight(self)
-        if A is None:
-            output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
-        else:
-            output = self._conv_forward(input, A, self.bias)
+        output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
         record(self, input)
         return output
 
@@ -284,13 +272,7 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
         window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        A = held_weight(self)
-        if A is None:
-            output = functional.decor_conv_transpose2d(
-                input, self.weight, self.R, self.bias, *window
-            )
-        else:
-            output = F.conv_transpose2d(input, A, self.bias, *window)
+        output = functional.decor_conv_transpose2d(input, self.weight, self.R, self.bias, *window)
         record(self, input)
         return output
 

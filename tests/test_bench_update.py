@@ -132,7 +132,7 @@ def test_a_cpu_measures_what_it_can_unless_asked():
 
 def test_steps_of_several_micro_steps():
     record = accumulation.run_accumulation_case(TINY, FAST, sample=0.5)
-    names = ["bp", "dbp", accumulation.AT_EACH]
+    names = ["bp", "dbp", accumulation.LAYERS]
     assert [(n, m["status"]) for n, m in record["methods"].items()] == [(n, "ok") for n in names]
     assert all(m["seconds"]["samples"] == 2 for m in record["methods"].values())
     text = report._SUITES["accumulation"][1]([record])
