@@ -233,7 +233,9 @@ def low_rank_update(
     X = product(Z, R)
     second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
     v = second - 1
-    total = torch.linalg.vector_norm(product(X, X), dim=(-2, -1)).square() / n**2
+    with products_of_change(R):
+        inner = matmul(X, X.mT)  # of which nothing but the loss comes
+    total = torch.linalg.vector_norm(inner, dim=(-2, -1)).square() / n**2
     off = (total - second.square().sum(-1)).clamp_min(0)
     d = (weights.v_weight * v).sub_(second, alpha=weights.c_weight)
     scale = torch.rsub(d, 1, alpha=lr) if lr else torch.ones_like(d)

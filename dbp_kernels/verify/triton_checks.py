@@ -119,7 +119,7 @@ def _stats(x: Tensor, R: Tensor, geometry: Any, config: Config) -> tuple[Tensor,
 def _updates(precision: str, capability: int) -> Iterator[Check]:
     for c in configs.configs(update.KERNEL, precision, capability):
         for dim in (c.block_m + 16, c.block_m + 3):  # with and without masks
-            if dim % 16 == 0 or c.block_m <= update.ANY_SIZE:
+            if dim % 16 == 0 or update.fits_any_size(c):
                 yield _update(c, precision, dim)
 
 

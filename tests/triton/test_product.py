@@ -184,11 +184,11 @@ def updated(plan, z, r, kappa, module):
     return due.new(r), loss
 
 
-# {plan: the kernels it starts}; X X^T is another product of plan "samples"
+# {plan: the kernels it starts}
 STARTED = {
     "gram": ["product_kernel", "symmetric_update_kernel"],
     "direct": ["product_kernel", "symmetric_update_kernel"],
-    "samples": ["product_kernel", "product_kernel"],
+    "samples": ["product_kernel"],
 }
 
 

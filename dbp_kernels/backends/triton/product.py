@@ -74,7 +74,7 @@ KERNEL = "product"
 PRECISION = "tf32x3"
 # A larger tile has registers for the pointers of 16-byte loads and stores only: N and K are
 # multiples of 16.
-ANY_SIZE = 64 * 64
+ANY_SIZE = 64 * 64 * 32
 # Where TF32 has at least 8 times the rate of float32; elsewhere three products of it take longer
 # than one of the library in float32.
 _FAST = (80, 90, 100, 103)
@@ -85,9 +85,13 @@ _WORTH = 2**31
 _THIN = 128  # along a shorter side than this, too much of the tiles is empty
 
 
+def fits_any_size(config: Config) -> bool:
+    return config.block_m * config.block_n * config.block_k <= ANY_SIZE
+
+
 def usable(config: Config, columns: int, inner: int) -> bool:
     """Whether a tile has registers enough for such matrices."""
-    return config.block_m * config.block_n <= ANY_SIZE or columns % 16 == inner % 16 == 0
+    return fits_any_size(config) or columns % 16 == inner % 16 == 0
 
 
 def choose_config(
@@ -168,5 +172,5 @@ def cases(capability: int) -> list[KernelCase]:
         )
         for c in configs(KERNEL, PRECISION, capability)
         for aligned in (True, False)
-        if aligned or c.block_m * c.block_n <= ANY_SIZE
+        if aligned or fits_any_size(c)
     ]

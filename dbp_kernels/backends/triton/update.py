@@ -96,7 +96,11 @@ def symmetric_update_kernel(
 
 KERNEL = "symmetric_update"
 # A larger tile has registers for the pointers of 16-byte loads only: D and K are multiples of 16.
-ANY_SIZE = 64
+ANY_SIZE = 64 * 64 * 32
+
+
+def fits_any_size(config: Config) -> bool:
+    return config.block_m * config.block_n * config.block_k <= ANY_SIZE
 
 
 def choose_config(
@@ -109,7 +113,7 @@ def choose_config(
     usable = [
         c
         for c in configs(KERNEL, precision, target(device))
-        if c.block_m <= ANY_SIZE or dim % 16 == inner % 16 == 0
+        if fits_any_size(c) or dim % 16 == inner % 16 == 0
     ]
     best = pinned(KERNEL, precision, {"groups": groups, "dim": dim, "inner": inner}, device)
     if best in usable:
@@ -233,5 +237,5 @@ def cases(capability: int) -> list[KernelCase]:
         for precision in ("tf32x3", "tf32", "ieee")
         for c in configs(KERNEL, precision, capability)
         for aligned in (True, False)
-        if aligned or c.block_m <= ANY_SIZE
+        if aligned or fits_any_size(c)
     ]
