@@ -170,6 +170,9 @@ class DecorUpdate(torch.optim.Optimizer):
         self._steps = 0
         self._ranks_agree = False
         self._told_of_pending = False
+        self._gate: Tensor | None = (
+            None  # whether the coming step() counts, known to the device only
+        )
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
@@ -397,7 +400,7 @@ class DecorUpdate(torch.optim.Optimizer):
             if many:
                 return jobs, list(self._reduced(jobs))
             jobs = [job for job in jobs if job.samples]
-            return jobs, [(*update, None) for update in local_updates(jobs)]
+            return jobs, [(*update, self._gate) for update in local_updates(jobs)]
 
     def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
         """Whether a CUDA graph has done the step; else it is still to be done."""
@@ -406,7 +409,7 @@ class DecorUpdate(torch.optim.Optimizer):
         def work(rates: Tensor | None) -> None:
             with self._own_precision(jobs):
                 updates = local_updates(jobs) if rates is None else updates_at(rates, jobs)
-                write_back(jobs, [(*update, None) for update in updates], self._state_of)
+                write_back(jobs, [(*update, self._gate) for update in updates], self._state_of)
             self._follow()
 
         with uninterrupted():
@@ -489,7 +492,8 @@ class DecorUpdate(torch.optim.Optimizer):
         for job, total in zip(
             jobs, distributed.all_reduce(moments, shapes, self.process_group), strict=True
         ):
-            yield *update_from(job, total), total.count > 0
+            some = total.count > 0
+            yield *update_from(job, total), some if self._gate is None else some & self._gate
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state = self.state[R]
@@ -608,6 +612,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 "_generator": generator,
                 "_ranks_agree": False,
                 "_told_of_pending": False,
+                "_gate": None,
                 "_graphs": StepGraphs() if graphed else None,
                 "_side": SideStreams(),
             }

@@ -48,7 +48,7 @@ def _to_device(
     states = [state_of(job.R) for job in jobs]
     reported = [state["loss"] for state in states]
     if sampled[0] is not None:
-        some = torch.stack(sampled)
+        some = torch.stack([known.to(finite.device) for known in sampled])
         accept, skip = finite & some, skip & some
         losses = torch.where(some, both[1], torch.stack(reported)).unbind()
     skips = skip.to(torch.int64).unbind()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dbp_kernels.optim.site import Site
@@ -23,10 +24,27 @@ class Engine(DecorUpdate):
 
     def __init__(self, sites: Sequence[Site], groups: list[dict[str, Any]], **options: Any) -> None:
         self._sites = list(sites)
+        self._counts: Tensor | None = None  # of the gate: a CUDA graph reads the same one always
         super().__init__(groups, **options)
+
+    def gate(self, found_inf: Sequence[Tensor]) -> None:
+        """Have the coming ``step()`` change no R where a GradScaler found Inf, without waiting for it.
+
+        Args:
+            found_inf: of each optimiser that was given one, not 0 if its step is to be left out.
+        """
+        self._gate = None
+        if found_inf:
+            device = self._sites[0].R.device
+            counts = torch.stack([f.to(device).sum() == 0 for f in found_inf]).all()
+            if self._counts is None or self._counts.device != device:
+                self._counts = counts.clone()
+            self._gate = self._counts.copy_(counts)
 
     def _follow(self) -> None:
         form(self._sites)
 
     def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
-        return tuple(site.layout() for site in self._sites), [s.parameter for s in self._sites]
+        gate = None if self._gate is None else self._gate.data_ptr()
+        layouts = tuple(site.layout() for site in self._sites)
+        return (gate, layouts), [site.parameter for site in self._sites]

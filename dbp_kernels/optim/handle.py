@@ -50,6 +50,7 @@ class Attached:
         self._attached = True
 
     def _learn(self) -> None:
+        self._engine.gate([s.found_inf for s in self._swaps if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
             site.formed()

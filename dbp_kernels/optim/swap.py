@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dbp_kernels.capture import recorder_of
 from dbp_kernels.optim.site import Site
@@ -69,6 +70,7 @@ class Swap:
         self._optimizer, self._sites, self._after = optimizer, sites, after
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
+        self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -120,6 +122,8 @@ class Swap:
         unused, self._evaluations = self._evaluations == 0, None
         self._leave()
         self._depth = 0
+        # fused optimisers are called by a GradScaler even if the step is to be left out
+        self.found_inf = getattr(self._optimizer, "found_inf", None)
         if unused:
             raise RuntimeError(
                 f"{type(self._optimizer).__name__}.step(closure) never evaluated its closure: "
