@@ -42,8 +42,13 @@ def test_memory_of_a_step():
     assert record["R_bytes"] == 4 * (27**2 + 144**2)
     # weights, gradients, two moments; and R
     assert methods["bp"]["resident_bytes"] == pytest.approx(16 * PARAMETERS, abs=3000)
-    held = methods["dbp"]["resident_bytes"] - methods["bp"]["resident_bytes"]
-    assert held == pytest.approx(record["R_bytes"], abs=3000)
+    resident = {name: method["resident_bytes"] for name, method in methods.items()}
+    samples = 4 * (3 * 36 + 144)  # one image's inputs of both layers
+    held = resident["dbp layers"] - resident["bp"]
+    assert held == pytest.approx(record["R_bytes"] + samples, abs=1500)
+    # and W, where the model's own weights are A
+    weights = 4 * (4 * 27 + 5 * 144)
+    assert resident["dbp"] - resident["dbp layers"] == pytest.approx(weights, abs=1500)
     assert methods["dbp"]["peak_bytes"] > methods["bp"]["peak_bytes"] + record["R_bytes"]
     assert "tiny 6x6 b8" in memory_table([record])
 
@@ -54,7 +59,7 @@ def test_a_wrong_variant_gets_no_number(monkeypatch):
             model[0].weight.mul_(3)
         return steps.plain_step(model, dtype)
 
-    monkeypatch.setattr(steps, "decorrelated_step", wrong)
+    monkeypatch.setattr(steps, "attached_step", wrong)
     record = footprint.run_memory_case(TINY, kernels.Settings())
     assert record["methods"]["dbp"]["status"] == "wrong"
     assert "peak_bytes" not in record["methods"]["dbp"]
@@ -66,7 +71,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     target = tmp_path / "memory.json"
     assert cli.main(["--suite", "memory", "--filter", "tiny", "--save", str(target)]) == 0
     (record,) = json.loads(target.read_text())["memory"]
-    assert set(record["methods"]) == {"bp", "dbp", "published"}
+    assert set(record["methods"]) == {"bp", "dbp", "dbp layers", "published"}
     assert "peak memory of training" in capsys.readouterr().out
     assert cli.main(["report", str(target)]) == 0
     assert target.with_suffix(".png").stat().st_size > 1000

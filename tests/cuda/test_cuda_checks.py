@@ -49,7 +49,7 @@ def test_kernels_for_sm90_are_checked_on_that_capability_only(kernel):
 
 def test_every_tile_is_checked_in_every_precision():
     tiles = {(check.kernel, check.configuration, check.precision) for check in planned()}
-    for precision in checks.DTYPES:
+    for precision in checks.DTYPES.keys() - {"tf32x3"}:  # which only Triton's kernels have
         for kernel, blocks in (
             ("gram_shift", shift_plan.BLOCKS),
             ("gram_box", gram.BLOCKS),
