@@ -213,7 +213,7 @@ def record(layer: nn.Module, input: Tensor) -> None:
     Samples are what the layer computes with: under autocast not the float32 images a first layer is
     given, but what they are cast to.
     """
-    if layer._recorder is None or not layer.training:
+    if layer._recorder is None or not layer.training or not layer._learns:
         return
     # Traces run on example inputs, which are no samples, and their graphs are for use elsewhere.
     if torch.compiler.is_compiling():

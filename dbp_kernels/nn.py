@@ -79,6 +79,12 @@ class _Decorrelated(nn.Module):
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
 
+    @property
+    def _learns(self) -> bool:
+        """Whether R may change: where the weight is frozen, the layer's function is to stay as it is."""
+        weight = self._parameters.get("weight")
+        return weight is None or weight.requires_grad
+
     def _gradient(self) -> None:
         """What changes with the weight's gradient, where samples depend on it: here never."""
 

@@ -198,9 +198,14 @@ def test_eval_mode_and_no_optimiser_copy_nothing():
     assert len(samples_of(update)[0]) == 1
 
 
-def test_frozen_weights_still_learn_R():
+def test_frozen_weights_keep_their_R():
+    """Nobody would make up for what a change of R does to the layer's function."""
     layer = dnn.DecorLinear(3, 2).requires_grad_(False)
     update = dbp.DecorUpdate(layer, lr=0.1)
+    layer(torch.randn(4, 3))
+    update.step()
+    assert torch.equal(layer.R, torch.eye(3))
+    layer.requires_grad_(True)
     layer(torch.randn(4, 3))
     update.step()
     assert not torch.equal(layer.R, torch.eye(3))

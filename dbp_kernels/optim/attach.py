@@ -52,7 +52,8 @@ def attach(
     save or average it. ``optimizer.step()`` does the rest: for each attached weight it forms
     dL/dW = (dL/dA) R^T, the optimiser makes its step on W, R learns from samples of the layer's
     input, and A = W R goes back into the weight. That is DBP exactly (arXiv 2405.02385, eq. 3 and
-    section 2.2): weight decay acts on W; gradients are clipped as those of A.
+    section 2.2): weight decay acts on W. Gradients that are clipped before ``step()`` are
+    those of A, unless ``decor.transform_gradients()`` was called.
 
     ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them.
 

@@ -96,6 +96,15 @@ class Attached:
         """{layer: why it is not decorrelated}."""
         return dict(self._left_alone)
 
+    def transform_gradients(self) -> None:
+        """Put dL/dW = (dL/dA) R^T into ``.grad``, where ``backward()`` has put dL/dA.
+
+        ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
+        clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends it.
+        """
+        for swap in self._swaps:
+            swap.transform_gradients()
+
     def detach(self) -> None:
         """Stop, for good: the optimiser goes on from the weights A as they are, as without us."""
         for swap in self._swaps:

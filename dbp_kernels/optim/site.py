@@ -16,7 +16,7 @@ from dbp_kernels.precision import statistics_dtype
 
 
 class Feed:
-    """A forward hook: hands a site samples of its layer's input, while the weight learns.
+    """A forward hook: hands a site samples of its layer's input.
 
     A copy of the model has copies of its hooks: those feed nobody.
     """
@@ -28,7 +28,7 @@ class Feed:
         self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         site = self.site
-        if site is not None and site.parameter.requires_grad:
+        if site is not None:
             input = site.patches.input(arguments, named)
             if input is not None:
                 record(site, input)
@@ -63,6 +63,7 @@ class Site:
         self.W = weight.detach().clone()
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
+        self._transformed: Tensor | None = None  # a gradient that is W's already
         self._written = self._seen()
 
     @property
@@ -78,6 +79,10 @@ class Site:
     @property
     def weight(self) -> nn.Parameter:
         return self.parameter
+
+    @property
+    def _learns(self) -> bool:
+        return self.parameter.requires_grad
 
     def _patch_geometry(self) -> dict[str, Any]:
         return self.patches.window
@@ -101,9 +106,19 @@ class Site:
         """The parameter becomes W, and its gradient, if it has one, dL/dW = dL/dA R^T."""
         weight = self.parameter
         self._A, self._dA = weight.data, weight.grad
-        if self._dA is not None:
+        if self._dA is not None and self._dA is not self._transformed:
             weight.grad = self.gradient_of_W(self._dA)
         weight.data = self.W
+
+    def transform(self) -> None:
+        """The gradient becomes dL/dW before the step, which will take it as such."""
+        gradient = self.parameter.grad
+        if gradient is not None and gradient is not self._transformed:
+            self._transformed = self.parameter.grad = self.gradient_of_W(gradient)
+
+    def forget_transformed(self) -> None:
+        """What collects from now on is dL/dA again, even if in the same memory."""
+        self._transformed = None
 
     def leave(self) -> None:
         """The parameter becomes A again, as it was, and its gradient is dL/dA."""

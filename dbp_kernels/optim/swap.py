@@ -98,6 +98,13 @@ class Swap:
         if self._inside:
             self.recover()
 
+    @torch.no_grad()
+    def transform_gradients(self) -> None:
+        """Gradients become those of W before the step."""
+        with in_own_precision(self._sites):
+            for site in self._sites:
+                site.transform()
+
     # The hooks.
 
     def _before_step(self, optimizer: Any, arguments: tuple, named: dict[str, Any]) -> Any:
@@ -193,7 +200,9 @@ class Swap:
 
         @functools.wraps(getattr(zero, "__func__", zero))
         def zero_grad(self: Any, *arguments: Any, **named: Any) -> Any:
-            for recorder in map(recorder_of, swap._sites):
+            for site in swap._sites:
+                site.forget_transformed()
+                recorder = recorder_of(site)
                 if recorder is not None:
                     recorder.drop_spent()
             return zero(*arguments, **named)

@@ -828,3 +828,27 @@ def test_zero_grad_between_micro_steps_keeps_what_is_still_to_go_backward():
     late.backward()
     form.optimizer.step()
     assert pending(form) == 0
+
+
+# Gradients of W.
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_transformed_gradients_are_those_of_W_and_are_stepped_with(set_to_none):
+    """Against the layer form, whose gradients they are, clipped alike."""
+    make_optimizer = OPTIMIZERS["sgd"]
+    layers, attached = (f(make_optimizer, **OPTIONS) for f in (LayerForm, OptimizerForm))
+    for x, y in batches(4):
+        for form in (layers, attached):
+            F.cross_entropy(form.model(x), y).backward()
+        attached.decor.transform_gradients()
+        attached.decor.transform_gradients()  # once is enough, twice does no harm
+        for ours, theirs in zip(attached.model.parameters(), layers.model.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+        for form in (layers, attached):
+            nn.utils.clip_grad_norm_(form.model.parameters(), 0.1)
+            form.optimizer.step()
+            if form is layers:
+                form.decor.step()
+            form.optimizer.zero_grad(set_to_none)
+    assert_equal(layers, attached)
