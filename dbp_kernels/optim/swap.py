@@ -72,6 +72,7 @@ class Swap:
         self._inside = False
         self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
+        self._evaluating = False  # the closure just now
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -94,8 +95,8 @@ class Swap:
         self._evaluations = None
 
     def recover_if_left(self) -> None:
-        """``recover()`` where a forward pass finds W, and not because a closure makes it."""
-        if self._inside:
+        """``recover()`` where a forward pass comes in the middle of a step that no closure makes."""
+        if self._depth and not self._evaluating:
             self.recover()
 
     @torch.no_grad()
@@ -152,7 +153,11 @@ class Swap:
                 if self._evaluations:
                     form(self._sites)
                     self._formed()
-            result = closure()
+            self._evaluating = True
+            try:
+                result = closure()
+            finally:
+                self._evaluating = False
             if self._evaluations is not None:
                 self._evaluations += 1
             self._enter()

@@ -313,6 +313,28 @@ def test_A_comes_back_when_a_step_raises(wrapped_before):
     assert torch.equal(model.head.weight, decor._site("head").condensed())
 
 
+@pytest.mark.parametrize("wrapped_before", [True, False])
+def test_a_closure_that_raises_leaves_everything_usable(wrapped_before):
+    def broken():
+        raise ZeroDivisionError
+
+    forms = []
+    for interrupted in (False, True):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = optimizer.step
+        decor = dbp.attach(model, optimizer, **OPTIONS)
+        for n, (x, y) in enumerate(batches(3)):
+            if interrupted and n == 1:
+                with pytest.raises(ZeroDivisionError):
+                    (step if wrapped_before else optimizer.step)(broken)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        forms.append((model.state_dict(), decor.W("head"), decor.R("head")))
+    torch.testing.assert_close(*forms, rtol=0, atol=0)
+
+
 def test_super_step_of_a_subclass_counts_once():
     forms = [
         OptimizerForm(lambda p, c=c: c(p, lr=0.05), **OPTIONS) for c in (torch.optim.SGD, Failing)
