@@ -34,6 +34,7 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
     import dbp_kernels as dbp
     from dbp_kernels import backends, capture, jobs, ops, plans, update
     from dbp_kernels.backends.eager import ops as eager
+    from dbp_kernels.optim.engine import Engine
     from dbp_kernels.optim.site import Site
 
     backend = backends.select(device_type)
@@ -56,6 +57,7 @@ def _targets(device_type: str) -> list[tuple[object, str, str]]:
         (backend, "low_rank_update", PRODUCTS),
         (plans.LowRankUpdate, "new", PRODUCTS),
         (update, "write_back", WRITE),
+        (Engine, "step", STEP),  # before the class it extends: torch may have given it its own
         (dbp.DecorUpdate, "step", STEP),
     ]
 

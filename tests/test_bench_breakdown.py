@@ -31,15 +31,16 @@ TINY = networks.StepCase("tiny 6x6", small, 8, 6, 5, 2)
 FAST = kernels.Settings(pairs=2, warmup=1)
 
 
-def our_step():
+def our_step(make=steps.decorrelated_step):
     torch.manual_seed(0)
-    step = steps.decorrelated_step(small(), 1.0, torch.float32)
+    step = make(small(), 1.0, torch.float32)
     images, labels = steps.random_images(TINY, FAST, 64)
     return lambda: step(images, labels)
 
 
-def test_every_part_is_found():
-    found = breakdown.parts_of(our_step(), CPU, rounds=1)
+@pytest.mark.parametrize("make", [steps.decorrelated_step, steps.attached_step])
+def test_every_part_is_found(make):
+    found = breakdown.parts_of(our_step(make), CPU, rounds=1)
     assert found.pop(breakdown.PLAIN) < found[breakdown.OURS]
     assert set(found) == {*breakdown.PARTS, breakdown.STEP, breakdown.OURS}
     assert all(seconds > 0 for seconds in found.values())
