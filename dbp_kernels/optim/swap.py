@@ -137,8 +137,13 @@ class Swap:
                 f"{type(self._optimizer).__name__}.step(closure) never evaluated its closure: "
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
-        self._after()
-        self._formed()
+        try:
+            self._after()
+        except BaseException:  # R is as it was, but the weights have made their step
+            form(self._sites)
+            raise
+        finally:
+            self._formed()
 
     def _on_A(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, evaluated on A; after it the parameters and gradients are W's.

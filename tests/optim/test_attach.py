@@ -335,6 +335,23 @@ def test_a_closure_that_raises_leaves_everything_usable(wrapped_before):
     torch.testing.assert_close(*forms, rtol=0, atol=0)
 
 
+def test_A_is_that_of_W_when_learning_R_raises(monkeypatch):
+    form = trained(2)
+    x, y = next(batches(1))
+    F.cross_entropy(form.model(x), y).backward()
+    before = [form.decor.R(name).clone() for name in LAYERS]
+
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("dbp_kernels.update.local_updates", full)
+    with pytest.raises(MemoryError):
+        form.optimizer.step()
+    assert all(map(torch.equal, before, map(form.decor.R, LAYERS)))
+    for name in LAYERS:
+        assert torch.equal(form.model.get_submodule(name).weight, A_of(form, name))
+
+
 def test_super_step_of_a_subclass_counts_once():
     forms = [
         OptimizerForm(lambda p, c=c: c(p, lr=0.05), **OPTIONS) for c in (torch.optim.SGD, Failing)
