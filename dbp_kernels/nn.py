@@ -37,7 +37,12 @@ def identity_R(
 ) -> Tensor:
     """The R a layer starts with: (D, D), or (groups, D, D) with groups > 1, at least float32."""
     shape = (size, size) if groups == 1 else (groups, size, size)
-    R = torch.zeros(shape, device=device, dtype=statistics_dtype(dtype))
+    return set_identity_(torch.empty(shape, device=device, dtype=statistics_dtype(dtype)))
+
+
+def set_identity_(R: Tensor) -> Tensor:
+    """R (..., D, D) becomes the identity, in place."""
+    R.zero_()
     R.diagonal(dim1=-2, dim2=-1).fill_(1)
     return R
 
@@ -100,8 +105,7 @@ class _Decorrelated(nn.Module):
     @torch.no_grad()
     def reset_decorrelation(self) -> None:
         """Set R back to the identity, in place."""
-        self.R.zero_()
-        self.R.diagonal(dim1=-2, dim2=-1).fill_(1)
+        set_identity_(self.R)
 
     def reset_parameters(self) -> None:
         """Reset the weights as torch does, and R to the identity."""

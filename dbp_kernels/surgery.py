@@ -75,9 +75,7 @@ def decorrelate_model(
     _check_model(model)
     included = _Filter("include", include)
     excluded = _Filter("exclude", exclude)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in unwrap(model).named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = aliases_of(unwrap(model))
     included.check(names)
     excluded.check(names)
     identities = {  # allocated before anything changes
@@ -215,6 +213,14 @@ def _override(module: nn.Module, attribute: str, value: object, on: bool) -> Non
     elif not on and hasattr(module, keep):
         setattr(module, attribute, getattr(module, keep))
         delattr(module, keep)
+
+
+def aliases_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each module."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 class _Filter:

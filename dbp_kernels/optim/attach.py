@@ -15,7 +15,7 @@ from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.site import Feed, Site
-from dbp_kernels.surgery import Filter, _Filter
+from dbp_kernels.surgery import Filter, _Filter, aliases_of
 
 
 def attach(
@@ -134,9 +134,7 @@ def _find(
 ) -> tuple[list[Site], dict[str, str]]:
     """(sites, {layer: why it is none})."""
     included, excluded = _Filter("include", include), _Filter("exclude", exclude)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = aliases_of(model)
     included.check(names)
     excluded.check(names)
     optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -198,7 +196,7 @@ def _grouped(
         if not isinstance(group, dict) or "modules" not in group:
             raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
         chosen = _Filter("groups", group["modules"])
-        chosen.check({m: [n] for n, m in model.named_modules()})
+        chosen.check(aliases_of(model))
         own = [site for site in rest if chosen(site.name, site.module)]
         if not own:
             raise ValueError(f"groups: no attached layer is left for {group['modules']!r}")

@@ -42,7 +42,7 @@ class Checkpoint:
         groups = []
         for live, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
             held = {id(p) for p in live["params"]}
-            layers = {s.name: self._layer(s) for s in self._sites if id(s.parameter) in held}
+            layers = {s.name: self._layer(s) for s in self._sites if id(s.weight) in held}
             groups.append({**saved, KEY: {"layers": layers, **self._common()}} if layers else saved)
         return {**state_dict, "param_groups": groups}
 

@@ -47,4 +47,4 @@ class Engine(DecorUpdate):
     def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
         gate = None if self._gate is None else self._gate.data_ptr()
         layouts = tuple(site.layout() for site in self._sites)
-        return (gate, layouts), [site.parameter for site in self._sites]
+        return (gate, layouts), [site.weight for site in self._sites]

@@ -36,7 +36,7 @@ class Attached:
         of = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
         by_optimizer: dict[int, tuple[torch.optim.Optimizer, list[Site]]] = {}
         for site in sites:
-            optimizer = of[id(site.parameter)]
+            optimizer = of[id(site.weight)]
             by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
         # R is updated with the last of several optimisers that the model has
         *rest, last = by_optimizer.values()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.capture import record, recorder_of
-from dbp_kernels.nn import identity_R
+from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.optim.kinds import Patches
 from dbp_kernels.precision import statistics_dtype
 
@@ -58,7 +58,7 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, patches: Patches) -> None:
         self.name, self.module, self.patches = name, module, patches
-        weight = self.parameter
+        weight = self.weight
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
         self._A: Tensor | None = None  # within the step: A's memory
@@ -67,7 +67,7 @@ class Site:
         self._written = self._seen()
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def weight(self) -> nn.Parameter:
         return self.module._parameters[self.patches.weight]
 
     # What the engine that learns R asks a layer.
@@ -77,12 +77,8 @@ class Site:
         return self.module.training
 
     @property
-    def weight(self) -> nn.Parameter:
-        return self.parameter
-
-    @property
     def _learns(self) -> bool:
-        return self.parameter.requires_grad
+        return self.weight.requires_grad
 
     def _patch_geometry(self) -> dict[str, Any]:
         return self.patches.window
@@ -97,14 +93,14 @@ class Site:
 
     def _gradient(self) -> tuple[int, int] | None:
         """What changes with the weight's gradient."""
-        gradient = self.parameter.grad
+        gradient = self.weight.grad
         return None if gradient is None else (id(gradient), gradient._version)
 
     # A, W and their gradients.
 
     def enter(self) -> None:
         """The parameter becomes W, and its gradient, if it has one, dL/dW = dL/dA R^T."""
-        weight = self.parameter
+        weight = self.weight
         self._A, self._dA = weight.data, weight.grad
         if self._dA is not None and self._dA is not self._transformed:
             weight.grad = self.gradient_of_W(self._dA)
@@ -112,9 +108,9 @@ class Site:
 
     def transform(self) -> None:
         """The gradient becomes dL/dW before the step, which will take it as such."""
-        gradient = self.parameter.grad
+        gradient = self.weight.grad
         if gradient is not None and gradient is not self._transformed:
-            self._transformed = self.parameter.grad = self.gradient_of_W(gradient)
+            self._transformed = self.weight.grad = self.gradient_of_W(gradient)
 
     def forget_transformed(self) -> None:
         """What collects from now on is dL/dA again, even if in the same memory."""
@@ -124,19 +120,19 @@ class Site:
         """The parameter becomes A again, as it was, and its gradient is dL/dA."""
         if self._A is None:
             return
-        weight = self.parameter
+        weight = self.weight
         self.W = weight.data
         weight.data, weight.grad = self._A, self._dA
         self._A = self._dA = None
 
     def form(self) -> None:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
-        weight = self.parameter.detach()  # with its version counter
+        weight = self.weight.detach()  # with its version counter
         weight.copy_(self.condensed())
 
     def layout(self) -> Hashable:
         """What decides what ``form`` launches, and on which memory."""
-        weight = self.parameter
+        weight = self.weight
         tensors = ((t.data_ptr(), t.stride()) for t in (weight, self.W, self.R))
         return *tensors, weight.dtype, self.rounded
 
@@ -146,7 +142,7 @@ class Site:
 
     def _seen(self) -> tuple[int, int]:
         """By which a write of somebody else's shows, unless it goes through ``.data``."""
-        return self.parameter.data_ptr(), self.parameter._version
+        return self.weight.data_ptr(), self.weight._version
 
     @torch.no_grad()
     def take_over(self) -> bool:
@@ -157,7 +153,7 @@ class Site:
         if self._seen() == self._written:
             return False
         self.to_follow()
-        weight = self.parameter.detach()
+        weight = self.weight.detach()
         tolerance = 8 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
         if torch.allclose(weight, self.condensed(), rtol=0, atol=tolerance):
             return False
@@ -202,13 +198,12 @@ class Site:
     @torch.no_grad()
     def reset(self) -> None:
         """R = I, and W is the weight as it is."""
-        self.W.copy_(self.parameter)
-        self.R.zero_()
-        self.R.diagonal(dim1=-2, dim2=-1).fill_(1)
+        self.W.copy_(self.weight)
+        set_identity_(self.R)
 
     def to_follow(self) -> None:
         """After model.to(): W and R go where the parameter has gone."""
-        weight = self.parameter
+        weight = self.weight
         if weight.device != self.W.device or weight.dtype != self.W.dtype:
             self.W = self.W.to(weight.device, weight.dtype)
             self.R = self.R.to(weight.device, statistics_dtype(weight.dtype))

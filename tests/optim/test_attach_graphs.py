@@ -58,7 +58,7 @@ def replays(monkeypatch):
                 cells = [cell.cell_contents for cell in work.func.__closure__]
                 owner = next(content for content in cells if hasattr(content, "_sites"))
                 # as with a graph, autograd does not see what is written
-                hidden = [t for site in owner._sites for t in (site.parameter, site.R)]
+                hidden = [t for site in owner._sites for t in (site.weight, site.R)]
                 with torch.autograd._unsafe_preserve_version_counter(tuple(hidden)):
                     work()
 
