@@ -9,10 +9,9 @@ import pytest
 import torch
 from bench_results import predicted, statuses, synthetic
 
-from bench import bars, calibrate, cli, host_time, kernels, registry, regret, report, timing
+from bench import bars, calibrate, cli, kernels, registry, regret, report, timing
 from bench.regret_tables import regret_table
 from dbp_kernels import calibration
-from dbp_kernels.backends.cuda import library
 from dbp_kernels.planner import Choice
 
 FAST = kernels.Settings(pairs=2, warmup=1)
@@ -210,24 +209,3 @@ def test_cpu_time_is_not_spent_asleep():
         asleep = timing.time_once(lambda: time.sleep(0.1), torch.device("cpu"))
     assert asleep < 0.05
     assert timing.time_once(lambda: time.sleep(0.1), torch.device("cpu")) > 0.09
-
-
-def test_the_kernels_of_capability_9_0_are_calibrated_by_their_own_launches(monkeypatch):
-    class Meter:
-        def random(self, images, channels, *size):
-            return torch.zeros(1, channels, 8, 8)
-
-        def seconds(self, call):
-            call()
-            return 2.0
-
-    launched = []
-    monkeypatch.setattr(calibrate, "_peak", lambda meter, dtype: 1e-3)
-    with host_time.stubbed("cuda", launched.append):
-        monkeypatch.setattr(library, "sm90_problem", lambda: None)
-        (low, high) = calibrate._sm90(Meter())["sm90"]
-    assert launched.count("gram_shift_sm90") == 2
-    pixels = 8 * 7  # that a shift by one leaves of 8 x 8; there are 13 shifts
-    for side, rate in (low, high):
-        assert 0.5 < rate * 2 * 1e-3 * 1e9 / (2 * 13 * pixels * side**2) < 1.1
-    assert (low[0], high[0]) == (64, 128)
