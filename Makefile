@@ -33,7 +33,7 @@ bench-check: $(READY)
 
 cuda: $(READY)
 	$(BIN)/python csrc/build.py --in-place
-	$(BIN)/python csrc/resources.py build/cuda --limits tests/cuda/limits.json
+	$(BIN)/python csrc/resources.py build/cuda --limits tests/backends/cuda/limits.json
 
 # With the CUDA kernels where they can be compiled.
 device-check: $(READY)

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dbp_kernels as dbp
-
-from .kernels import Settings
-from .networks import SMALL, StepCase
-from .steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, Step, start, time_steps
+from bench.kernels import Settings
+from bench.networks import SMALL, StepCase
+from bench.steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, Step, start, time_steps
 
 CASES = SMALL
 MICRO_STEPS = 4

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbp_kernels import calibration, version
+from bench import bars, calibrate, cli, hardware, machine, plots
+from bench.device.calibration import CALIBRATION
+from bench.device.correctness import CHECKS, CONFIGURATIONS, kernel_of
+from dbp_kernels import version
+from dbp_kernels.planning import calibration
 from dbp_kernels.verify.workers import PASSED
 
-from . import bars, calibrate, cli, hardware, machine, plots
-from .device.calibration import CALIBRATION
-from .device.correctness import CHECKS, CONFIGURATIONS, kernel_of
-
-CALIBRATIONS = "dbp_kernels/calibrations"
+CALIBRATIONS = "dbp_kernels/planning/calibrations"
 CONFIGS = "dbp_kernels/backends/triton/configs"
 RESULTS = "bench/results"
 

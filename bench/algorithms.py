@@ -11,13 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .registry import Case
-from .rivals import NotApplicable, Rival
+from bench.registry import Case
+from bench.rivals import NotApplicable, Rival
 
 
 def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
     """{name: its method} of all algorithms that a backend has kernels for, usable here or not."""
-    from dbp_kernels.planner import ALGORITHMS, KERNEL_BACKENDS
+    from dbp_kernels.planning.planner import ALGORITHMS, KERNEL_BACKENDS
 
     names = [name for name in ALGORITHMS if name.partition("_")[0] in KERNEL_BACKENDS]
     return {name: _method(name, device, dtype) for name in names}
@@ -26,7 +26,7 @@ def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
 def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
     from dbp_kernels import backends
     from dbp_kernels.backends.prepared import Gram
-    from dbp_kernels.planner import Choice
+    from dbp_kernels.planning.planner import Choice
 
     backend, form = name.split("_")
     choice = Choice(name, 0.0, 0.0)
@@ -53,7 +53,7 @@ def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
 @lru_cache(maxsize=1024)
 def geometry_of(case: Case):
     """The convolution of a case."""
-    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planning.geometry import make_geometry
 
     lists = (case.kernel, case.stride, case.padding, case.dilation)
     window = (*(() if case.is_linear else v for v in lists), case.groups)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import registry
+from bench import registry
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 NEAR = 0.1  # a regret up to here is a good prediction

@@ -32,31 +32,32 @@ _PREFIX = "dbp: "
 def _targets(device_type: str) -> list[tuple[object, str, str]]:
     """(object, attribute, part) of the functions that do the parts."""
     import dbp_kernels as dbp
-    from dbp_kernels import backends, capture, jobs, ops, plans, update
+    from dbp_kernels import backends, ops, rules, sampling
     from dbp_kernels.backends.eager import ops as eager
+    from dbp_kernels.optim import decor_update, step
     from dbp_kernels.optim.engine import Engine
     from dbp_kernels.optim.site import Site
 
     backend = backends.select(device_type)
     return [
-        (capture.Recorder, "record", COPY),
+        (sampling.Recorder, "record", COPY),
         (ops, "condensed_weight", CONDENSE),
         (ops, "condensed_weight_transposed", CONDENSE),
         (Site, "form", CONDENSE),
         (Site, "gradient_of_W", BACKWARD),
         (backend, "patch_gram", MOMENTS),
-        (jobs, "rows", PATCHES),
+        (step, "rows", PATCHES),
         (eager, "patches", PATCHES),
-        (plans, "update_from_gram", PRODUCTS),
-        (plans, "update_direct", PRODUCTS),
-        (plans, "gram_update", PRODUCTS),
-        (plans, "direct_update", PRODUCTS),
-        (plans, "low_rank_update", PRODUCTS),
+        (rules, "update_from_gram", PRODUCTS),
+        (rules, "update_direct", PRODUCTS),
+        (rules, "gram_update", PRODUCTS),
+        (rules, "direct_update", PRODUCTS),
+        (rules, "low_rank_update", PRODUCTS),
         (backend, "update_from_gram", PRODUCTS),
         (backend, "update_direct", PRODUCTS),
         (backend, "low_rank_update", PRODUCTS),
-        (plans.LowRankUpdate, "new", PRODUCTS),
-        (update, "write_back", WRITE),
+        (rules.LowRankUpdate, "new", PRODUCTS),
+        (decor_update, "write_back", WRITE),
         (Engine, "step", STEP),  # before the class it extends: torch may have given it its own
         (dbp.DecorUpdate, "step", STEP),
     ]

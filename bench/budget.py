@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bars, timing
-from .kernels import Settings
-from .steps import KAPPA, STEP_CASES, StepCase, plain_step
-from .table import format_table
+from bench import bars, timing
+from bench.kernels import Settings
+from bench.steps import KAPPA, STEP_CASES, StepCase, plain_step
+from bench.table import format_table
 
 DECOR_LR = 1e-3  # within the few steps here, the paper's 1e-5 would not show
 _BATCHES = 8
@@ -90,7 +90,7 @@ class _Clock:
 def _timing(now: _Clock) -> Iterator[list[float]]:
     """Times the library by ``now``; appends the seconds of every copy of samples in a forward pass."""
     from dbp_kernels import clock
-    from dbp_kernels.capture import Recorder
+    from dbp_kernels.sampling import Recorder
 
     spent: list[float] = []
     record, host = Recorder.record, clock.host
@@ -168,7 +168,7 @@ def decorrelation_loss(model: nn.Module, images: Tensor) -> float:
     Batch norm uses the images' own statistics, as in training.
     """
     import dbp_kernels.nn as dnn
-    from dbp_kernels.jobs import Job, local_updates
+    from dbp_kernels.optim.step import Job, local_updates
 
     options = {"lr": 0.0, "kappa": KAPPA, "rule": "standard", "demean": False}
     losses: list[Tensor] = []
@@ -208,7 +208,7 @@ def run_budget_case(
     is for CPUs. Looks at the loss are not timed.
     """
     import dbp_kernels as dbp
-    from dbp_kernels.schedule import WARM_UP
+    from dbp_kernels.optim.schedule import WARM_UP
 
     network = case.network
     batch = batch or network.batch

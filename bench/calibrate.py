@@ -1,8 +1,8 @@
 """``python -m bench calibrate``: measures what the planner knows of a device, as a JSON file.
 
-Every figure of ``dbp_kernels.calibration.Machine`` comes from the operation it stands for, run by
+Every figure of ``dbp_kernels.planning.calibration.Machine`` comes from the operation it stands for, run by
 itself on a few sizes. The file says where and how it was measured. Saved under
-dbp_kernels/calibrations/ it is used on that device and on similar ones; anywhere else, where
+dbp_kernels/planning/calibrations/ it is used on that device and on similar ones; anywhere else, where
 DBP_CALIBRATION names it.
 """
 
@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 
+from bench import machine
+from bench.timing import cpu_time, time_once
 from dbp_kernels.precision import matmul_precision, products_in
 
-from . import machine
-from .timing import cpu_time, time_once
-
-FOLDER = machine.ROOT / "dbp_kernels" / "calibrations"
+FOLDER = machine.ROOT / "dbp_kernels" / "planning" / "calibrations"
 # Result sides of products: the narrow ones matter most.
 SIDES = (1, 3, 8, 16, 21, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 GROUPS, GROUPED_SIDES = 32, (1, 4, 12, 16, 36, 64)
@@ -79,7 +78,7 @@ def figures(meter: Meter, keep: Callable[[dict], object] = lambda found: None) -
 
 def finished(measured: dict) -> dict:
     """As in a file: rounded, and what is raw put in relation."""
-    from dbp_kernels.calibration import cost_at
+    from dbp_kernels.planning.calibration import cost_at
 
     raw = measured.get("aliased")
     if raw:
@@ -213,8 +212,8 @@ def _fresh(meter: Meter) -> float:
 def _calls(meter: Meter) -> dict:
     """Seconds of calls on next to nothing."""
     from dbp_kernels.backends.eager import ops, shift, unfold
-    from dbp_kernels.geometry import make_geometry
-    from dbp_kernels.planner import PLANS, update_choices
+    from dbp_kernels.planning.geometry import make_geometry
+    from dbp_kernels.planning.planner import PLANS, update_choices
 
     x, geometry = _map(meter, 1, 2, 6)
     layouts = [shift.shift_layout(geometry, kind) for kind in _KINDS[:2]]
@@ -283,7 +282,7 @@ def _map(
     meter: Meter, images: int, channels: int, size: int, kernel: int = 3, stride: int = 1
 ) -> tuple:
     """(x, the geometry of a convolution of it)."""
-    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planning.geometry import make_geometry
 
     x = meter.random(max(1, images // meter.shrink), channels, size, size)
     window = ((kernel, kernel), (stride, stride), (kernel // 2,) * 2, (1, 1))
@@ -416,7 +415,7 @@ def header(device: torch.device, command: str) -> dict:
 
 
 def default_path(content: dict) -> Path:
-    """E.g. dbp_kernels/calibrations/amd-epyc-2-threads.json."""
+    """E.g. dbp_kernels/planning/calibrations/amd-epyc-2-threads.json."""
     name = machine.slug(content["device"])
     threads = f"-{content['threads']}-threads" if content["type"] == "cpu" else ""
     return FOLDER / f"{name}{threads}.json"
@@ -436,7 +435,7 @@ def to_text(content: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from .options import device, positive
+    from bench.options import device, positive
 
     out = argparse.ArgumentParser(prog="python -m bench calibrate", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -452,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="?",
         const="",
         metavar="PATH",
-        help="write the file (default path: dbp_kernels/calibrations/<device>.json)",
+        help="write the file (default path: dbp_kernels/planning/calibrations/<device>.json)",
     )
     out.add_argument("--overwrite", action="store_true", help="replace an existing file")
     out.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.registry import Case
 from dbp_kernels import reference
-
-from .registry import Case
 
 _CHUNK_BYTES = 2**29
 

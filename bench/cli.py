@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import bars, machine, peaks, plots, report, suites, timing
-from .options import inconsistency, parser
-from .suites import DTYPES, SUITES, Job
+from bench import bars, machine, peaks, plots, report, suites, timing
+from bench.options import inconsistency, parser
+from bench.suites import DTYPES, SUITES, Job
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -26,27 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
     if arguments[:1] == ["device-check"]:
-        from .device import command
+        from bench.device import command
 
         return command.main(arguments[1:])
     if arguments[:1] == ["check"]:
-        from . import regress
+        from bench import regress
 
         return regress.main(arguments[1:])
     if arguments[:1] == ["tune"]:
-        from . import tune
+        from bench import tune
 
         return tune.main(arguments[1:])
     if arguments[:1] == ["host-time"]:
-        from . import host_time
+        from bench import host_time
 
         return host_time.main(arguments[1:])
     if arguments[:1] == ["calibrate"]:
-        from . import calibrate
+        from bench import calibrate
 
         return calibrate.main(arguments[1:])
     if arguments[:1] == ["precision"]:
-        from . import precision
+        from bench import precision
 
         return precision.main(arguments[1:])
     options = parser().parse_args(arguments)
@@ -171,7 +171,7 @@ def _report(arguments: Sequence[str]) -> int:
     out.add_argument("--plot", type=Path, metavar="PNG", help="default: beside FILE")
     options = out.parse_args(arguments)
     if options.adopt:
-        from . import adopt
+        from bench import adopt
 
         return adopt.main(options.file, options.force)
     try:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from .kernels import Settings, failed
-from .memory import peak_and_live
-from .networks import SMALL, StepCase, at_224
-from .steps import BP, random_images, variants, verdict
-from .updates import matrices
+from bench.kernels import Settings, failed
+from bench.memory import peak_and_live
+from bench.networks import SMALL, StepCase, at_224
+from bench.steps import BP, random_images, variants, verdict
+from bench.updates import matrices
 
 CPU_CASES = (*SMALL, *at_224(8, 1))
 CPU_DEFAULT = r"convnet|resnet18|vit-s"  # what a CPU measures unless --filter asks for others

@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench import bars
+from bench.device.stage import SKIPPED
+from bench.table import format_table
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
-
-from . import bars
-from .device.stage import SKIPPED
-from .table import format_table
 
 BEGIN, END = "<!-- hardware:begin -->", "<!-- hardware:end -->"
 NOTHING = "No device check has run on a GPU yet."

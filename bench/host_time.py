@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, registry, timing
-from .kernels import Settings, make_input
-from .table import format_table
+from bench import machine, registry, timing
+from bench.kernels import Settings, make_input
+from bench.table import format_table
 
 BAR = 50  # us, of one patch_gram call
 BACKENDS = ("cuda", "triton", "triton jit")
@@ -171,8 +171,8 @@ def table(records: Sequence[dict]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (1: a call above the bar)."""
-    from .cli import save
-    from .options import positive
+    from bench.cli import save
+    from bench.options import positive
 
     out = argparse.ArgumentParser(prog="python -m bench host-time", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -9,8 +9,8 @@ from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from . import bars
-from .kernel_tables import rivals_of
+from bench import bars
+from bench.kernel_tables import rivals_of
 
 LEGEND_ABOVE = {
     "loc": "lower left",

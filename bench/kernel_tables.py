@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from . import bars
-from .table import format_table, milliseconds, short
+from bench import bars
+from bench.table import format_table, milliseconds, short
 
 
 def kernel_table(records: Sequence[dict]) -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import check, machine
-from .algorithms import algorithms
-from .memory import extra_bytes
-from .registry import Case
-from .rivals import RIVALS, NotApplicable, Rival, rivals_on
-from .timing import time_interleaved, time_replayed
+from bench import check, machine
+from bench.algorithms import algorithms
+from bench.memory import extra_bytes
+from bench.registry import Case
+from bench.rivals import RIVALS, NotApplicable, Rival, rivals_on
+from bench.timing import time_interleaved, time_replayed
 
 OURS = "dbp"
 PLAIN = "unfold"  # what correctness bounds and most bars refer to
@@ -213,7 +213,7 @@ def plans_for(question: str, x: Tensor, window: tuple) -> tuple:
     has no such planner: the benchmark also runs on older and newer ones.
     """
     try:
-        from dbp_kernels import choices, geometry
+        from dbp_kernels.planning import choices, geometry
 
         shape = geometry.make_geometry(x.shape, *window)
         return getattr(choices, question)(shape, x.device.type, x.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dbp_kernels.calibration import cpu_name
+from dbp_kernels.planning.calibration import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "packed.json"  # of a packed folder, which is no clone: says what it was made from

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.product import product
+from bench.registry import Case
 from dbp_kernels import reference
-
-from .product import product
-from .registry import Case
 
 _MOST_BYTES = 2**35  # of partial results
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import bars
-from .steps import IDLE, SAMPLES, UPDATE_EVERY, sampled
-from .table import format_table, milliseconds
+from bench import bars
+from bench.steps import IDLE, SAMPLES, UPDATE_EVERY, sampled
+from bench.table import format_table, milliseconds
 
 
 def step_table(records: Sequence[dict]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from .kernels import DEFAULT_PAIRS
-from .steps import COMPILE_MODES
-from .suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES
+from bench.kernels import DEFAULT_PAIRS
+from bench.steps import COMPILE_MODES
+from bench.suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES
 
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result

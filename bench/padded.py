@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .product import product
-from .registry import Case
+from bench.product import product
+from bench.registry import Case
 
 
 def why_not(case: Case) -> str:

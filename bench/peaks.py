@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .timing import time_once
+from bench.timing import time_once
 
 SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = 2**28  # beyond every cache

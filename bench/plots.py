@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import bars
-from .budget import plot_budget
-from .steps import LAYERS
-from .training_report import plot_training
+from bench import bars
+from bench.budget import plot_budget
+from bench.steps import LAYERS
+from bench.training_report import plot_training
 
 
 def plot(result: dict, path: Path) -> bool:
@@ -45,7 +45,7 @@ def plot(result: dict, path: Path) -> bool:
 
 def _panels(result: dict) -> list[tuple[float, Callable]]:
     """(height in inches, what draws it into a subfigure) of everything there is to show."""
-    from . import kernel_plots
+    from bench import kernel_plots
 
     panels: list[tuple[float, Callable]] = []
     kernels = [r for r in result.get("kernels", ()) if bars.speedup(r, "unfold")]
@@ -112,7 +112,7 @@ _RATIOS: dict[str, tuple[str, Callable[[dict, str], float | None], tuple[str, ..
 def _plot_ratios(axes, suite: str, label: str, rows: Sequence[tuple[str, dict]]) -> None:
     from matplotlib.patches import Patch
 
-    from .kernel_plots import COLOURS, LEGEND_ABOVE
+    from bench.kernel_plots import COLOURS, LEGEND_ABOVE
 
     seen = list(dict.fromkeys(variant for _, values in rows for variant in values))
     for row, (name, values) in enumerate(rows):

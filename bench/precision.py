@@ -34,11 +34,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbp_kernels.planner import PLANS
-from dbp_kernels.plans import UpdateRule
-
-from . import machine
-from .table import format_table, short
+from bench import machine
+from bench.table import format_table, short
+from dbp_kernels.planning.planner import PLANS
+from dbp_kernels.rules import UpdateRule
 
 BOUND = 1.1  # of float64's loss: what a precision may cost and still be a default
 # The variants that DecorUpdate runs by default on CUDA. In plan "samples" both last products are
@@ -344,7 +343,7 @@ def plot(records: Sequence[dict], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from .cli import save
+    from bench.cli import save
 
     out = argparse.ArgumentParser(prog="python -m bench precision", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter

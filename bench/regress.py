@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from . import bars, machine, registry
-from .kernels import Settings, run_case
-from .options import device
-from .steps import STEP_CASES, run_step_case
-from .table import format_table
+from bench import bars, machine, registry
+from bench.kernels import Settings, run_case
+from bench.options import device
+from bench.steps import STEP_CASES, run_step_case
+from bench.table import format_table
 
 TOLERANCE = 0.7
 KERNEL_PAIRS, STEP_PAIRS = 3, 7

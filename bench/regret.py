@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import check
-from .kernels import Settings, failed, make_input, plans_for
-from .registry import Case, with_batch
-from .timing import time_interleaved, time_once
+from bench import check
+from bench.kernels import Settings, failed, make_input, plans_for
+from bench.registry import Case, with_batch
+from bench.timing import time_interleaved, time_once
 
 QUESTIONS = ("gram", "update")
 DEFAULT_PAIRS = 7
@@ -82,7 +82,7 @@ def run_regret(
 def _candidates(question: str, case: Case, x: Tensor) -> tuple[tuple, Callable]:
     """All that the planner could choose, its choice first, and run(choice, images=all)."""
     from dbp_kernels import backends
-    from dbp_kernels.geometry import make_geometry
+    from dbp_kernels.planning.geometry import make_geometry
 
     lists = (case.kernel, case.stride, case.padding, case.dilation)
     window = (*(() if case.is_linear else v for v in lists), case.groups)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import bars
-from .table import format_table, short
+from bench import bars
+from bench.table import format_table, short
 
 
 def regret_table(records: Sequence[dict], worst: int = 5) -> str:

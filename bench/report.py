@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from . import bars, host_time
-from .budget import budget_table
-from .kernel_tables import kernel_table, means_text, scaling_table
-from .network_tables import memory_table, step_table, step_text, update_table
-from .regret_tables import regret_table
-from .table import format_table
-from .training_report import training_table
+from bench import bars, host_time
+from bench.budget import budget_table
+from bench.kernel_tables import kernel_table, means_text, scaling_table
+from bench.network_tables import memory_table, step_table, step_text, update_table
+from bench.regret_tables import regret_table
+from bench.table import format_table
+from bench.training_report import training_table
 
 # {suite: (heading, what makes its text from its records)}
 _SUITES: dict[str, tuple[str, Callable[[Sequence[dict]], str]]] = {

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import more_rivals, padded
-from .product import product
-from .registry import Case
+from bench import more_rivals, padded
+from bench.product import product
+from bench.registry import Case
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .kernels import OURS, PLAIN, Settings, default_methods, run_case
-from .registry import Case, conv
+from bench.kernels import OURS, PLAIN, Settings, default_methods, run_case
+from bench.registry import Case, conv
 
 # N images of C channels, side x side, and a kernel K x K of stride 1
 BASE = {

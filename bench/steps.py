@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .breakdown import breakdown, write_trace
-from .kernels import Settings, failed, plan_for
-from .networks import SMALL, StepCase, at_224
-from .published import publish_model, publish_update
-from .timing import SHORTEST_SAMPLE, time_interleaved
+from bench.breakdown import breakdown, write_trace
+from bench.kernels import Settings, failed, plan_for
+from bench.networks import SMALL, StepCase, at_224
+from bench.published import publish_model, publish_update
+from bench.timing import SHORTEST_SAMPLE, time_interleaved
 
 BP, OURS, PUBLISHED = "bp", "dbp", "published"
 LAYERS = "dbp layers"  # the layer form; OURS is the optimiser form

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import (
+from bench import (
     accumulation,
     budget,
     footprint,
@@ -21,7 +21,7 @@ from . import (
     steps,
     updates,
 )
-from .kernels import DEFAULT_PAIRS, Settings
+from bench.kernels import DEFAULT_PAIRS, Settings
 
 DTYPES = {
     "float32": torch.float32,

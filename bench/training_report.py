@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from .table import format_table, short
+from bench.table import format_table, short
 
 
 def by_method(records: Sequence[dict]) -> dict[str, list[dict]]:

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 
+from bench import check, machine, registry
+from bench.algorithms import geometry_of
+from bench.kernels import Settings, make_input
+from bench.timing import time_interleaved, time_replayed
 from dbp_kernels.precision import products_in
-
-from . import check, machine, registry
-from .algorithms import geometry_of
-from .kernels import Settings, make_input
-from .timing import time_interleaved, time_replayed
 
 FOLDER = machine.ROOT / "dbp_kernels" / "backends" / "triton" / "configs"
 
@@ -185,7 +184,7 @@ def _stats_problem(precision: str, case: registry.Case, device: torch.device) ->
 
 def _update_problem(precision: str, groups: int, dim: int, device: torch.device) -> Problem:
     from dbp_kernels.backends.triton import configs, runtime, update
-    from dbp_kernels.plans import UpdateRule
+    from dbp_kernels.rules import UpdateRule
 
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(groups, dim, dim, generator=generator).to(device)

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .breakdown import write_trace
-from .kernels import Settings, failed
-from .networks import SMALL, StepCase, at_224
-from .published import publish_model, publish_update
-from .steps import DECOR_LR, KAPPA, OURS, PUBLISHED, planned_updates, random_images
-from .timing import time_interleaved
+from bench.breakdown import write_trace
+from bench.kernels import Settings, failed
+from bench.networks import SMALL, StepCase, at_224
+from bench.published import publish_model, publish_update
+from bench.steps import DECOR_LR, KAPPA, OURS, PUBLISHED, planned_updates, random_images
+from bench.timing import time_interleaved
 
 CHECK_LR = 1e-2  # so large that float32 shows what an update changed
 BOUND = 1e-3  # of the largest change of R: agreement of two independent float32 computations

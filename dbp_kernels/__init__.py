@@ -4,7 +4,7 @@ Start with ``decorrelate_model`` and ``DecorUpdate``, or with ``torch.ops.dbp`` 
 ``reference`` states the definitions.
 """
 
-from .version import __version__
+from dbp_kernels.version import __version__
 
 _OLDEST_TORCH = (2, 11)
 try:
@@ -19,16 +19,16 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
         f"dbp-kernels needs PyTorch 2.11 or newer, and {torch.__version__} is installed"
     )
 
-from . import nn, ops, reference  # noqa: E402
-from .backends import backend  # noqa: E402
-from .explain import explain  # noqa: E402
-from .functional import *  # noqa: E402, F403
-from .functional import __all__ as _functional  # noqa: E402
-from .optim.attach import attach  # noqa: E402
-from .optim.handle import Attached  # noqa: E402
-from .optim.kinds import Patches, register  # noqa: E402
-from .surgery import decorrelate_model, fuse_model  # noqa: E402
-from .update import DecorUpdate  # noqa: E402
+from dbp_kernels import nn, ops, reference  # noqa: E402
+from dbp_kernels.backends import backend  # noqa: E402
+from dbp_kernels.functional import *  # noqa: E402, F403
+from dbp_kernels.functional import __all__ as _functional  # noqa: E402
+from dbp_kernels.optim.attach import attach  # noqa: E402
+from dbp_kernels.optim.decor_update import DecorUpdate  # noqa: E402
+from dbp_kernels.optim.handle import Attached  # noqa: E402
+from dbp_kernels.optim.kinds import Patches, register  # noqa: E402
+from dbp_kernels.planning.explain import explain  # noqa: E402
+from dbp_kernels.surgery import decorrelate_model, fuse_model  # noqa: E402
 
 __all__ = [
     "Attached",

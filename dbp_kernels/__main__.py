@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
-from . import info
-from .verify import report
+from dbp_kernels import info
+from dbp_kernels.verify import report
 
 
 def main(argv: list[str] | None = None) -> int:

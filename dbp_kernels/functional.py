@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .geometry import same_padding
-from .ops import condensed_weight, condensed_weight_transposed
+from dbp_kernels import ops
+from dbp_kernels.ops import condensed_weight, condensed_weight_transposed
+from dbp_kernels.planning.geometry import same_padding
 
 __all__ = [
     "condensed_weight",

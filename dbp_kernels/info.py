@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .backends.cuda import library
-from .calibration import calibration
-from .verify import verdict
-from .version import __version__
+from dbp_kernels import backends
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.planning.calibration import calibration
+from dbp_kernels.verify import verdict
+from dbp_kernels.version import __version__
 
 
 def _version_of(package: str) -> str | None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
-from dbp_kernels.capture import record
 from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.sampling import record
 
 __all__ = [
     "DecorConv1d",

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import backends
-from .backends.eager.rows_times import rows_times, times
-from .dispatch import nothing_between, plain
-from .geometry import ConvGeometry, make_geometry
-from .plans import UpdateRule
-from .precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
+from dbp_kernels import backends
+from dbp_kernels.backends.eager.rows_times import rows_times, times
+from dbp_kernels.plain_call import nothing_between, plain
+from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
+from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
+from dbp_kernels.rules import UpdateRule
 
 _lib = torch.library.Library("dbp", "DEF")
 SCHEMAS = tuple(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import nn as dbp_nn
-from dbp_kernels.capture import recorder_of
 from dbp_kernels.distributed import ignore_in_ddp, unwrap
 from dbp_kernels.precision import without_autocast
+from dbp_kernels.sampling import recorder_of
 
 Rule = str | type | nn.Module | Callable[[str, nn.Module], bool]
 Filter = Rule | Iterable[Rule] | None

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .configs import PRESETS, Config
-from .data import DATASETS
-from .models import MODELS
-from .results import read_config
+from experiments.configs import PRESETS, Config
+from experiments.data import DATASETS
+from experiments.models import MODELS
+from experiments.results import read_config
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -97,12 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.command == "report":
-            from .runner import write_report
+            from experiments.runner import write_report
 
             read_config(arguments.directory)
             print(write_report(arguments.directory))
             return 0
-        from .runner import run_comparison
+        from experiments.runner import run_comparison
 
         config = config_from(arguments)
         out = arguments.out

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .extras import need
+from experiments.extras import need
 
 DATASETS = ("digits", "mnist", "cifar10")
 

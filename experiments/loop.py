@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configs import Config, Setting
-from .data import Dataset, Split
-from .models import build_model
+from experiments.configs import Config, Setting
+from experiments.data import Dataset, Split
+from experiments.models import build_model
 
 
 @dataclass(frozen=True)

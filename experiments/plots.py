@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .extras import need
-from .loop import Row
-from .report import Report, Summary, mean_curve
+from experiments.extras import need
+from experiments.loop import Row
+from experiments.report import Report, Summary, mean_curve
 
 # Okabe and Ito's palette: told apart with every common colour blindness.
 COLOURS = {"bp": "#D55E00", "dbp": "#0072B2"}

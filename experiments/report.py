@@ -22,9 +22,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .configs import Setting
-from .loop import Row
-from .results import Run
+from experiments.configs import Setting
+from experiments.loop import Row
+from experiments.results import Run
 
 TIE = 0.10
 AGREEING_SEEDS = 0.75

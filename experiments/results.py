@@ -15,10 +15,9 @@ from typing import Any, TextIO
 
 import torch
 
-from dbp_kernels.calibration import cpu_name
-
-from .configs import GRID_FIELDS, Config, Setting
-from .loop import Row
+from dbp_kernels.planning.calibration import cpu_name
+from experiments.configs import GRID_FIELDS, Config, Setting
+from experiments.loop import Row
 
 COLUMNS = [field.name for field in fields(Row)]
 OUTPUTS = ("config.json", "metrics.csv", "summary.md", "curves.png")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .configs import Config
-from .data import load
-from .extras import need
-from .loop import Row, train_run, warm_up
-from .plots import plot_report
-from .report import build_report, markdown_text, terminal_text
-from .results import ResultsDirectory, group_runs, read_config, read_rows
+from experiments.configs import Config
+from experiments.data import load
+from experiments.extras import need
+from experiments.loop import Row, train_run, warm_up
+from experiments.plots import plot_report
+from experiments.report import build_report, markdown_text, terminal_text
+from experiments.results import ResultsDirectory, group_runs, read_config, read_rows
 
 
 def run_comparison(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Before Triton is imported: without a GPU its kernels run in the interpreter. What this means
-    # for tests of compiled code is in tests/triton/conftest.py.
+    # for tests of compiled code is in tests/backends/triton/conftest.py.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _COMMON = {

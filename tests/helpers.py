@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbp_kernels import ops
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.choices import update_choices
-from dbp_kernels.geometry import ConvGeometry, make_geometry
-from dbp_kernels.planner import Choice, gram_choices
+from dbp_kernels.planning.choices import update_choices
+from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
+from dbp_kernels.planning.planner import Choice, gram_choices
 
 # Where tests of kernels put their tensors: interpreted kernels take CPU tensors.
 DEVICE = torch.device("cpu" if runtime.INTERPRET or not torch.cuda.is_available() else "cuda")

@@ -9,7 +9,7 @@ import torch
 
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
-from dbp_kernels import plans
+from dbp_kernels import rules
 from dbp_kernels.interrupts import uninterrupted
 
 
@@ -89,11 +89,11 @@ def test_a_step_is_done_or_not_done(images, monkeypatch):
         return [net[0].R, net[1].R], update.state_dict()
 
     Rs, state = step(interrupted=False)
-    for update in (plans.LowRankUpdate, plans.ProductUpdate):
+    for update in (rules.LowRankUpdate, rules.ProductUpdate):
         apply_ = update.apply_
         monkeypatch.setattr(update, "apply_", lambda u, R, call=apply_: (interrupt(), call(u, R)))
-    multiply = plans.add_product_
-    monkeypatch.setattr(plans, "add_product_", lambda *a: (interrupt(), multiply(*a)))
+    multiply = rules.add_product_
+    monkeypatch.setattr(rules, "add_product_", lambda *a: (interrupt(), multiply(*a)))
     found, found_state = step(interrupted=True)
     for ours, expected in zip(found, Rs):
         assert torch.equal(ours, expected)

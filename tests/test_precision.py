@@ -7,9 +7,9 @@ from torch import nn
 
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
-from dbp_kernels import plans, precision
-from dbp_kernels import update as update_module
-from dbp_kernels.budget import Budget
+from dbp_kernels import precision, rules
+from dbp_kernels.optim import decor_update as update_module
+from dbp_kernels.optim.budget import Budget
 
 MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -261,7 +261,7 @@ def test_precisions_within_each_other_end_one_by_one():
 
 
 def test_an_error_ends_the_updates_precision(as_cuda, monkeypatch):
-    monkeypatch.setattr(plans, "matmul", lambda X, Y: 1 / 0)
+    monkeypatch.setattr(rules, "matmul", lambda X, Y: 1 / 0)
     update = dbp.DecorUpdate(layer := dnn.DecorLinear(300, 2), lr=0.1, sample=1.0)
     layer(torch.randn(4, 300))
     before = now()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from bench import calibrate
+from bench.device.stage import RESULT, Setting, Stage
 from dbp_kernels.verify.workers import Case
-
-from .. import calibrate
-from .stage import RESULT, Setting, Stage
 
 _LIMIT = 30.0
 # what decides most between the planner's candidates

@@ -9,8 +9,8 @@ from dbp_kernels.verify.workers import serve
 
 def main(name: str, text: str) -> None:
     """Runs the cases it is told of until it dies."""
-    from . import faults, groups
-    from .stage import Setting
+    from bench.device import faults, groups
+    from bench.device.stage import Setting
 
     stage, setting = groups.find(name), Setting.from_text(text)
 

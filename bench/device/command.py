@@ -21,15 +21,14 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from bench import bars, machine
+from bench.device import groups, pack
+from bench.device.describe import DESCRIBE, FOUND
+from bench.device.result import Result
+from bench.device.runner import run_groups, run_stage
+from bench.device.stage import DTYPE, RESULT, Setting
+from bench.device.summary import summary
 from dbp_kernels.verify.workers import PASSED
-
-from .. import bars, machine
-from . import groups, pack
-from .describe import DESCRIBE, FOUND
-from .result import Result
-from .runner import run_groups, run_stage
-from .stage import DTYPE, RESULT, Setting
-from .summary import summary
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from bench.device.stage import Setting, Stage
 from dbp_kernels.verify.workers import Case
-
-from .stage import Setting, Stage
 
 _LIMIT = 20.0  # seconds, compilation included
 _REHEARSED = 4  # checks: the interpreter takes its time

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from bench.device.correctness import kernel_of
+from bench.device.stage import RESULT, Setting, Stage
 from dbp_kernels.verify.workers import Case
-
-from .correctness import kernel_of
-from .stage import RESULT, Setting, Stage
 
 MACHINE, FAMILIES, CHECKS = "machine", "families", "names of the checks"
 FOUND = "found"  # what a case adds to ``Setting.machine``
@@ -30,9 +29,8 @@ def _machine(setting: Setting) -> dict:
     if setting.device != "cpu" and not torch.cuda.is_available():
         return {"status": "failed", "no_device": True, "reason": "no CUDA device is available"}
     import dbp_kernels
+    from bench import machine
     from dbp_kernels import info
-
-    from .. import machine
 
     package = {"version": dbp_kernels.__version__, "path": dbp_kernels.__file__}
     described = machine.describe(setting.torch_device)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bench import kernels, registry
+from bench.device.stage import Setting
+from bench.rivals import Rival
 from dbp_kernels.verify.workers import Case
-
-from .. import kernels, registry
-from ..rivals import Rival
-from .stage import Setting
 
 _FAULT = "fault "
 _HANG_LIMIT, _PATIENCE = 1.0, 3  # seconds; a factor on limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import (
+from bench.device import (
     calibration,
     correctness,
     describe,
@@ -17,7 +17,7 @@ from . import (
     train,
     tuning,
 )
-from .stage import Stage
+from bench.device.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bench import kernels, peaks, registry
+from bench.bars import GPU_BATCHES
+from bench.device.methods import kernel_method
+from bench.device.stage import DTYPE, RESULT, SKIPPED, Setting, Stage
+from bench.rivals import RIVALS
 from dbp_kernels.verify.workers import Case
-
-from .. import kernels, peaks, registry
-from ..bars import GPU_BATCHES
-from ..rivals import RIVALS
-from .methods import kernel_method
-from .stage import DTYPE, RESULT, SKIPPED, Setting, Stage
 
 _LIMIT, _PAIRS = 25.0, 9
 _PEAKS = "peaks"

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench import check
+from bench.device.stage import RESULT, Setting, Stage
+from bench.timing import time_interleaved, time_replayed
 from dbp_kernels.precision import products_in
 from dbp_kernels.verify.workers import Case
-
-from .. import check
-from ..timing import time_interleaved, time_replayed
-from .stage import RESULT, Setting, Stage
 
 _LIMIT, _PAIRS = 20.0, 9
 _SIZES, _REHEARSED = (576, 2304), (24,)
@@ -36,7 +35,7 @@ def _update(dim: int, device: torch.device) -> tuple[Callable[[], tuple], Callab
     S, R = Z.mT @ Z / Z.shape[1], torch.eye(dim, device=device)[None]
     return (
         lambda: backends.select(device.type).update_from_gram(S, R, 0.01, 0.5),
-        lambda: dbp.plans.update_from_gram(S.double(), R.double(), 0.01, 0.5),
+        lambda: dbp.rules.update_from_gram(S.double(), R.double(), 0.01, 0.5),
     )
 
 

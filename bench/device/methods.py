@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
-from ..algorithms import algorithms, geometry_of
-from ..registry import Case
-from ..rivals import Rival
+from bench.algorithms import algorithms, geometry_of
+from bench.registry import Case
+from bench.rivals import Rival
 
 
 def kernel_method(family: str, device: torch.device, dtype: torch.dtype) -> Rival:
@@ -18,7 +18,7 @@ def kernel_method(family: str, device: torch.device, dtype: torch.dtype) -> Riva
     @lru_cache
     def method(case: Case) -> Rival:
         from dbp_kernels import backends
-        from dbp_kernels.choices import gram_choices
+        from dbp_kernels.planning.choices import gram_choices
 
         if family in methods:  # a form by itself, "cuda_sm90"
             return methods[family]

@@ -11,10 +11,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from bench import cli, peaks
+from bench.device.stage import RESULT, SKIPPED
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
-
-from .. import cli, peaks
-from .stage import RESULT, SKIPPED
 
 CUT_SHORT, FAILED = "cut short", "failed"
 

@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from bench.device import faults
+from bench.device.groups import Group
+from bench.device.result import CUT_SHORT, Result
+from bench.device.stage import SKIPPED, Setting, Stage
 from dbp_kernels.verify.workers import (
     CRASHED,
     HUNG,
@@ -20,11 +24,6 @@ from dbp_kernels.verify.workers import (
     breaks_the_context,
     run_cases,
 )
-
-from . import faults
-from .groups import Group
-from .result import CUT_SHORT, Result
-from .stage import SKIPPED, Setting, Stage
 
 # A family that keeps crashing and hanging takes the time of all others: at this many points the rest
 # of its cases in the stage is left out.

@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.device.stage import SKIPPED, Setting, Stage
 from dbp_kernels.verify.workers import Case
-
-from .stage import SKIPPED, Setting, Stage
 
 TOOLS = ("memcheck", "racecheck")
 _LIMIT, _ERROR = 60.0, 9

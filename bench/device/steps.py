@@ -9,14 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from dbp_kernels.backends import NAMES, backend
-from dbp_kernels.graphs import WARM_UP
-from dbp_kernels.precision import matmul_precision
-from dbp_kernels.verify.workers import Case
-
-from ..kernels import Settings
-from ..networks import SMALL
-from ..steps import (
+from bench.device.layers import judged
+from bench.device.stage import DTYPE, RESULT, Setting, Stage
+from bench.kernels import Settings
+from bench.networks import SMALL
+from bench.steps import (
     BP,
     GPU_STEP_CASES,
     OURS,
@@ -26,8 +23,10 @@ from ..steps import (
     plain_step,
     run_step_case,
 )
-from .layers import judged
-from .stage import DTYPE, RESULT, Setting, Stage
+from dbp_kernels.backends import NAMES, backend
+from dbp_kernels.optim.graphs import WARM_UP
+from dbp_kernels.precision import matmul_precision
+from dbp_kernels.verify.workers import Case
 
 _LIMIT, _PAIRS, _SAMPLE = 60.0, 9, 0.1  # fewer pairs are too few for the bars
 NETWORKS = {case.name.split()[0]: case for case in GPU_STEP_CASES if "resnet34" not in case.name}

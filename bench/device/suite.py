@@ -13,10 +13,9 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench import machine
+from bench.device.stage import SKIPPED, Setting, Stage
 from dbp_kernels.verify.workers import Case
-
-from .. import machine
-from .stage import SKIPPED, Setting, Stage
 
 _LIMIT = 90.0
 _FIRST = ("test_cuda_device.py", "test_device.py")  # what only a device shows

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from bench import report, table
+from bench.device.describe import FOUND
+from bench.device.stage import SKIPPED
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
-
-from .. import report, table
-from .describe import FOUND
-from .stage import SKIPPED
 
 _MOST = 40  # lines of what went wrong
 

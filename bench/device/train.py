@@ -11,12 +11,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from bench import machine
+from bench.device import training
+from bench.device.stage import RESULT, SKIPPED, Setting, Stage
+from bench.device.training import BP, DBP, EAGER, METHODS, Images, Recipe
 from dbp_kernels.verify.workers import NOT_RUN, Case
-
-from .. import machine
-from . import training
-from .stage import RESULT, SKIPPED, Setting, Stage
-from .training import BP, DBP, EAGER, METHODS, Images, Recipe
 
 DATA = machine.ROOT / "data"  # CIFAR-10's parquet files, if there
 SECONDS = 68.0  # of each method's training and tests, at most

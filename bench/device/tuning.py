@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bench import registry, tune
+from bench.device.stage import RESULT, SKIPPED, Setting, Stage, before_colon
 from dbp_kernels.verify.workers import Case
-
-from .. import registry, tune
-from .stage import RESULT, SKIPPED, Setting, Stage, before_colon
 
 _LIMIT = 30.0
 _REHEARSED = (registry.conv(1, 9, 3, 2, padding=0),)

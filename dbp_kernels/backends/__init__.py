@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from ..verify import verdict
+from dbp_kernels.verify import verdict
 
 # "auto" takes the first usable one that is not in _ON_REQUEST.
 _MODULES = {

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..precision import update_products
+from dbp_kernels.precision import update_products
 
 # Of all functions together; the oldest goes first. One holds 10 KB of tables on the device for a
 # layer of a ResNet on average, 100 KB at most, and shares them with other layouts of its geometry.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbp_kernels.optim.decor_update import DecorUpdate
 from dbp_kernels.optim.site import Site
 from dbp_kernels.optim.swap import form
-from dbp_kernels.update import DecorUpdate
 
 
 class Engine(DecorUpdate):

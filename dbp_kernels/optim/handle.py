@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels.budget import ScheduleReport
-from dbp_kernels.optim.checkpoint import Checkpoint
+from dbp_kernels.optim.budget import ScheduleReport
+from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.optimizer_state import Checkpoint
 from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.optim.swap import Swap, form
-from dbp_kernels.update import DecorUpdate
 
 
 class Attached:

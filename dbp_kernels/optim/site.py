@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
-from dbp_kernels.capture import record, recorder_of
 from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.optim.kinds import Patches
 from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.sampling import record, recorder_of
 
 
 class Feed:

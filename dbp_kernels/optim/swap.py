@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels.capture import recorder_of
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import tf32_products
+from dbp_kernels.sampling import recorder_of
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..backends import unusable
-from .checks import Check
-from .checks import run as run_check
+from dbp_kernels.backends import unusable
+from dbp_kernels.verify.checks import Check
+from dbp_kernels.verify.checks import run as run_check
 
 FAMILIES = ("triton", "cuda")
 SCOPES = ("planned", "all")
@@ -44,7 +44,7 @@ def run(name: str, device: torch.device) -> dict[str, Any]:
 def capability_of(device: torch.device) -> int:
     """E.g. 90; that of the kernels that run on CPU tensors for a CPU."""
     if device.type != "cuda":
-        from ..backends.triton import runtime
+        from dbp_kernels.backends.triton import runtime
 
         return runtime.target(device)
     major, minor = torch.cuda.get_device_capability(device)

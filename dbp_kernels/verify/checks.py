@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..geometry import ConvGeometry, make_geometry
-from ..plans import UpdateRule
-from ..precision import products_in
+from dbp_kernels import reference
+from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
+from dbp_kernels.precision import products_in
+from dbp_kernels.rules import UpdateRule
 
 DTYPES = {
     "bf16": torch.bfloat16,

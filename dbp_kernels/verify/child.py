@@ -7,7 +7,7 @@ import argparse
 
 def main() -> None:
     """Serves the checks of ``cases.py``; errors of a broken device end the process, not the caller."""
-    from .workers import serve
+    from dbp_kernels.verify.workers import serve
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -16,7 +16,7 @@ def main() -> None:
     def ready() -> None:  # importing torch and making a context count as start-up
         import torch
 
-        from . import cases  # noqa: F401
+        from dbp_kernels.verify import cases  # noqa: F401
 
         torch.cuda.set_device(name)  # of which it is asked whether kernels are usable
         torch.zeros(1, device=name)
@@ -24,7 +24,7 @@ def main() -> None:
     def run(case: str) -> dict:
         import torch
 
-        from . import cases
+        from dbp_kernels.verify import cases
 
         return cases.run(case, torch.device(name))
 

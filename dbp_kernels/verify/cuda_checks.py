@@ -8,8 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backends.cuda import gram, library, pack, shift_plan, stats, update
-from .checks import RULE, Check, Problem, convolution, moments, statistics, weighed
+from dbp_kernels.backends.cuda import gram, library, pack, shift_plan, stats, update
+from dbp_kernels.verify.checks import (
+    RULE,
+    Check,
+    Problem,
+    convolution,
+    moments,
+    statistics,
+    weighed,
+)
 
 PRECISIONS = ("bf16", "ieee", "tf32", "fp16")
 # Two tiles of channels, the second one not full; strips at all borders.

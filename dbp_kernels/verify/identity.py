@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..version import __version__
+from dbp_kernels.version import __version__
 
 _FIELDS = (
     "family",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from . import cases, verdict
-from .verdict import Verdict
-from .workers import PASSED
+from dbp_kernels.verify import cases, verdict
+from dbp_kernels.verify.verdict import Verdict
+from dbp_kernels.verify.workers import PASSED
 
 NOTHING = 2  # exit status where there is nothing to verify
 
@@ -121,7 +121,7 @@ def _kernel(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def _write(verdicts: Sequence[Verdict], path: Path | None) -> Path:
-    from .. import info
+    from dbp_kernels import info
 
     if path is None:  # named by when, since "x" below overwrites nothing
         path = verdict.folder() / f"report-{time.strftime('%Y%m%d-%H%M%S')}.json"

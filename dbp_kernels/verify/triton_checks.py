@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.triton import (
+from dbp_kernels.backends.triton import (
     configs,
     gram_direct,
     gram_shift,
@@ -17,8 +17,16 @@ from ..backends.triton import (
     stats,
     update,
 )
-from ..backends.triton.configs import Config
-from .checks import RULE, Check, Problem, convolution, moments, statistics, weighed
+from dbp_kernels.backends.triton.configs import Config
+from dbp_kernels.verify.checks import (
+    RULE,
+    Check,
+    Problem,
+    convolution,
+    moments,
+    statistics,
+    weighed,
+)
 
 PRECISIONS = ("bf16", "ieee", "tf32", "fp16")  # the commonest first
 _OFTEN = ("bf16", "ieee")

@@ -23,8 +23,16 @@ from typing import Any
 
 import torch
 
-from . import identity
-from .workers import CRASHED, HUNG, NOT_RUN, OUT_OF_MEMORY, PASSED, Case, run_cases
+from dbp_kernels.verify import identity
+from dbp_kernels.verify.workers import (
+    CRASHED,
+    HUNG,
+    NOT_RUN,
+    OUT_OF_MEMORY,
+    PASSED,
+    Case,
+    run_cases,
+)
 
 VARIABLE = "DBP_VERIFY"
 MODES = ("once", "force", "off")
@@ -192,7 +200,7 @@ def check(
 
     With ``stop_early`` nothing more begins after a failure. Keeps nothing: see ``keep``.
     """
-    from . import cases
+    from dbp_kernels.verify import cases
 
     where = identity.describe(family, index)
     begin = time.monotonic()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dbp_kernels as dbp
-from dbp_kernels import stagger
+from dbp_kernels.optim import stagger
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
@@ -344,7 +344,7 @@ def test_A_is_that_of_W_when_learning_R_raises(monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("dbp_kernels.update.local_updates", full)
+    monkeypatch.setattr("dbp_kernels.optim.decor_update.local_updates", full)
     with pytest.raises(MemoryError):
         form.optimizer.step()
     assert all(map(torch.equal, before, map(form.decor.R, LAYERS)))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dbp_kernels as dbp
-from dbp_kernels import graphs
+from dbp_kernels.optim import graphs
 
 
 def network() -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...precision import tf32
-from ..prepared import ALIGNMENT
+from dbp_kernels.backends.prepared import ALIGNMENT
+from dbp_kernels.precision import tf32
 
 _NUMBERS = {torch.float16: 2, torch.bfloat16: 3}  # enum class DType in csrc/kernels/simt.cuh
 

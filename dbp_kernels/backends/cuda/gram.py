@@ -14,16 +14,23 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ...geometry import ConvGeometry
-from ..prepared import Gram, prepared
-from ..triton.work import MAX_PIXELS, Work, direct_program, make_tables, make_work, tile_pairs
-from ..triton.work import shift_work as box_work
-from . import library
-from .arguments import aligned_rows, dtype_number, four
-from .pack import empty_rows, pack
-from .reduce import reduction
-from .shift_plan import BLOCKS as SHIFT_BLOCKS
-from .shift_plan import ShiftPlan, make_shift_tables, shift_plan
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.backends.cuda.arguments import aligned_rows, dtype_number, four
+from dbp_kernels.backends.cuda.pack import empty_rows, pack
+from dbp_kernels.backends.cuda.reduce import reduction
+from dbp_kernels.backends.cuda.shift_plan import BLOCKS as SHIFT_BLOCKS
+from dbp_kernels.backends.cuda.shift_plan import ShiftPlan, make_shift_tables, shift_plan
+from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.triton.work import (
+    MAX_PIXELS,
+    Work,
+    direct_program,
+    make_tables,
+    make_work,
+    tile_pairs,
+)
+from dbp_kernels.backends.triton.work import shift_work as box_work
+from dbp_kernels.planning.geometry import ConvGeometry
 
 BLOCKS = (16, 32, 64, 128)  # sides of a tile, of gram_box and gram_direct
 _STEP = 32  # pixels

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..prepared import forget
+from dbp_kernels.backends.prepared import forget
 
 LIBRARY = Path(__file__).with_name("libdbp_cuda.so")
 

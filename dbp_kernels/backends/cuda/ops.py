@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...choices import gram_choices, stats_choices, update_choices
-from ...geometry import ConvGeometry
-from ...planner import Choice
-from ..eager import ops as eager
-from ..eager.matmul import symmetric_product
-from ..eager.unfold import rows
-from ..prepared import prepared
-from . import gram, stats
-from .update import update_direct, update_from_gram
+from dbp_kernels.backends.cuda import gram, stats
+from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
+from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager.matmul import symmetric_product
+from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.planning.choices import gram_choices, stats_choices, update_choices
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.planner import Choice
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 low_rank_update = eager.low_rank_update  # products only

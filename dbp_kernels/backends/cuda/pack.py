@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..prepared import prepared
-from . import library
-from .arguments import dtype_number, four, padded
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.backends.cuda.arguments import dtype_number, four, padded
+from dbp_kernels.backends.prepared import prepared
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..triton.work import Tables, Work
-from . import library
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.backends.triton.work import Tables, Work
 
 
 def reduction(work: Work, tables: Tables, samples: int) -> Callable[..., None]:

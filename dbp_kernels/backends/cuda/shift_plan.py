@@ -14,8 +14,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...geometry import ConvGeometry
-from ..triton.work import AXES, MAX_PIXELS, Box, Program, Work, make_work, shift_program
+from dbp_kernels.backends.triton.work import (
+    AXES,
+    MAX_PIXELS,
+    Box,
+    Program,
+    Work,
+    make_work,
+    shift_program,
+)
+from dbp_kernels.planning.geometry import ConvGeometry
 
 BLOCKS = (16, 32, 64)
 SHARED_LIMIT = 99 << 10  # bytes a block of threads can have on every supported GPU

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...geometry import ConvGeometry
-from ..prepared import prepared
-from . import library
-from .arguments import dtype_number, four
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.backends.cuda.arguments import dtype_number, four
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.planning.geometry import ConvGeometry
 
 MAX_DIM = 128
 _MAX_SAMPLES = 2**31 - 129

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import plans
-from ...precision import products_of_change
-from ..eager.matmul import symmetric_product
-from . import library
+from dbp_kernels import rules
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.backends.eager.matmul import symmetric_product
+from dbp_kernels.precision import products_of_change
 
 _CHUNK = 4096  # elements that leave one partial sum of the loss: update::kChunk
 
 
-def weigh(M: Tensor, rule: plans.UpdateRule) -> Tensor:
+def weigh(M: Tensor, rule: rules.UpdateRule) -> Tensor:
     """Turns M = <x x^T> (G, D, D) into c C + v V, in place. Returns the loss (G,)."""
     groups, dim, _ = M.shape
     partials = M.new_empty(groups * -(-dim * dim // _CHUNK))
@@ -44,8 +44,8 @@ def update_from_gram(
 ) -> tuple[Tensor, Tensor]:
     """As ``plans.update_from_gram``."""
     if R.dtype != torch.float32 or S.dtype != torch.float32:
-        return plans.update_from_gram(S, R, lr, kappa, rule, overwrite)
-    weights = plans.UpdateRule.make(rule, kappa, R.shape[-1])
+        return rules.update_from_gram(S, R, lr, kappa, rule, overwrite)
+    weights = rules.UpdateRule.make(rule, kappa, R.shape[-1])
     P = torch.bmm(S, R.mT)
     M = symmetric_product(P, R.mT, out=S if overwrite and S.is_contiguous() else None)
     loss = weigh(M, weights)
@@ -58,8 +58,8 @@ def update_direct(
 ) -> tuple[Tensor, Tensor]:
     """As ``plans.update_direct``."""
     if R.dtype != torch.float32 or Z.dtype != torch.float32:
-        return plans.update_direct(Z, R, lr, kappa, rule)
-    weights = plans.UpdateRule.make(rule, kappa, R.shape[-1])
+        return rules.update_direct(Z, R, lr, kappa, rule)
+    weights = rules.UpdateRule.make(rule, kappa, R.shape[-1])
     X = torch.bmm(Z, R.mT)
     M = symmetric_product(X, X, alpha=1 / Z.shape[1])
     loss = weigh(M, weights)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import onednn
+from dbp_kernels.backends.eager import onednn
 
 # X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
 # need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...calibration import machine
+from dbp_kernels.planning.calibration import machine
 
 _ARGUMENTS = [
     "Tensor",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import plans
-from ...choices import gram_choices, update_choices
-from ...geometry import ConvGeometry
-from ...planner import Choice
-from ...precision import statistics_dtype
-from .matmul import matmul
-from .self_wgrad import patch_gram_self_wgrad
-from .shift import patch_gram_shift
-from .unfold import patch_gram_unfold, rows, windows
+from dbp_kernels import rules
+from dbp_kernels.backends.eager.matmul import matmul
+from dbp_kernels.backends.eager.self_wgrad import patch_gram_self_wgrad
+from dbp_kernels.backends.eager.shift import patch_gram_shift
+from dbp_kernels.backends.eager.unfold import patch_gram_unfold, rows, windows
+from dbp_kernels.planning.choices import gram_choices, update_choices
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.planner import Choice
+from dbp_kernels.precision import statistics_dtype
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
@@ -61,9 +61,9 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
     return M, V
 
 
-update_from_gram = plans.update_from_gram
-update_direct = plans.update_direct
-low_rank_update = plans.low_rank_update
+update_from_gram = rules.update_from_gram
+update_direct = rules.update_direct
+low_rank_update = rules.low_rank_update
 
 
 def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool) -> Tensor:
@@ -81,14 +81,14 @@ def work_out(
     rule: str,
     demean: bool,
     choice: Choice | None = None,
-) -> tuple[plans.Update, Tensor]:
+) -> tuple[rules.Update, Tensor]:
     """The update that R is due, and loss (groups,), by the planner's choice of plan unless given."""
     choice = choice or update_choices(geometry, x.device.type, x.dtype, "eager")[0]
     if choice.name == "gram":
         S = _centred_gram(x, geometry, demean, choice.gram)
-        return plans.gram_update(S, R, lr, kappa, rule, overwrite=True)
+        return rules.gram_update(S, R, lr, kappa, rule, overwrite=True)
     Z = patches(x, geometry, R.dtype, demean)
-    plan = plans.direct_update if choice.name == "direct" else plans.low_rank_update
+    plan = rules.direct_update if choice.name == "direct" else rules.low_rank_update
     return plan(Z, R, lr, kappa, rule)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import plain
-from ...precision import tf32_products
-from . import onednn
+from dbp_kernels.backends.eager import onednn
+from dbp_kernels.plain_call import plain
+from dbp_kernels.precision import tf32_products
 
 # BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
 # Parts of the inner dimension, of this size each, occupy them.

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...geometry import Axis, ConvGeometry, Window, cut
-from ...precision import convolutions_as_matmul, statistics_dtype
+from dbp_kernels.planning.geometry import Axis, ConvGeometry, Window, cut
+from dbp_kernels.precision import convolutions_as_matmul, statistics_dtype
 
 # Libraries add up a weight gradient's long sums one after the other, and lose digits: so many
 # positions at a time keep float32 within twice the error of a plain matrix product.

@@ -32,10 +32,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...geometry import Axis, ConvGeometry, PairClass, Window
-from ...precision import product_dtype, statistics_dtype
-from .matmul import mirror, panels, product, upper_product
-from .unfold import channels_first, chunks, windows
+from dbp_kernels.backends.eager.matmul import mirror, panels, product, upper_product
+from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
+from dbp_kernels.planning.geometry import Axis, ConvGeometry, PairClass, Window
+from dbp_kernels.precision import product_dtype, statistics_dtype
 
 Phases = tuple[int, ...]
 

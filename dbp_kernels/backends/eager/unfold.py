@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...geometry import ConvGeometry
-from ...precision import product_dtype, statistics_dtype
-from .matmul import mirror, panels, upper_product
+from dbp_kernels.backends.eager.matmul import mirror, panels, upper_product
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.precision import product_dtype, statistics_dtype
 
 # Elements of a buffer. Larger ones are new memory at every call (of C libraries, glibc's from 32 MiB
 # on), and an element of them costs up to three times as much.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import runtime
+from dbp_kernels.backends.triton import runtime
 
 # A pinned configuration serves problems whose sizes differ from its own by this factor in all.
 _NEAR = 4

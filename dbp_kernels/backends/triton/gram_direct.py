@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import Axis, ConvGeometry
-from ..prepared import Gram, prepared
-from . import gram_shift, runtime
-from .configs import Config, configs, pinned, precision_key
-from .dot import dot
-from .im2col import STRIDES, columns, im2col, patches, pixels
-from .reduce import reduction
-from .runtime import KernelCase, Launch
-from .work import direct_program, make_tables, make_work, tile_pairs
+from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.triton import gram_shift, runtime
+from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
+from dbp_kernels.backends.triton.dot import dot
+from dbp_kernels.backends.triton.im2col import STRIDES, columns, im2col, patches, pixels
+from dbp_kernels.backends.triton.reduce import reduction
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.backends.triton.work import direct_program, make_tables, make_work, tile_pairs
+from dbp_kernels.planning.geometry import Axis, ConvGeometry
 
 
 @triton.jit(do_not_specialize=("width", *STRIDES))

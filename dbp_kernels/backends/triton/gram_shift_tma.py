@@ -21,16 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...geometry import Axis, ConvGeometry
-from ..prepared import Gram, prepared
-from . import runtime
-from .configs import Config, configs, pinned, precision_key
-from .dot import dot
-from .gram_shift import divide, programs, sizes
-from .pack import pack_into, padded, vector
-from .reduce import reduction
-from .runtime import KernelCase, Launch
-from .work import (
+from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.triton import runtime
+from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
+from dbp_kernels.backends.triton.dot import dot
+from dbp_kernels.backends.triton.gram_shift import divide, programs, sizes
+from dbp_kernels.backends.triton.pack import pack_into, padded, vector
+from dbp_kernels.backends.triton.reduce import reduction
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.backends.triton.work import (
     AXES,
     MAX_PIXELS,
     Box,
@@ -41,6 +40,7 @@ from .work import (
     signed,
     tile_pairs,
 )
+from dbp_kernels.planning.geometry import Axis, ConvGeometry
 
 KERNEL = "gram_shift_tma"
 _MAX_INT = 2**31 - 1

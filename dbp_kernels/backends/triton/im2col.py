@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import Axis, ConvGeometry
-from .gram_shift import divide
-from .work import AXES as MAX_AXES
-from .work import MAX_PIXELS, reciprocal
+from dbp_kernels.backends.triton.gram_shift import divide
+from dbp_kernels.backends.triton.work import AXES as MAX_AXES
+from dbp_kernels.backends.triton.work import MAX_PIXELS, reciprocal
+from dbp_kernels.planning.geometry import Axis, ConvGeometry
 
 MAX_INT = 2**31 - 1
 STRIDES = ("stride_n", "stride_c", "stride_z", "stride_y", "stride_x")

@@ -8,19 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ... import plans
-from ...choices import gram_choices, stats_choices, update_choices
-from ...geometry import ConvGeometry
-from ...planner import Choice
-from ...plans import UpdateRule
-from ..eager import ops as eager
-from ..eager.unfold import rows
-from ..prepared import Gram, prepared
-from . import configs, gram_shift, gram_shift_tma, stats, update
-from .gram_direct import direct_gram
-from .product import product
-from .runtime import dot_precision, target
-from .work import MAX_PIXELS
+from dbp_kernels import rules
+from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, stats, update
+from dbp_kernels.backends.triton.gram_direct import direct_gram
+from dbp_kernels.backends.triton.product import product
+from dbp_kernels.backends.triton.runtime import dot_precision, target
+from dbp_kernels.backends.triton.work import MAX_PIXELS
+from dbp_kernels.planning.choices import gram_choices, stats_choices, update_choices
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.planner import Choice
+from dbp_kernels.rules import UpdateRule
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 
@@ -126,7 +126,7 @@ def update_from_gram(
 ) -> tuple[Tensor, Tensor]:
     """As ``plans.update_from_gram``; all matrices of the batch in the same launches."""
     own = R.dtype == torch.float32
-    call = update.update_from_gram if own else plans.update_from_gram
+    call = update.update_from_gram if own else rules.update_from_gram
     return call(S, R, lr, kappa, rule, overwrite)
 
 
@@ -134,14 +134,14 @@ def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
     """As ``plans.update_direct``; all matrices of the batch in the same launches."""
-    call = update.update_direct if R.dtype == torch.float32 else plans.update_direct
+    call = update.update_direct if R.dtype == torch.float32 else rules.update_direct
     return call(Z, R, lr, kappa, rule)
 
 
 def low_rank_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[plans.LowRankUpdate, Tensor]:
+) -> tuple[rules.LowRankUpdate, Tensor]:
     """As ``plans.low_rank_update``."""
     if R.dtype != torch.float32:
-        return plans.low_rank_update(Z, R, lr, kappa, rule)
-    return plans.low_rank_update(Z, R, lr, kappa, rule, product)
+        return rules.low_rank_update(Z, R, lr, kappa, rule)
+    return rules.low_rank_update(Z, R, lr, kappa, rule, product)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..prepared import ALIGNMENT, prepared
-from .runtime import KernelCase, Launch
+from dbp_kernels.backends.prepared import ALIGNMENT, prepared
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch
 
 _MAX_INT = 2**31 - 1
 _TILES = ((32, 64), (128, 16))  # (pixels, channels) of one program; the second for few channels

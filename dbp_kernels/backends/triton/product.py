@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...precision import update_products
-from ..prepared import prepared
-from .configs import Config, configs, pinned
-from .dot import dot
-from .runtime import KernelCase, Launch, target
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.triton.configs import Config, configs, pinned
+from dbp_kernels.backends.triton.dot import dot
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch, target
+from dbp_kernels.precision import update_products
 
 
 @triton.jit

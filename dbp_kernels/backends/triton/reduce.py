@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .runtime import KernelCase, Launch
-from .work import SYMMETRIC, TRANSPOSED, Tables, Work
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.backends.triton.work import SYMMETRIC, TRANSPOSED, Tables, Work
 
 _TRANSPOSED = tl.constexpr(TRANSPOSED)
 _SYMMETRIC = tl.constexpr(SYMMETRIC)

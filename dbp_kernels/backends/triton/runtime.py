@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...precision import tf32
-from ..prepared import ALIGNMENT, forget
+from dbp_kernels.backends.prepared import ALIGNMENT, forget
+from dbp_kernels.precision import tf32
 
 # Triton reads this once, when it is imported: the kernels of a process are either all interpreted
 # (on CPU tensors) or all compiled.

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import ConvGeometry
-from ...plans import UpdateRule
-from ..prepared import prepared
-from .configs import Config, configs, pinned
-from .dot import round_tf32
-from .gram_direct import sizes
-from .im2col import STRIDES, columns, im2col, patches, pixels, readable
-from .runtime import KernelCase, Launch, dot_precision, sm_count, target
-from .update import upper_tile
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.triton.configs import Config, configs, pinned
+from dbp_kernels.backends.triton.dot import round_tf32
+from dbp_kernels.backends.triton.gram_direct import sizes
+from dbp_kernels.backends.triton.im2col import STRIDES, columns, im2col, patches, pixels, readable
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch, dot_precision, sm_count, target
+from dbp_kernels.backends.triton.update import upper_tile
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.rules import UpdateRule
 
 
 @triton.jit(do_not_specialize=STRIDES)

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plans import UpdateRule
-from ...precision import products_of_change, update_products
-from ..prepared import prepared
-from .configs import Config, configs, pinned
-from .dot import dot
-from .product import product
-from .runtime import KernelCase, Launch, sm_count, target
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.triton.configs import Config, configs, pinned
+from dbp_kernels.backends.triton.dot import dot
+from dbp_kernels.backends.triton.product import product
+from dbp_kernels.backends.triton.runtime import KernelCase, Launch, sm_count, target
+from dbp_kernels.precision import products_of_change, update_products
+from dbp_kernels.rules import UpdateRule
 
 
 @triton.jit

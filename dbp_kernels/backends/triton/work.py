@@ -25,7 +25,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ...geometry import Axis, ConvGeometry, PairClass
+from dbp_kernels.planning.geometry import Axis, ConvGeometry, PairClass
 
 # In steps of block_k pixels: what an item costs beside its steps, and how short a part may be. The
 # partial tile is written here and read again by the reduction.

@@ -1,0 +1,143 @@
+"""The first argument and the options of ``DecorUpdate``: parsed and checked before anything changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
+from typing import Any
+
+from torch import nn
+
+from dbp_kernels import distributed, rules
+from dbp_kernels.nn import is_decorrelated
+from dbp_kernels.optim.site import Site
+from dbp_kernels.precision import MATMUL_PRECISIONS
+
+_SAMPLINGS = ("first", "random")
+COSTS = ("measured", "planned")  # where a budget's come from
+
+_Layers = dict[str, nn.Module]
+
+
+def as_groups(model: Any) -> list[dict[str, Any]]:
+    if isinstance(model, nn.Module):
+        return [{"modules": model}]
+    if isinstance(model, dict) or not isinstance(model, Iterable):
+        raise TypeError(
+            f"model={type(model).__name__}: expected a torch.nn.Module, an iterable of modules, or "
+            "a list of groups {'modules': ..., 'lr': ...}"
+        )
+    entries = list(model)
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        return entries
+    return [{"modules": entries}]
+
+
+def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _Layers]:
+    """(options, layers by name) of one group."""
+    if not isinstance(group, dict) or "modules" not in group:
+        raise TypeError(f"group={group!r}: expected a dict with the key 'modules'")
+    options = {key: value for key, value in group.items() if key != "modules"}
+    unknown = set(options) - set(defaults) - {"initial_lr"}
+    if unknown:
+        raise ValueError(f"group has unknown options {sorted(unknown)}: expected {list(defaults)}")
+    layers: _Layers = {}
+    for name, layer in _decorrelated_layers(group["modules"]):
+        if layer in layers.values():
+            continue
+        if name in layers:
+            raise ValueError(f"two layers are called {name!r}: expected a name for each")
+        layers[name] = layer
+    if not layers:
+        raise ValueError(
+            "found no decorrelated layer in the model or group: expected layers of "
+            "dbp_kernels.nn; call dbp_kernels.decorrelate_model(model) first"
+        )
+    return checked_options({**defaults, **options}), layers
+
+
+def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Names and layers of a module, or of an iterable of modules or (name, module) pairs."""
+    if isinstance(modules, nn.Module):
+        for name, module in distributed.unwrap(modules).named_modules():
+            if is_decorrelated(module):
+                yield name or type(module).__name__, module
+        return
+    if not isinstance(modules, Iterable):
+        raise TypeError(f"modules={modules!r}: expected a torch.nn.Module or several")
+    for index, entry in enumerate(modules):
+        name, module = entry if isinstance(entry, tuple) and len(entry) == 2 else (index, entry)
+        if isinstance(module, Site):
+            yield str(name), module
+            continue
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules contains {entry!r}: expected a torch.nn.Module")
+        for inner, layer in distributed.unwrap(module).named_modules():
+            if is_decorrelated(layer):
+                yield ".".join(filter(None, (str(name), inner))) or type(layer).__name__, layer
+
+
+def check_groups(groups: list[tuple[Any, _Layers]]) -> None:
+    seen: dict[nn.Module, str] = {}
+    for _, layers in groups:
+        for name, layer in layers.items():
+            if layer in seen:
+                raise ValueError(
+                    f"layer {name!r} is in more than one group (also as {seen[layer]!r}): expected "
+                    "every layer once"
+                )
+            seen[layer] = name
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# For each option: what it is turned into, whether a value is valid, and what is.
+_OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
+    "lr": (
+        float,
+        lambda v: _is_number(v, Real) and 0 <= v < math.inf,
+        "a finite number of at least 0",
+    ),
+    "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
+    "sample": (
+        lambda v: int(v) if isinstance(v, Integral) else float(v),
+        lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
+        "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
+    ),
+    "rule": (str, lambda v: v in rules.RULES, f"one of {rules.RULES}"),
+    "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
+    "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "budget": (
+        lambda v: None if v is None else float(v),
+        lambda v: v is None or (_is_number(v, Real) and 0 < v < 1),
+        "None, or a share of the training step above 0 and below 1",
+    ),
+    "costs": (str, lambda v: v in COSTS, f"one of {COSTS}"),
+    "matmul_precision": (
+        lambda v: v,
+        lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
+        f"None or one of {tuple(MATMUL_PRECISIONS)}",
+    ),
+    "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
+    "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
+}
+
+
+def checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as plain Python values; names it does not know pass through.
+
+    Raises ValueError naming the option, its value and what was expected.
+    """
+    checked = dict(options)
+    for name in options:
+        if name not in _OPTIONS:
+            continue
+        convert, valid, expected = _OPTIONS[name]
+        if not valid(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: expected {expected}")
+        checked[name] = convert(options[name])
+    return checked

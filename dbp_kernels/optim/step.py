@@ -1,0 +1,274 @@
+"""What one ``DecorUpdate.step()`` computes: every layer's update and loss, small equal ones together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbp_kernels import backends, distributed, functional, rules
+from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager.unfold import rows
+from dbp_kernels.ops import check_update, geometry_of, patch_gram, patch_mean
+from dbp_kernels.plain_call import plain
+from dbp_kernels.planning.choices import update_choices
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.planner import Choice
+
+# Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
+# above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
+_SMALL = {"gram": 128, "direct": 256, "samples": 256}
+# GUESS, not measured: above this D one layer's tiles fill a GPU, and stacking only costs memory.
+_SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
+
+
+@dataclass
+class Job:
+    """One layer's update in one step."""
+
+    layer: nn.Module
+    samples: list[Tensor]
+    options: dict[str, Any]
+    index: int = 0  # of the layer, among all of its optimiser's
+
+    @property
+    def R(self) -> Tensor:
+        return self.layer.R
+
+    @property
+    def grouped_R(self) -> Tensor:
+        """R as (groups, D, D)."""
+        R = self.R  # a module looks long for its buffers
+        return R.view(-1, *R.shape[-2:])
+
+    @property
+    def demean(self) -> bool:
+        return self.options["demean"]
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        return {key: self.options[key] for key in ("lr", "kappa", "rule")}
+
+    def check(self) -> None:
+        """Raises as ``decor_update``: options and R may have been set by hand meanwhile."""
+        R = self.R
+        check_update(R, **self.rule, dim=R.shape[-1])
+
+    def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
+        """Those of the samples, batch by batch, and where and as what these are."""
+        inputs = self.inputs()
+        x = inputs[0][0]
+        return [seen.geometry for _, seen in inputs], x.device, x.dtype
+
+    def inputs(self) -> list[tuple[Tensor, _Seen]]:
+        """The samples in as few batches as their shapes allow, on R's device, as the ops see them."""
+        arguments = self.layer._patch_geometry()
+        device = self.R.device
+        samples = [sample.to(device) for sample in self.samples]
+        if not arguments["kernel_size"]:
+            samples = [sample.reshape(-1, sample.shape[-1]) for sample in samples]
+        if len(samples) > 1:
+            alike: dict[Any, list[Tensor]] = {}
+            for sample in samples:
+                alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
+            samples = [torch.cat(batch) for batch in alike.values()]
+        result = []
+        for batch in samples:
+            seen = _seen(batch.shape, batch.dtype, *map(_hashable, arguments.items()))
+            if any(seen.pad):
+                batch = F.pad(batch, seen.pad, mode=seen.pad_mode)
+            result.append((batch, seen))
+        return result
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How ops see a batch of samples: padded like this, with these arguments after the input."""
+
+    pad: tuple[int, ...]
+    pad_mode: str
+    arguments: tuple
+    geometry: ConvGeometry
+
+
+@lru_cache(maxsize=4096)
+def _seen(shape: torch.Size, dtype: torch.dtype, *layer: tuple[str, Any]) -> _Seen:
+    """Kept: to work it out anew for every layer takes a good part of a step's time on the host."""
+    arguments = {**_NO_WINDOW, **dict(layer)}
+    pad, mode, op_arguments, _ = functional.resolved(shape, **arguments)
+    # nothing but the shape of the padded batch counts
+    padded = F.pad(torch.empty(shape, dtype=dtype, device="meta"), pad)
+    return _Seen(pad, mode, op_arguments, geometry_of(padded, *op_arguments))
+
+
+_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+
+
+def _hashable(item: tuple[str, Any]) -> tuple[str, Any]:
+    """A layer's argument, which may have been set by hand to a list."""
+    name, value = item
+    return (name, tuple(value)) if isinstance(value, list) else item
+
+
+# R_new, or what is to be done to R: either way, R itself has not changed yet.
+Update = Tensor | rules.Update
+
+
+def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
+    """(update, loss) of every job from this process's samples, small equal layers together."""
+    results: dict[int, tuple[Update, Tensor]] = {}
+    buckets: dict[Any, list[tuple[int, _Task]]] = {}
+    selected: dict[torch.device, str] = {}  # asked once: the answer takes longer than a launch
+    for index, job in enumerate(jobs):
+        device = job.R.device
+        if device not in selected:
+            selected[device] = backends.selected(device)
+        task = _task(job, selected[device])
+        if task is None:
+            results[index] = update_from(job, moments_of(job))
+            continue
+        key = _bucket(task)
+        if key is None:
+            results[index] = _update_alone(task)
+        else:
+            buckets.setdefault(key, []).append((index, task))
+    for members in buckets.values():
+        indices, tasks = zip(*members)
+        updates = [_update_alone(*tasks)] if len(tasks) == 1 else _update_together(tasks)
+        results.update(zip(indices, updates))
+    return [results[index] for index in range(len(jobs))]
+
+
+@dataclass
+class _Task:
+    """A job whose samples are one input of an op.
+
+    Attributes:
+        R: (groups, D, D).
+        x: the input.
+        seen: how the op sees it.
+        backend: the name of the one to run on.
+        choice: the planner's; None: what is unusual is the op's to check and to compute.
+    """
+
+    job: Job
+    R: Tensor
+    x: Tensor
+    seen: _Seen
+    backend: str
+    choice: Choice | None
+
+    @property
+    def patches(self) -> Tensor:
+        """Z (groups, n, D) in R's dtype."""
+        return eager.patches(self.x, self.seen.geometry, self.R.dtype, self.job.demean)
+
+
+def _task(job: Job, backend: str) -> _Task | None:
+    """All samples as one input of an op; None: moments are better.
+
+    Few patches from inputs of several shapes become rows, so that the planner has its choice.
+    """
+    R, inputs = job.grouped_R, job.inputs()
+    if len(inputs) == 1:
+        ((x, seen),) = inputs
+    else:
+        if sum(seen.geometry.samples for _, seen in inputs) > R.shape[1]:
+            return None
+        Z = torch.cat([rows(x, seen.geometry, R.dtype) for x, seen in inputs], 1)
+        x = Z.transpose(0, 1).flatten(1)
+        seen = _seen(x.shape, x.dtype, ("kernel_size", ()), ("groups", R.shape[0]))
+    return _Task(job, R, x, seen, backend, _choice(x, R, seen.geometry, backend))
+
+
+def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
+    """The planner's; None as in `_Task`."""
+    if (
+        geometry.dim == 0
+        or R.shape[:2] != (geometry.groups, geometry.dim)
+        or geometry.samples == 0
+        or (x.dtype == torch.float64) != (R.dtype == torch.float64)
+        or (backend != "eager" and not plain(x, R))  # kernels read memory, and nobody looks on
+    ):
+        return None
+    return update_choices(geometry, R.device.type, x.dtype, backend)[0]
+
+
+def _bucket(task: _Task) -> tuple | None:
+    """The plan, and all that layers must share to be updated together; None: each by itself."""
+    R, geometry, choice = task.R, task.seen.geometry, task.choice
+    small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
+    if choice is None or geometry.dim > small[choice.name]:
+        return None
+    n = None if choice.name == "gram" else geometry.samples
+    job = task.job
+    return choice.name, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
+
+
+def _update_alone(task: _Task) -> tuple[Update, Tensor]:
+    job, choice, geometry = task.job, task.choice, task.seen.geometry
+    if choice is None:
+        operands = task.x, job.R, *task.seen.arguments
+        return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+    backend = backends.module(task.backend)
+    if choice.name == "samples":
+        update, loss = backend.low_rank_update(task.patches, task.R, **job.rule)
+    else:
+        # eager's stops short of changing R, which saves memory
+        work_out = eager.work_out if backend is eager else backend.decor_update
+        options = {**job.rule, "demean": job.demean, "choice": choice}
+        update, loss = work_out(task.x, task.R, geometry, **options)
+    return update, _means(loss, 1)[0]
+
+
+def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
+    R = torch.cat([task.R for task in tasks])
+    job, plan = tasks[0].job, tasks[0].choice.name
+    backend = backends.module(tasks[0].backend)
+    if plan == "gram":
+        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.gram) for t in tasks])
+        if job.demean:
+            m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+        R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
+    else:
+        Z = torch.cat([task.patches for task in tasks])
+        if plan == "direct":
+            R_new, loss = backend.update_direct(Z, R, **job.rule)
+        else:
+            update, loss = backend.low_rank_update(Z, R, **job.rule)
+            R_new = update.new(R)
+    return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
+
+
+def _means(loss: Tensor, layers: int) -> Sequence[Tensor]:
+    """Each layer's mean, 0-dimensional, over as many groups as the others have."""
+    return (loss if len(loss) == layers else loss.view(layers, -1).mean(1)).unbind()
+
+
+def moments_of(job: Job) -> distributed.Moments:
+    """Sums over all patches of the job's samples."""
+    R = job.grouped_R
+    total = distributed.Moments(
+        torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
+    )
+    for x, seen in job.inputs():
+        n = seen.geometry.samples
+        total.second.add_(patch_gram(x, *seen.arguments).to(R.dtype), alpha=n)
+        if job.demean:
+            total.first.add_(patch_mean(x, *seen.arguments).to(R.dtype), alpha=n)
+        total.count.add_(n)
+    return total
+
+
+def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
+    """(R_new, loss) of one job from the moments of all its samples."""
+    backend = backends.select(job.R.device)
+    R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
+    return R_new, loss.mean()

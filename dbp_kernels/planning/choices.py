@@ -1,0 +1,56 @@
+"""The planner asked on behalf of a backend, the selected one unless named, for tensors of a dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from dbp_kernels import backends
+from dbp_kernels.backends.cuda import library
+from dbp_kernels.planning import planner
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.precision import statistics_dtype, tf32, update_products
+
+_HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def gram_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[planner.Choice, ...]:
+    """The algorithms for S of an input of this dtype, cheapest first."""
+    where = _where(device_type, dtype, backend)
+    return planner.gram_choices(geometry, *where[:5], *where[6:])
+
+
+def update_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[planner.Choice, ...]:
+    """The plans for one update from samples of this dtype, cheapest first."""
+    return planner.update_choices(geometry, *_where(device_type, dtype, backend))
+
+
+def stats_choices(
+    geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[planner.Choice, ...]:
+    """The ways to C and V from samples of this dtype, cheapest first."""
+    where = _where(device_type, dtype, backend)
+    return planner.stats_choices(geometry, *where[:5], *where[6:])
+
+
+def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
+    """The planner's arguments, after the geometry; the sixth is for updates only."""
+    itemsize = statistics_dtype(dtype).itemsize
+    backend = backend or backends.selected(device_type)
+    if dtype == torch.float64 or (backend == "eager" and device_type != "cuda"):
+        return device_type, itemsize  # products of float32 or float64
+    float32 = "tf32" if tf32() else "ieee"
+    sm90 = backend == "cuda" and library.sm90_problem() is None
+    # interpreted kernels make the choices of a GPU
+    return "cuda", itemsize, backend, _HALF.get(dtype, float32), float32, _products(backend), sm90
+
+
+def _products(backend: str) -> tuple[str, str]:
+    """The precisions of what forms M and of what changes R."""
+    both = update_products()
+    if both == "tf32x3":
+        return both if backend == "triton" else "ieee", "tf32"
+    return both, both
