@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
-from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import record
 
 __all__ = [
@@ -47,6 +47,32 @@ def set_identity_(R: Tensor) -> Tensor:
     return R
 
 
+def fused_weight(weight: Tensor, R: Tensor, transposed: bool) -> Tensor:
+    """A = W R for good, in the weight's dtype; ``weight`` itself where R is exactly the identity.
+
+    Args:
+        weight: as the layer's: (out, ...), or (in, out/groups, ...) where ``transposed``.
+        R: (D, D), or (groups, D, D) with groups > 1.
+        transposed: whether the patch runs along the weight's first dimension, as in transposed
+            convolutions.
+
+    The product is of float32, whatever torch is set to, or of float64 where either is. Raises
+    ValueError if R does not fit.
+    """
+    groups = R.shape[0] if R.dim() == 3 else 1
+    R = R.to(statistics_dtype(torch.promote_types(R.dtype, weight.dtype)))
+    if not R.is_meta and torch.equal(R, identity_R(groups, R.shape[-1], R.device, R.dtype)):
+        return weight
+    with matmul_precision("highest"), without_autocast(weight), torch.no_grad():
+        return _condensed(weight.to(R.dtype), R, groups, transposed).to(weight.dtype)
+
+
+def _condensed(weight: Tensor, R: Tensor, groups: int, transposed: bool) -> Tensor:
+    if transposed:
+        return functional.condensed_weight_transposed(weight, R, groups)
+    return functional.condensed_weight(weight, R, groups)
+
+
 class _Decorrelated(nn.Module):
     """What every decorrelated layer shares: the buffer R, its precision, its checkpoints.
 
@@ -56,6 +82,7 @@ class _Decorrelated(nn.Module):
     """
 
     R: Tensor
+    _transposed = False  # whether the patch runs along the weight's first dimension
     # Class attributes, so that surgery can turn a plain layer into this class.
     _recorder = None
     _recorder_key = None
@@ -95,7 +122,7 @@ class _Decorrelated(nn.Module):
 
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
-        return functional.condensed_weight(self.weight, self.R, getattr(self, "groups", 1))
+        return _condensed(self.weight, self.R, self._patch_size()[0], self._transposed)
 
     # R.
 
@@ -272,6 +299,8 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
     (groups, D, D) with groups > 1.
     """
 
+    _transposed = True
+
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, H, W) or (C, H, W), as torch.nn.ConvTranspose2d, with its output_size."""
         if self.padding_mode != "zeros":
@@ -285,9 +314,6 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
         output = functional.decor_conv_transpose2d(input, self.weight, self.R, self.bias, *window)
         record(self, input)
         return output
-
-    def _condense(self) -> Tensor:
-        return functional.condensed_weight_transposed(self.weight, self.R, self.groups)
 
     def _patch_geometry(self) -> dict[str, Any]:
         return {"kernel_size": (1, 1), "groups": self.groups}
