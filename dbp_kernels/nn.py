@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# What a layer notes beside its entries in a state_dict, in _metadata: its _transposed.
+TRANSPOSED = "dbp_transposed"
+
+
 def identity_R(
     groups: int, size: int, device: torch.device | str | None, dtype: torch.dtype
 ) -> Tensor:
@@ -82,7 +86,8 @@ class _Decorrelated(nn.Module):
     """
 
     R: Tensor
-    _transposed = False  # whether the patch runs along the weight's first dimension
+    # Whether the patch runs along the weight's first dimension; None where there is no weight.
+    _transposed: bool | None = False
     # Class attributes, so that surgery can turn a plain layer into this class.
     _recorder = None
     _recorder_key = None
@@ -154,6 +159,13 @@ class _Decorrelated(nn.Module):
         return self
 
     # Checkpoints and copies.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        notes = getattr(destination, "_metadata", {})
+        notes.setdefault(prefix[:-1], {})[TRANSPOSED] = self._transposed
 
     def _load_from_state_dict(
         self,
@@ -340,6 +352,8 @@ class Decorrelate(_Decorrelated):
     Raises:
         ValueError: num_features is not a positive int.
     """
+
+    _transposed = None
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ def decorrelate_model(
         ValueError: a name in include/exclude matches no module, or a layer has an attribute R of
             its own. Nothing is changed.
     """
-    _check_model(model)
+    check_model(model)
     selection = Selection(unwrap(model), include, exclude)
     chosen, left_alone = {}, {}
     for module, names in selection.names.items():
@@ -177,7 +177,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
             plain parameter (weight_norm, pruning, parametrisations), or its ``forward`` has been
             replaced on the instance; remove those first. Nothing is changed.
     """
-    _check_model(model)
+    check_model(model)
     weights: dict[nn.Module, nn.Parameter] = {}
     for name, module in unwrap(model).named_modules():
         if not dbp_nn.is_decorrelated(module) or isinstance(module, dbp_nn.Decorrelate):
@@ -206,7 +206,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
