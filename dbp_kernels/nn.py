@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
+from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import record
 
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 
+# Attributes of a layer that are there because an optimiser is: copies and plain layers have none.
+OF_THE_OPTIMISER = ("_recorder", "_recorder_key", "_order_known")
 # What a layer notes beside its entries in a state_dict, in _metadata: its _transposed.
 TRANSPOSED = "dbp_transposed"
 
@@ -91,6 +94,7 @@ class _Decorrelated(nn.Module):
     # Class attributes, so that surgery can turn a plain layer into this class.
     _recorder = None
     _recorder_key = None
+    _order_known = False  # whether a backward pass has found R as it was in the forward pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,6 +132,32 @@ class _Decorrelated(nn.Module):
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
         return _condensed(self.weight, self.R, self._patch_size()[0], self._transposed)
+
+    def _passed(self, input: Tensor, output: Tensor) -> None:
+        """Called after a forward pass: hands its input to the optimiser, if there is one."""
+        record(self, input)
+        if torch.compiler.is_compiling() or self._recorder is None or self._order_known:
+            return
+        if output.requires_grad and self._learns and plain(output):
+            self._watch(output)
+
+    def _watch(self, output: Tensor) -> None:
+        """Have the backward pass of ``output`` say so if R has changed since.
+
+        Only until the first one was right: who calls ``step()`` too early does so from the start.
+        """
+        R, version = self.R, self.R._version
+
+        def check(gradient: Tensor) -> None:
+            if R._version != version:
+                raise RuntimeError(
+                    f"R of {self} was modified by an inplace operation between forward() and "
+                    "backward(), which needs it as it was: call step() of the DecorUpdate after "
+                    "backward()"
+                )
+            self._order_known = True
+
+        output.register_hook(check)
 
     # R.
 
@@ -199,8 +229,8 @@ class _Decorrelated(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_recorder", None)
-        state.pop("_recorder_key", None)
+        for attribute in OF_THE_OPTIMISER:
+            state.pop(attribute, None)
         return state
 
     def extra_repr(self) -> str:
@@ -231,7 +261,7 @@ class DecorLinear(_Decorrelated, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         output = functional.decor_linear(input, self.weight, self.R, self.bias)
-        record(self, input)
+        self._passed(input, output)
         return output
 
     def _patch_geometry(self) -> dict[str, Any]:
@@ -267,7 +297,7 @@ class _DecorConvNd(_Decorrelated):
 
     def _convolve(self, decor_conv: Callable[..., Tensor], input: Tensor) -> Tensor:
         output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
-        record(self, input)
+        self._passed(input, output)
         return output
 
 
@@ -324,7 +354,7 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
         )
         window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
         output = functional.decor_conv_transpose2d(input, self.weight, self.R, self.bias, *window)
-        record(self, input)
+        self._passed(input, output)
         return output
 
     def _patch_geometry(self) -> dict[str, Any]:
@@ -371,7 +401,7 @@ class Decorrelate(_Decorrelated):
     def forward(self, input: Tensor) -> Tensor:
         """(N, *features) with prod(features) = num_features, or (..., num_features)."""
         output = functional.decorrelate(self._as_images(input), self.R, ())
-        record(self, input)
+        self._passed(input, output)
         return output.reshape(input.shape)
 
     def reset_parameters(self) -> None:

@@ -120,7 +120,7 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
         recorder = recorder_of(module)
         if recorder is not None:
             recorder.release()
-        for attribute in ("_recorder", "_recorder_key"):
+        for attribute in dbp_nn.OF_THE_OPTIMISER:
             module.__dict__.pop(attribute, None)
         del module.R
         module.__class__ = _PLAIN[type(module)]
