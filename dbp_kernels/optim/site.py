@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.nn import identity_R, set_identity_
-from dbp_kernels.optim.kinds import Patches
+from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.precision import statistics_dtype
 from dbp_kernels.sampling import record, recorder_of
 
@@ -64,7 +64,18 @@ class Site:
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
         self._transformed: Tensor | None = None  # a gradient that is W's already
-        self._written = self._seen()
+        self._written: tuple[int, int] | None = self._seen()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy that comes with its module's: without samples, and what may not be pickled."""
+        state = {**vars(self), "_written": self._seen() == self._written}
+        for key in ("patches", "_recorder", "_recorder_key"):
+            state.pop(key, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, patches=patches_of(state["module"]))
+        self._written = self._seen() if state["_written"] else None
 
     @property
     def weight(self) -> nn.Parameter:

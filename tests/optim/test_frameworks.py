@@ -3,19 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from small_training import OPTIONS, assert_equal, assert_learnt, everything, make_model
 from torch.utils.data import DataLoader, TensorDataset
 
 import dbp_kernels as dbp
-
-OPTIONS = {"lr": 1e-2, "sample": 0.5, "update_every": 2, "sampling": "random"}
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)
-    )
 
 
 def make_optimizer(model):
@@ -30,24 +21,6 @@ def data():
 
 def loader():
     return DataLoader(data(), batch_size=4)
-
-
-def everything(model, decor):
-    """All that training changes, by name."""
-    changed = {f"A {name}": value for name, value in model.state_dict().items()}
-    for name in decor.decorrelated():
-        changed |= {f"W {name}": decor.W(name), f"R {name}": decor.R(name)}
-    return {name: value.detach().clone() for name, value in changed.items()}
-
-
-def assert_equal(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def assert_learnt(state):
-    for name, value in state.items():
-        if name.startswith("R"):
-            assert not torch.equal(value, torch.eye(len(value))), name
 
 
 def own_loop(epochs, micro=2, autocast=True):
