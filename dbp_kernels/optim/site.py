@@ -28,7 +28,7 @@ class Feed:
         self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         site = self.site
-        if site is not None:
+        if site is not None and site.used_by(module):
             input = site.patches.input(arguments, named)
             if input is not None:
                 record(site, input)
@@ -49,6 +49,7 @@ class Site:
     Attributes:
         name: of the module, in the model.
         module, patches: the layer, and how it sees its input.
+        weight: the parameter, which functional calls replace in the module.
         R: (D, D), or (groups, D, D) with groups > 1; at least float32.
         W: as the weight. Within the step it is the memory that the parameter points to.
     """
@@ -58,6 +59,7 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, patches: Patches) -> None:
         self.name, self.module, self.patches = name, module, patches
+        self.weight: nn.Parameter = module._parameters[patches.weight]
         weight = self.weight
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
@@ -77,9 +79,20 @@ class Site:
         vars(self).update(state, patches=patches_of(state["module"]))
         self._written = self._seen() if state["_written"] else None
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.module._parameters[self.patches.weight]
+    def used_by(self, module: nn.Module) -> bool:
+        """Whether the module has the weight just now, and not another, lent by a functional call.
+
+        The weight may be there detached, or as torch.func wraps it.
+        """
+        weight = module._parameters[self.patches.weight]
+        if weight is self.weight:
+            return True
+        functorch = torch._C._functorch
+        while functorch.is_gradtrackingtensor(weight):
+            weight = functorch.get_unwrapped(weight)
+        return not functorch.is_batchedtensor(weight) and (
+            weight.data_ptr() == self.weight.data_ptr()
+        )
 
     # What the engine that learns R asks a layer.
 
