@@ -156,7 +156,7 @@ def test_the_suites_gpu_tests_come_from_their_files():
         "tests/backends/cuda/test_cuda_device.py",
         "tests/backends/triton/test_device.py",
     ]
-    assert "tests/optim/test_decor_update.py" in found
+    assert "tests/optim/test_bad_numbers.py" in found
     assert all((machine.ROOT / name).exists() for name in found)
 
 

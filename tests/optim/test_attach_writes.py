@@ -1,0 +1,57 @@
+"""Weights that are written from outside: they stay, and W follows."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attach_forms import (
+    LAYERS,
+    A_of,
+    batches,
+    make,
+    train,
+    trained,
+)
+
+
+def test_an_equal_reload_changes_nothing():
+    form, other = trained(4), trained(4)
+    form.model.load_state_dict(copy.deepcopy(form.model.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(form, 1, seed=9)
+    train(other, 1, seed=9)
+    for name in LAYERS:
+        assert all(map(torch.equal, form.of(name), other.of(name)))
+
+
+def test_a_write_from_outside_stays_and_W_follows():
+    form = trained(4, lr=3e-2)
+    best = make()
+    form.model.load_state_dict(best.state_dict())
+    x, y = next(batches(1))
+    F.cross_entropy(form.model(x), y).backward()
+    for group in form.optimizer.param_groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="'depthwise' and 4 more layers were changed"):
+        form.optimizer.step()
+    for name in LAYERS:
+        R, W = form.decor.R(name), form.decor.W(name)
+        assert not torch.equal(R, torch.eye(R.shape[-1], dtype=R.dtype))
+        assert torch.equal(form.model.get_submodule(name).weight, A_of(form, name))
+        assert not torch.allclose(W, best.get_submodule(name).weight, atol=1e-4)
+    form.decor._engine.discard()
+    frozen = trained(4, lr=3e-2)
+    frozen.model.load_state_dict(best.state_dict())
+    for group in frozen.decor._engine.param_groups:
+        group["lr"] = 0.0
+    for group in frozen.optimizer.param_groups:
+        group.update(lr=0.0, weight_decay=0.0)
+    F.cross_entropy(frozen.model(x), y).backward()
+    with pytest.warns(UserWarning, match="were changed outside"):
+        frozen.optimizer.step()
+    for name in LAYERS:  # neither W nor R has moved: the function is the one that was loaded
+        weight = frozen.model.get_submodule(name).weight
+        torch.testing.assert_close(weight, best.get_submodule(name).weight, rtol=0, atol=1e-12)
