@@ -18,7 +18,8 @@ def phases(costs: Sequence[float], periods: Sequence[int]) -> list[int]:
     found = [0] * len(costs)
     load: dict[int, list[float]] = {}
     for layer in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        spent = load.setdefault(periods[layer], [0.0] * periods[layer])
+        turns = min(periods[layer], len(costs))  # a period may be longer than any training
+        spent = load.setdefault(periods[layer], [0.0] * turns)
         found[layer] = phase = spent.index(min(spent))
         spent[phase] += costs[layer]
     return found

@@ -226,7 +226,7 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     job, plan = tasks[0].job, tasks[0].choice.name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.gram) for t in tasks])
+        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.algorithm) for t in tasks])
         if job.demean:
             m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)

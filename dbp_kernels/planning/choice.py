@@ -34,9 +34,15 @@ class Choice:
     gflop: float
     seconds: float
     unfolded: tuple[bool, ...] = ()
-    gram: Choice | None = field(
-        default=None, compare=False
-    )  # of the plan "gram": how S is computed
+    # of the plan or way "gram": the algorithm for S
+    gram: Choice | None = field(default=None, compare=False)
+
+    @property
+    def algorithm(self) -> Choice:
+        """That for S, where S is computed. Raises ValueError where it is not."""
+        if self.gram is None:
+            raise ValueError(f"choice={self}: expected one with an algorithm for S")
+        return self.gram
 
     def __str__(self) -> str:
         name = self.name

@@ -59,3 +59,5 @@ def test_layers_take_turns():
 def test_turns_are_shared_out_by_cost():
     assert stagger.phases([5, 1, 1, 3], [2, 2, 2, 2]) == [0, 1, 1, 1]
     assert stagger.phases([1, 1, 9, 1], [1, 2, 1, 2]) == [0, 0, 0, 1]
+    # a layer that is never due again takes no memory for all the steps until then
+    assert stagger.phases([1, 2], [10**15, 10**15]) == [1, 0]

@@ -60,7 +60,7 @@ def decor_stats(
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)
     if choice.name == "gram":
-        M = symmetric_product(torch.bmm(patch_gram(x, geometry, choice.gram), R.mT), R.mT)
+        M = symmetric_product(torch.bmm(patch_gram(x, geometry, choice.algorithm), R.mT), R.mT)
     else:
         X = torch.bmm(rows(x, geometry, R.dtype), R.mT)
         M = symmetric_product(X, X, alpha=1 / geometry.samples)
@@ -87,7 +87,7 @@ def decor_update(
 ) -> tuple[rules.Update | Tensor, Tensor]:
     """As ``eager.decor_update``; what R is due may be R_new itself."""
     if choice.name == "gram":
-        S = patch_gram(x, geometry, choice.gram)
+        S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)

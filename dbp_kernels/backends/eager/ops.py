@@ -40,7 +40,7 @@ def decor_stats(
 ) -> tuple[Tensor, Tensor]:
     """C (groups, D, D) with zero diagonal and V (groups, D), by the way chosen. At least one sample."""
     if choice.name == "gram":
-        M = matmul(matmul(R, patch_gram(x, geometry, choice.gram)), R.mT)
+        M = matmul(matmul(R, patch_gram(x, geometry, choice.algorithm)), R.mT)
     else:
         X = matmul(rows(x, geometry, R.dtype), R.mT)
         M = matmul(X.mT, X).div_(geometry.samples)
@@ -76,7 +76,7 @@ def decor_update(
     Worked out, not carried out, which saves memory; other backends may give R_new itself.
     """
     if choice.name == "gram":
-        S = patch_gram(x, geometry, choice.gram)
+        S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)

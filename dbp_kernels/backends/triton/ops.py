@@ -59,7 +59,7 @@ def decor_stats(
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)[:2]
     if choice.name == "gram":
-        P, Q, scale = torch.bmm(R, patch_gram(x, geometry, choice.gram)), R, 1.0
+        P, Q, scale = torch.bmm(R, patch_gram(x, geometry, choice.algorithm)), R, 1.0
     else:
         P = Q = torch.bmm(R, rows(x, geometry, R.dtype).mT)
         scale = 1 / geometry.samples
@@ -90,7 +90,7 @@ def decor_update(
     if R.dtype != torch.float32:
         return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
     if choice.name == "gram":
-        S = patch_gram(x, geometry, choice.gram)
+        S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)

@@ -155,7 +155,7 @@ print(json.dumps([torch.ops.dbp_cuda.build(), torch.ops.dbp_cuda.device_problem(
     if "no NVIDIA driver" in problem:
         assert problem.endswith("needs driver 525 or later")
     # no spills, and tensor cores where they belong; registers are compared for one compiler only
-    limits, _ = resources.read_limits(ROOT / "tests" / "cuda" / "limits.json")
+    limits, _ = resources.read_limits(ROOT / "tests" / "backends" / "cuda" / "limits.json")
     assert resources.violations(resources.report(tmp_path), limits, same_compiler=False) == []
 
 
@@ -171,7 +171,7 @@ def test_resources_are_within_the_committed_limits():
     reported = {target for by_target in found.values() for target in by_target}
     flags = " ".join(build.gencode_flags(targets()))
     assert reported == set(re.findall(r"code=(sm_\w+)", flags))
-    limits, nvcc = resources.read_limits(ROOT / "tests" / "cuda" / "limits.json")
+    limits, nvcc = resources.read_limits(ROOT / "tests" / "backends" / "cuda" / "limits.json")
     assert resources.violations(found, limits, nvcc == resources.compiler(directory())) == []
     for by_target in limits.values():
         for limit in by_target.values():
