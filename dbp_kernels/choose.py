@@ -6,6 +6,8 @@ learns R, and handed down: backends receive it. ``*_choices`` give all answers, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def stats_choices(
     return planner.stats_choices(geometry, *where[:5], *where[6:])
 
 
-def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
+def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple[Any, ...]:
     """The planner's arguments, after the geometry; the sixth is for updates only."""
     itemsize = statistics_dtype(dtype).itemsize
     backend = backend or backends.selected(device_type)
