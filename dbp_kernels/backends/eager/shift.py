@@ -31,7 +31,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, product, upper_product
 from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
 from dbp_kernels.planning.geometry import ConvGeometry, PairClass, Window
 from dbp_kernels.planning.layout import (
@@ -43,6 +42,7 @@ from dbp_kernels.planning.layout import (
     shift_layout,
 )
 from dbp_kernels.precision import product_dtype, statistics_dtype
+from dbp_kernels.products.matmul import mirror, product, upper_product
 
 Phases = tuple[int, ...]
 
