@@ -165,12 +165,12 @@ def _libraries(meter: Meter) -> dict:
 
 def _weight_gradients(meter: Meter) -> list:
     """[channels, GFLOP/s] of 5x5 weight gradients over as many positions as are summed at once."""
-    from dbp_kernels.backends.eager.self_wgrad import POSITIONS
+    from dbp_kernels.planning.layout import WGRAD_POSITIONS
 
     points = []
     for channels in WGRAD_CHANNELS:
         channels = max(2, channels // meter.shrink) if meter.shrink > 1 else channels
-        images, size = max(1, POSITIONS // 32**2), 32
+        images, size = max(1, WGRAD_POSITIONS // 32**2), 32
         left = meter.random(images, channels, size, size)
         right = meter.random(images, channels, size + 4, size + 4)
         weight = (channels, channels, 5, 5)
@@ -186,11 +186,12 @@ def _weight_gradients(meter: Meter) -> list:
 def _small_weight_gradients(meter: Meter) -> float:
     """ns per weight element and convolution of S from weight gradients over next to no positions."""
     from dbp_kernels.backends.eager import self_wgrad
+    from dbp_kernels.planning.layout import wgrad_convolutions
 
     x, geometry = _map(meter, 1, max(2, 64 // meter.shrink), 6)
     weights = geometry.channels**2 * math.prod(2 * a.kernel - 1 for a in geometry.axes)
     seconds = meter.seconds(lambda: self_wgrad.patch_gram_self_wgrad(x, geometry))
-    return 1e9 * seconds / (self_wgrad.convolutions(geometry) * weights)
+    return 1e9 * seconds / (wgrad_convolutions(geometry) * weights)
 
 
 def _bandwidth(meter: Meter) -> float:
@@ -218,7 +219,7 @@ def _calls(meter: Meter) -> dict:
     x, geometry = _map(meter, 1, 2, 6)
     layouts = [shift.shift_layout(geometry, kind) for kind in _KINDS[:2]]
     programs = [shift.make_program(layout.shifted) for layout in layouts]
-    many, few = (sum(len(box.products) for box in program.boxes) for program in programs)
+    many, few = (sum(len(band.products) for band in program.bands) for program in programs)
     slow, fast = (
         meter.seconds(lambda kind=kind: shift.patch_gram_shift(x, geometry, kind))
         for kind in _KINDS[:2]

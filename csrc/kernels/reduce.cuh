@@ -1,5 +1,5 @@
 // reduce: the second pass of every second moment. Sums the partial tiles of the workspace into S,
-// mirrored and scaled, by the tables of dbp_kernels/backends/triton/work.py ("Work" there explains
+// mirrored and scaled, by the tables of dbp_kernels/planning/work.py ("Work" there explains
 // slots, tile pairs and kinds). Every element adds its slots in the order of its list, so two runs
 // agree bit for bit; elements without a slot are zero, and nothing has to be cleared beforehand.
 #pragma once

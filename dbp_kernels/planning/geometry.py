@@ -122,6 +122,11 @@ class Axis:
             classes.append(PairClass(left, right, shift, windows, window_of, cut(windows)))
         return tuple(classes)
 
+    @cached_property
+    def class_of(self) -> dict[tuple[int, int], PairClass]:
+        """The class of each ordered tap pair that some position sees."""
+        return {pair: c for c in self.pair_classes for pair in c.window_of}
+
 
 def cut(windows: Iterable[Window]) -> tuple[Window, ...]:
     """The fewest intervals such that every one of ``windows`` is a union of whole intervals."""
@@ -194,10 +199,25 @@ class ConvGeometry:
         """Taps per axis."""
         return tuple(a.kernel for a in self.axes)
 
-    @property
+    @cached_property
+    def strided(self) -> bool:
+        """Whether any axis has a stride above 1."""
+        return any(a.stride > 1 for a in self.axes)
+
+    @cached_property
     def input_numel(self) -> int:
         """Elements of the input."""
         return self.batch * self.channels * math.prod(a.size for a in self.axes)
+
+    @property
+    def patch_numel(self) -> int:
+        """Elements of all patches."""
+        return self.samples * self.groups * self.dim
+
+    @property
+    def expansion(self) -> float:
+        """Elements of all patches over those of the input."""
+        return self.patch_numel / max(1, self.input_numel)
 
     def with_batch(self, batch: int) -> ConvGeometry:
         """The same convolution over another number of images."""

@@ -13,18 +13,17 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from dbp_kernels.backends.eager import onednn, self_wgrad
-from dbp_kernels.backends.eager.matmul import panels
-from dbp_kernels.backends.eager.shift import shift_layout
-from dbp_kernels.backends.eager.unfold import (
-    images_per_chunk,
-    patch_elements,
-    patch_expansion,
-    strided,
-)
 from dbp_kernels.backends.prepared import forget
 from dbp_kernels.planning.calibration import Machine, calibration, cost_at, machine
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.layout import (
+    ONEDNN_WORTH,
+    WGRAD_POSITIONS,
+    images_per_chunk,
+    panels,
+    shift_layout,
+    wgrad_convolutions,
+)
 
 PLANS = ("gram", "direct", "samples")
 STATISTICS = ("fused", "gram", "direct")  # ways to C and V; "fused" is one kernel
@@ -109,7 +108,7 @@ def _fresh(elements: float, m: Machine, size: int) -> float:
 
 def _pack_cost(geometry: ConvGeometry, kind: int, m: Machine, size: int, elements: float) -> float:
     """ns per float32 element of a packed buffer of so many."""
-    with_stride = strided(geometry)
+    with_stride = geometry.strided
     if geometry.group_channels * size < _LINE:
         return cost_at((m.pack_stem if with_stride else m.pack_thin)[kind], elements)
     cost = cost_at((m.pack_strided if with_stride else m.pack)[kind], elements)
@@ -157,8 +156,8 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     phases = math.prod(len(a.phases) for a in geometry.axes)
     lattice = geometry.input_numel / geometry.channels / math.prod(a.stride for a in geometry.axes)
     flop = 2.0 * phases * lattice * geometry.channels * geometry.group_channels * taps
-    segments = self_wgrad.convolutions(geometry)
-    pieces = segments + phases * geometry.samples / self_wgrad.POSITIONS
+    segments = wgrad_convolutions(geometry)
+    pieces = segments + phases * geometry.samples / WGRAD_POSITIONS
     # a weight gradient is some calls' worth of set-up
     calls = 30 * pieces + 3 * geometry.taps * segments / phases
     moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
@@ -181,8 +180,8 @@ def _panels(dim: int, rows: int, device_type: str, backend: str) -> int:
 
 def _im2col_seconds(geometry: ConvGeometry, m: Machine, size: int, parts: float = 1) -> float:
     """Seconds of all patches as rows, in so many parts."""
-    elements = patch_elements(geometry)
-    table = m.im2col_strided if strided(geometry) else m.im2col
+    elements = geometry.patch_numel
+    table = m.im2col_strided if geometry.strided else m.im2col
     return _copying(elements, cost_at(table, elements / parts), size)
 
 
@@ -211,7 +210,7 @@ def _unfold_cost(
     seconds += size * 2 * result / m.bytes_per_second()
     seconds += _copying(result, _fresh(result, m, size), size)
     if not geometry.pointwise:
-        parts = _parts(geometry, patch_expansion(geometry), 1, device_type)
+        parts = _parts(geometry, geometry.expansion, 1, device_type)
         seconds += _im2col_seconds(geometry, m, size, parts)
     return Choice("unfold", flop / 1e9, seconds)
 
@@ -305,7 +304,7 @@ def gram_choices(
 
 def _dense_rate(m: Machine, side: int, dim: int, groups: int, blas: bool = False) -> float:
     """Operations per second of products with R (dim x dim), their shorter side given."""
-    blas = blas or not m.onednn_pays or side * dim**2 < onednn.WORTH
+    blas = blas or not m.onednn_pays or side * dim**2 < ONEDNN_WORTH
     # square products by BLAS run at the rate of those with a long inner dimension
     narrow = groups == 1 and (side < dim or not blas)
     return m.narrow_rate(side, blas) if narrow else m.product_rate(side, groups)

@@ -21,16 +21,11 @@ from dbp_kernels.backends.cuda.reduce import reduction
 from dbp_kernels.backends.cuda.shift_plan import BLOCKS as SHIFT_BLOCKS
 from dbp_kernels.backends.cuda.shift_plan import ShiftPlan, make_shift_tables, shift_plan
 from dbp_kernels.backends.prepared import Gram, prepared
-from dbp_kernels.backends.triton.work import (
-    MAX_PIXELS,
-    Work,
-    direct_program,
-    make_tables,
-    make_work,
-    tile_pairs,
-)
-from dbp_kernels.backends.triton.work import shift_work as box_work
+from dbp_kernels.backends.tables import make_tables
+from dbp_kernels.planning.boxes import direct_program
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.work import MAX_PIXELS, Work, make_work, tile_pairs
+from dbp_kernels.planning.work import shift_work as box_work
 
 BLOCKS = (16, 32, 64, 128)  # sides of a tile, of gram_box and gram_direct
 _STEP = 32  # pixels

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from dbp_kernels.backends.cuda import library
-from dbp_kernels.backends.triton.work import Tables, Work
+from dbp_kernels.backends.tables import Tables
+from dbp_kernels.planning.work import Work
 
 
 def reduction(work: Work, tables: Tables, samples: int) -> Callable[..., None]:

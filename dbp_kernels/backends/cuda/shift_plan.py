@@ -2,7 +2,7 @@
 
 Such a kernel reads a range of pixels once and multiplies it by all shifts. For each shift it computes
 the largest box, its *main* one; the other boxes, border strips, are items of the box kernel, into the
-same workspace. Pure integers; ``triton/work.py`` explains boxes and slots.
+same workspace. Pure integers; ``planning/boxes.py`` and ``work.py`` explain boxes and slots.
 """
 
 from __future__ import annotations
@@ -14,16 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.triton.work import (
-    AXES,
-    MAX_PIXELS,
-    Box,
-    Program,
-    Work,
-    make_work,
-    shift_program,
-)
+from dbp_kernels.planning.boxes import AXES, Box, Program, shift_program
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.work import MAX_PIXELS, Work, make_work
 
 BLOCKS = (16, 32, 64)
 SHARED_LIMIT = 99 << 10  # bytes a block of threads can have on every supported GPU

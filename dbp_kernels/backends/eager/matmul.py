@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.backends.eager import onednn
+from dbp_kernels.planning import layout
 
-# X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
-# need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many
-# rows are worth narrower panels, which run at a somewhat lower rate.
-_PANEL, _NARROW_PANEL, _MAX_PANELS, _FEW_ROWS = 192, 128, 8, 256
-# On CUDA calls count: an H100's host needs some 50 us for a product, in which the GPU is done with one
-# of three sides of 1024 (float32).
-_CUDA_PANEL = 1024
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024
 
@@ -72,14 +66,6 @@ def _thin_product(X: Tensor, Y: Tensor) -> Tensor:
     return total.baddbmm_(X[:, whole:].mT, Y[:, whole:]) if whole < n else total
 
 
-def panels(dim: int, rows: int, cuda: bool = False) -> int:
-    """Number of column panels to cut X^T X into, for X of ``rows`` rows and ``dim`` columns."""
-    if rows < _FEW_ROWS:
-        return 1
-    panel = _CUDA_PANEL if cuda else _NARROW_PANEL if rows >= 2 * dim else _PANEL
-    return max(1, min(_MAX_PANELS, dim // panel))
-
-
 def upper_product(
     X: Tensor, Y: Tensor, out: Tensor, accumulate: bool, count: int, alpha: float = 1.0
 ) -> None:
@@ -101,7 +87,7 @@ def symmetric_product(
 
     On CPUs fastest where columns of X and Y are dense in memory.
     """
-    count = panels(X.shape[-1], X.shape[1], X.is_cuda)
+    count = layout.panels(X.shape[-1], X.shape[1], X.is_cuda)
     out = X.new_empty(X.shape[0], X.shape[-1], X.shape[-1]) if out is None else out
     if onednn.faster(X, Y):
         for start, stop in _edges(X.shape[-1], count):
@@ -119,7 +105,7 @@ def mirror(out: Tensor, count: int) -> None:
     In tiles that a CPU's cache can hold; on CUDA, whose copies do that themselves, panel by panel.
     """
     for start, stop in _edges(out.shape[-1], count)[1:]:
-        tile = start if out.is_cuda else _PANEL
+        tile = start if out.is_cuda else layout.PANEL
         for left in range(0, start, tile):
             right = min(left + tile, start)
             out[:, start:stop, left:right] = out[:, left:right, start:stop].mT

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.planning.calibration import machine
+from dbp_kernels.planning.layout import ONEDNN_WORTH
 
 _ARGUMENTS = [
     "Tensor",
@@ -36,9 +37,7 @@ _AVAILABLE = available()
 # oneDNN sums one after the other, where BLAS sums parts: over so many terms its error is 2 to 5 times
 # that of BLAS, some 1e-6 of the largest result.
 TERMS = 2048
-# Fewer multiply-adds are not worth its calls, which take 0.1 ms with cold caches; and matrices with
-# less than so many rows or columns are no work for it.
-WORTH, _ROWS = 1 << 23, 4
+_ROWS = 4  # matrices with fewer rows or columns are no work for it
 # What is cut into parts of so many terms has gaps then, and is copied; many operations make up for it.
 _COPIED_FOR = 192
 
@@ -49,7 +48,7 @@ def multiplies(X: Tensor, Y: Tensor) -> bool:
     Y_copied = Y.stride(-2) == 1
     return (
         X.is_cpu
-        and a * n * b >= WORTH
+        and a * n * b >= ONEDNN_WORTH
         and min(a, b) >= _ROWS
         and (n <= TERMS or (b >= _COPIED_FOR and (a >= _COPIED_FOR or not Y_copied)))
         and X.dtype == Y.dtype == torch.float32

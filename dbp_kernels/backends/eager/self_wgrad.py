@@ -14,45 +14,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from types import EllipsisType
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad
 
-from dbp_kernels.planning.geometry import Axis, ConvGeometry, Window, cut
+from dbp_kernels.planning.geometry import ConvGeometry, Window, cut
+from dbp_kernels.planning.layout import WGRAD_POSITIONS, tap_windows
 from dbp_kernels.precision import convolutions_as_matmul, statistics_dtype
-
-# Libraries add up a weight gradient's long sums one after the other, and lose digits: so many
-# positions at a time keep float32 within twice the error of a plain matrix product.
-POSITIONS = 2048
 
 _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
     1: grad.conv1d_weight,
     2: grad.conv2d_weight,
     3: grad.conv3d_weight,
 }
-
-
-@lru_cache(maxsize=1024)
-def tap_windows(axis: Axis, phase: int) -> dict[int, Window]:
-    """Non-empty lattice windows of the taps that read ``phase``."""
-    windows = {}
-    for k in range(axis.kernel):
-        tap_phase, shift = axis.tap(k)
-        start, stop = axis.valid(k)
-        if tap_phase == phase and start < stop:
-            windows[k] = (start + shift, stop + shift)
-    return windows
-
-
-def convolutions(geometry: ConvGeometry) -> int:
-    """How many weight-gradient convolutions ``patch_gram_self_wgrad`` runs."""
-    total = 1
-    for axis in geometry.axes:
-        total *= sum(len(cut(tap_windows(axis, p).values())) for p in axis.phases)
-    return total
 
 
 def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -101,8 +77,8 @@ def _segment(
     axes = geometry.axes
     (top, bottom), *inner = box
     columns = math.prod(stop - start for start, stop in inner)
-    rows = max(1, POSITIONS // columns)
-    images = max(1, POSITIONS // (columns * (bottom - top)))
+    rows = max(1, WGRAD_POSITIONS // columns)
+    images = max(1, WGRAD_POSITIONS // (columns * (bottom - top)))
     total: Tensor | None = None
     for row in range(top, bottom, rows):
         left, right = x, padded

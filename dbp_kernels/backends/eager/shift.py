@@ -26,208 +26,32 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, panels, product, upper_product
+from dbp_kernels.backends.eager.matmul import mirror, product, upper_product
 from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
-from dbp_kernels.planning.geometry import Axis, ConvGeometry, PairClass, Window
+from dbp_kernels.planning.geometry import ConvGeometry, PairClass, Window
+from dbp_kernels.planning.layout import (
+    Band,
+    Product,
+    ShiftProgram,
+    make_program,
+    panels,
+    shift_layout,
+)
 from dbp_kernels.precision import product_dtype, statistics_dtype
 
 Phases = tuple[int, ...]
 
-# Copying an element costs about as much as this many operations, on CPUs and GPUs alike.
-_OPERATIONS_PER_COPY = 130
 # Elements of S assembled at a time, so that its scattered writes stay in the cache; and from how
 # many on taps are copied one by one.
 _ASSEMBLED_ELEMENTS, _BY_TAP = 1 << 18, 1 << 14
 # A transposing copy moves channels in steps of one cache line (of float32) once an image has so
 # many pixels that lines would be evicted before they are used up.
 _LINE, _MANY_PIXELS = 16, 512
-
-
-# --------------------------------------------------------------------------- what to compute
-
-
-@dataclass(frozen=True)
-class Product:
-    """One GEMM: row segment x inner box of a class combination, added to some of its blocks.
-
-    The combination has a block for each combination of its classes' windows, ``windows`` many by
-    axis, the first of them ``block``; those that get the product have windows in ``covering``.
-    """
-
-    row: PairClass
-    segment: Window
-    block: int
-    windows: tuple[int, ...]
-    covering: tuple[Window, ...]
-
-
-@dataclass(frozen=True)
-class Box:
-    """Products that share their operands' inner segments."""
-
-    inner: tuple[PairClass, ...]
-    segments: tuple[Window, ...]
-    main: bool
-    products: tuple[Product, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """All products of a shift form, and where their blocks belong.
-
-    ``sources`` lists what S is made of: the ``blocks`` distinct blocks, then copies: the index of
-    the block to transpose, or None for zeros where no position sees both taps. ``source_of`` has the
-    index of the source for each pair of the shifted axes' taps, in row-major order.
-    """
-
-    boxes: tuple[Box, ...]
-    blocks: int
-    sources: tuple[int | None, ...]
-    source_of: tuple[int, ...]
-
-
-def _covering(c: PairClass, segment: Window) -> Window:
-    """The range of the class's windows that contain a segment."""
-    # windows move one way from tap to tap: those around a segment follow each other
-    indices = [i for i in range(len(c.windows)) if c.covers(i, segment)]
-    return indices[0], indices[-1] + 1
-
-
-def _main_first(c: PairClass) -> list[Window]:
-    return sorted(c.segments, key=lambda segment: segment != c.main)
-
-
-def _canonical(classes: tuple[PairClass, ...]) -> bool:
-    """Of a combination of classes and its transpose exactly one is canonical."""
-    for c in classes:
-        if not c.self_inverse:
-            return c.canonical
-    return True
-
-
-@lru_cache(maxsize=512)
-def make_program(axes: tuple[Axis, ...]) -> Program:
-    """The program for the shifted axes, the row axis first. Integers only, cached."""
-    row_axis, *inner_axes = axes
-    first_blocks: dict[tuple, int] = {}
-    blocks = 0
-
-    def first_block(classes: tuple[PairClass, ...]) -> int:
-        nonlocal blocks
-        key = tuple(c.key for c in classes)
-        if key not in first_blocks:
-            first_blocks[key] = blocks
-            blocks += math.prod(len(c.windows) for c in classes)
-        return first_blocks[key]
-
-    boxes = []
-    # shifts d and -d in turn: they share the columns that are copied out
-    by_shift = (sorted(a.pair_classes, key=lambda c: abs(c.shift)) for a in inner_axes)
-    for inner in itertools.product(*by_shift):
-        row_classes = [r for r in row_axis.pair_classes if _canonical((*inner, r))]
-        if not row_classes:
-            continue
-        mains = tuple(c.main for c in inner)
-        for segments in itertools.product(*map(_main_first, inner)):
-            covering = [_covering(c, s) for c, s in zip(inner, segments)]
-            products = []
-            for row in row_classes:
-                classes = (*inner, row)
-                block, counts = first_block(classes), tuple(len(c.windows) for c in classes)
-                for segment in _main_first(row):
-                    covered = (*covering, _covering(row, segment))
-                    products.append(Product(row, segment, block, counts, covered))
-            boxes.append(Box(inner, segments, segments == mains, tuple(products)))
-
-    taps = list(itertools.product(*(range(a.kernel) for a in axes)))
-    class_of = [{pair: c for c in a.pair_classes for pair in c.window_of} for a in axes]
-    inner_first = (*range(1, len(axes)), 0)
-    sources: dict[int | tuple[int, str] | None, int] = {b: b for b in range(blocks)}
-
-    def source(left: tuple[int, ...], right: tuple[int, ...]) -> int | tuple[int, str] | None:
-        pairs = list(zip(left, right))
-        if any(pairs[a] not in class_of[a] for a in inner_first):
-            return None
-        classes = tuple(class_of[a][pairs[a]] for a in inner_first)
-        if not _canonical(classes):
-            return source(right, left), "transposed"
-        place = 0
-        for a, c in zip(inner_first, classes):
-            place = place * len(c.windows) + c.window_of[pairs[a]]
-        return first_block(classes) + place
-
-    source_of = tuple(sources.setdefault(source(i, j), len(sources)) for i in taps for j in taps)
-    listed = tuple(key[0] if isinstance(key, tuple) else key for key in sources)
-    return Program(tuple(boxes), blocks, listed, source_of)
-
-
-def _reach(axis: Axis) -> int:
-    """The largest shift between two taps that see a pixel each."""
-    return max((abs(c.shift) for c in axis.pair_classes), default=0)
-
-
-def _columns(axis: Axis) -> int:
-    """Lattice columns that hold every phase of an axis."""
-    return max(axis.lattice(p) for p in axis.phases)
-
-
-@dataclass(frozen=True)
-class ShiftLayout:
-    """How the products of a geometry are laid out, and what that costs; integers and floats only.
-
-    Attributes:
-        shifted: the shifted axes, the row axis first.
-        side: rows and columns of one block: channels of a group times the unfolded axes' taps.
-        zero_columns: whether the buffer has them; without, columns are copied out ``copies`` times.
-        widths: columns of each inner axis of the buffer.
-        expansion: elements of the buffer over elements of the input.
-        rows: inner dimension of one product over the whole batch, zero columns included.
-        copies: how often the whole buffer is copied again.
-    """
-
-    shifted: tuple[Axis, ...]
-    side: int
-    zero_columns: bool
-    widths: tuple[int, ...]
-    expansion: float
-    rows: float
-    copies: int
-
-
-@lru_cache(maxsize=4096)
-def shift_layout(geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> ShiftLayout:
-    """The layout for a geometry with the given axes unfolded, at least one of them not."""
-    shifted = tuple(a for a, u in zip(geometry.axes, unfolded) if not u)
-    flat = [a for a, u in zip(geometry.axes, unfolded) if u]
-    side = geometry.group_channels * math.prod(a.kernel for a in flat)
-    outer = geometry.batch * math.prod(a.output for a in flat) * _columns(shifted[0])
-    inner = shifted[1:]
-    bare = tuple(_columns(a) for a in inner)
-    padded = tuple(_columns(a) + _reach(a) for a in inner)
-    # a product at shift d has d columns fewer than the map
-    exact = math.prod(max(1.0, w - _reach(a) / 2) for a, w in zip(inner, bare))
-    products = math.prod(len(a.pair_classes) for a in shifted) / 2
-    copies = math.prod(len(a.pair_classes) for a in inner)  # two, shared by d and -d
-    wasted = 2 * products * side * (1 - exact / max(1, math.prod(padded)))
-    zero_columns = not inner or wasted < _OPERATIONS_PER_COPY * copies
-    widths = padded if zero_columns else bare
-    phases = math.prod(len(a.phases) for a in shifted)
-    elements = phases * outer * math.prod(widths) * side * geometry.groups
-    return ShiftLayout(
-        shifted=shifted,
-        side=side,
-        zero_columns=zero_columns,
-        widths=widths,
-        expansion=elements / max(1, geometry.input_numel),
-        rows=outer * (math.prod(widths) if zero_columns else exact),
-        copies=0 if zero_columns else copies,
-    )
 
 
 # --------------------------------------------------------------------------- operands
@@ -311,11 +135,11 @@ def _only_main(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) ->
 _Copies = dict[tuple[Phases, tuple[Window, ...]], Tensor]
 
 
-def _copy_columns(box: Box, buffers: dict[Phases, Tensor], previous: _Copies) -> _Copies:
-    """The columns of both operands of a box; those that the previous box had too are kept."""
+def _copy_columns(band: Band, buffers: dict[Phases, Tensor], previous: _Copies) -> _Copies:
+    """The columns of both operands of a band; those that the previous band had too are kept."""
     copies: _Copies = {}
     for right in (False, True):
-        inner_phases, segments = _operand(box, right)
+        inner_phases, segments = _operand(band, right)
         for phases, buffer in buffers.items():
             key = (phases, segments)
             if phases[1:] == inner_phases and key not in copies:
@@ -329,12 +153,12 @@ def _copy_columns(box: Box, buffers: dict[Phases, Tensor], previous: _Copies) ->
     return copies
 
 
-def _operand(box: Box, right: bool) -> tuple[Phases, tuple[Window, ...]]:
+def _operand(band: Band, right: bool) -> tuple[Phases, tuple[Window, ...]]:
     """Inner phases and column ranges of the left or the right operand."""
     if not right:
-        return tuple(c.phase_left for c in box.inner), box.segments
-    segments = tuple((a + c.shift, b + c.shift) for c, (a, b) in zip(box.inner, box.segments))
-    return tuple(c.phase_right for c in box.inner), segments
+        return tuple(c.phase_left for c in band.inner), band.segments
+    segments = tuple((a + c.shift, b + c.shift) for c, (a, b) in zip(band.inner, band.segments))
+    return tuple(c.phase_right for c in band.inner), segments
 
 
 # --------------------------------------------------------------------------- products
@@ -376,16 +200,16 @@ def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def _multiply_main(
-    box: Box, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int, blocks: _Blocks
+    band: Band, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int, blocks: _Blocks
 ) -> None:
-    """A main box on the whole buffers, as rows of channels: a shift is an offset in rows."""
-    (left_phases, _), (right_phases, _) = _operand(box, False), _operand(box, True)
+    """A main band on the whole buffers, as rows of channels: a shift is an offset in rows."""
+    (left_phases, _), (right_phases, _) = _operand(band, False), _operand(band, True)
     row_length = math.prod(widths) * images
-    for p in box.products:
+    for p in band.products:
         X = rows[(p.row.phase_left, *left_phases)]
         Y = rows[(p.row.phase_right, *right_phases)]
         offset = p.row.shift
-        for c, width in zip(box.inner, widths):
+        for c, width in zip(band.inner, widths):
             offset = offset * width + c.shift
         offset *= images
         # only zero columns are lost at either end of the buffer
@@ -394,13 +218,13 @@ def _multiply_main(
         blocks.add(X[:, start:stop], Y[:, start + offset : stop + offset], p)
 
 
-def _multiply_columns(box: Box, copies: _Copies, blocks: _Blocks) -> None:
-    """A box on copied columns: only the rows are left to slice."""
+def _multiply_columns(band: Band, copies: _Copies, blocks: _Blocks) -> None:
+    """A band on copied columns: only the rows are left to slice."""
     (left_phases, left_columns), (right_phases, right_columns) = (
-        _operand(box, False),
-        _operand(box, True),
+        _operand(band, False),
+        _operand(band, True),
     )
-    for p in box.products:
+    for p in band.products:
         left = copies[(p.row.phase_left, *left_phases), left_columns]
         right = copies[(p.row.phase_right, *right_phases), right_columns]
         start, stop = p.segment
@@ -427,13 +251,13 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
         rows = {phases: buffer.flatten(1, -2) for phases, buffer in buffers.items()}
         images = next(iter(buffers.values())).shape[-2]
         copies: _Copies = {}
-        for box in program.boxes:
-            if box.main and layout.zero_columns:
-                with _only_main(buffers, box.inner):
-                    _multiply_main(box, rows, layout.widths, images, blocks)
+        for band in program.bands:
+            if band.main and layout.zero_columns:
+                with _only_main(buffers, band.inner):
+                    _multiply_main(band, rows, layout.widths, images, blocks)
             else:
-                copies = _copy_columns(box, buffers, copies)
-                _multiply_columns(box, copies, blocks)
+                copies = _copy_columns(band, buffers, copies)
+                _multiply_columns(band, copies, blocks)
         del buffers, rows, copies
     blocks.tensor.mul_(1 / geometry.samples)
     for index, source in enumerate(program.sources[program.blocks :], start=program.blocks):
@@ -452,7 +276,7 @@ def _source_index(source_of: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _assemble(
-    sources: Tensor, program: Program, geometry: ConvGeometry, unfolded: tuple[bool, ...]
+    sources: Tensor, program: ShiftProgram, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
     """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size

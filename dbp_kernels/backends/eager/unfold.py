@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, panels, upper_product
+from dbp_kernels.backends.eager.matmul import mirror, upper_product
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.layout import images_per_chunk, panels
 from dbp_kernels.precision import product_dtype, statistics_dtype
 
-# Elements of a buffer. Larger ones are new memory at every call (of C libraries, glibc's from 32 MiB
-# on), and an element of them costs up to three times as much.
-_AT_ONCE = 1 << 22
-_SMALL = 1 << 20  # elements that are not worth a second part
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
 
@@ -58,7 +53,7 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
         x = x.reshape(-1, g, geometry.group_channels).transpose(0, 1)
         return x if x.dtype == dtype else x.to(dtype)
     # patches that are pixels: few of them, or side by side already
-    if geometry.pointwise and (strided(geometry) or x.stride(1) == 1):
+    if geometry.pointwise and (geometry.strided or x.stride(1) == 1):
         strides = (slice(None, None, a.stride) for a in geometry.axes)
         every: tuple[slice, ...] = (slice(None), slice(None), *strides)
         x = x[every]
@@ -72,34 +67,6 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     else:
         out = channels_first(list(z.shape), 2 + dims, dtype, x.device)
     return out.copy_(z).flatten(2 + dims).flatten(1, -2)
-
-
-def patch_elements(geometry: ConvGeometry) -> int:
-    """Elements of all patches."""
-    return geometry.samples * geometry.groups * geometry.dim
-
-
-def patch_expansion(geometry: ConvGeometry) -> float:
-    """Elements of all patches over those of the input."""
-    return patch_elements(geometry) / max(1, geometry.input_numel)
-
-
-def images_per_chunk(
-    geometry: ConvGeometry, expansion: float, inputs: float, device_type: str
-) -> int:
-    """Images to handle at a time where a buffer has ``expansion`` times their elements.
-
-    It gets at most ``inputs`` times the elements of the whole input, or ``_SMALL`` if that is more,
-    and on a CPU at most ``_AT_ONCE``; the parts are of about equal size.
-    """
-    most = max(inputs * geometry.input_numel, _SMALL)
-    if device_type != "cuda":
-        most = min(most, _AT_ONCE)
-    if geometry.batch == 0:
-        return 0
-    image = expansion * geometry.input_numel / geometry.batch
-    size = geometry.batch if image == 0 else max(1, min(geometry.batch, int(most / image)))
-    return math.ceil(geometry.batch / math.ceil(geometry.batch / size))
 
 
 def chunks(
@@ -120,22 +87,17 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         return torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     many_pixels = len(geometry.axes) and geometry.positions >= max(_MANY, 4 * geometry.dim)
-    if geometry.pointwise and many_pixels and not (x.is_cuda or strided(geometry)):
+    if geometry.pointwise and many_pixels and not (x.is_cuda or geometry.strided):
         _sum_over_images(x, geometry, out, count, mean)
     elif geometry.pointwise:
         Z = rows(x, geometry, product_dtype(x))
         upper_product(Z, Z, out, False, count, mean)
     else:
-        for i, (part, g) in enumerate(chunks(x, geometry, patch_expansion(geometry), 1)):
+        for i, (part, g) in enumerate(chunks(x, geometry, geometry.expansion, 1)):
             Z = rows(part, g, product_dtype(x))
             upper_product(Z, Z, out, i > 0, count, mean)
     mirror(out, count)
     return out
-
-
-def strided(geometry: ConvGeometry) -> bool:
-    """Whether any axis has a stride above 1."""
-    return any(a.stride > 1 for a in geometry.axes)
 
 
 def _sum_over_images(

@@ -18,14 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.backends.triton import gram_shift, runtime
 from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
 from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.im2col import STRIDES, columns, im2col, patches, pixels
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
-from dbp_kernels.backends.triton.work import direct_program, make_tables, make_work, tile_pairs
+from dbp_kernels.planning.boxes import direct_program
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.work import make_work, tile_pairs
 
 
 @triton.jit(do_not_specialize=("width", *STRIDES))

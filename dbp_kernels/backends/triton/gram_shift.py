@@ -16,14 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
 from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.pack import empty_rows, pack, packed_already, vector
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
-from dbp_kernels.backends.triton.work import AXES, Work, make_tables, shift_work, tile_pairs
+from dbp_kernels.planning.boxes import AXES
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.work import Work, shift_work, tile_pairs
 
 _MAX_INT = 2**31 - 1
 

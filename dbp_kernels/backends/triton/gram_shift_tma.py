@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.tables import make_tables, reciprocal, signed
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
 from dbp_kernels.backends.triton.dot import dot
@@ -29,18 +30,9 @@ from dbp_kernels.backends.triton.gram_shift import divide, programs, sizes
 from dbp_kernels.backends.triton.pack import pack_into, padded, vector
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
-from dbp_kernels.backends.triton.work import (
-    AXES,
-    MAX_PIXELS,
-    Box,
-    Work,
-    make_tables,
-    reciprocal,
-    shift_work,
-    signed,
-    tile_pairs,
-)
+from dbp_kernels.planning.boxes import AXES, Box
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.work import MAX_PIXELS, Work, shift_work, tile_pairs
 
 KERNEL = "gram_shift_tma"
 _MAX_INT = 2**31 - 1

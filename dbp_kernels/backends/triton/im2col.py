@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbp_kernels.backends.tables import reciprocal
 from dbp_kernels.backends.triton.gram_shift import divide
-from dbp_kernels.backends.triton.work import AXES as MAX_AXES
-from dbp_kernels.backends.triton.work import MAX_PIXELS, reciprocal
+from dbp_kernels.planning.boxes import AXES as MAX_AXES
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.work import MAX_PIXELS
 
 MAX_INT = 2**31 - 1
 STRIDES = ("stride_n", "stride_c", "stride_z", "stride_y", "stride_x")

@@ -16,10 +16,10 @@ from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, sta
 from dbp_kernels.backends.triton.gram_direct import direct_gram
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
-from dbp_kernels.backends.triton.work import MAX_PIXELS
 from dbp_kernels.planning.choices import gram_choices, stats_choices, update_choices
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning.work import MAX_PIXELS
 from dbp_kernels.rules import UpdateRule
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation

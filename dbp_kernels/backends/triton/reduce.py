@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dbp_kernels.backends.tables import Tables
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
-from dbp_kernels.backends.triton.work import SYMMETRIC, TRANSPOSED, Tables, Work
+from dbp_kernels.planning.boxes import SYMMETRIC, TRANSPOSED
+from dbp_kernels.planning.work import Work
 
 _TRANSPOSED = tl.constexpr(TRANSPOSED)
 _SYMMETRIC = tl.constexpr(SYMMETRIC)

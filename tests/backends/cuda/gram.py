@@ -13,7 +13,8 @@ from helpers import Case, moment_error
 
 from dbp_kernels import reference
 from dbp_kernels.backends.cuda.shift_plan import ShiftPlan, make_shift_tables
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.backends.tables import make_tables
+from dbp_kernels.planning import work as W
 from dbp_kernels.planning.geometry import ConvGeometry
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def poisoned(work: W.Work) -> np.ndarray:
 
 def reduce(run: Run, workspace: np.ndarray, work: W.Work, samples: int) -> torch.Tensor:
     """S (groups, D, D) from a filled workspace."""
-    tables = W.make_tables(work, CPU)
+    tables = make_tables(work, CPU)
     dim = work.group_channels * work.program.taps
     out = np.full((work.channels // work.group_channels, dim, dim), np.nan, np.float32)
     run(
@@ -76,7 +77,7 @@ def box_arguments(
     rows: np.ndarray, steps: tuple[int, ...], work: W.Work, dtype: str, workspace: np.ndarray
 ) -> dict:
     """Arguments of gram_box; ``steps``: the convolution's strides."""
-    tables = W.make_tables(work, CPU)
+    tables = make_tables(work, CPU)
     strides = [s // rows.itemsize for s in rows.strides]
     return {
         "x": rows,
@@ -130,7 +131,7 @@ def direct_arguments(
     return {
         "x": x.transpose(np.argsort(strides)[::-1]),  # the same memory, as C-contiguous
         "workspace": workspace,
-        "items": W.make_tables(work, CPU).items.numpy(),
+        "items": make_tables(work, CPU).items.numpy(),
         "stride_n": strides[0],
         "stride_c": strides[1],
         "stride": [0] * absent + strides[2:],

@@ -13,7 +13,8 @@ from helpers import case, cases, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 DTYPES = ["fp32", "tf32", "fp16", "bf16"]
 LAYOUTS = ["contiguous", "channels_last", "reversed"]
@@ -21,7 +22,7 @@ LAYOUTS = ["contiguous", "channels_last", "reversed"]
 
 def direct_work(geometry, block: int, parallel: int) -> W.Work:
     """One box whose pixels are the patches and whose channels are the columns of im2col."""
-    program = W.direct_program(geometry.positions)
+    program = boxes.direct_program(geometry.positions)
     columns = geometry.channels * geometry.taps
     return W.make_work(program, geometry.batch, columns, geometry.dim, block, 32, parallel)
 
@@ -45,7 +46,7 @@ def run_matrix(case_, x, dtype, block, parallel, run=call) -> torch.Tensor:
     geometry = case_.geometry
     flat = x.reshape(-1, x.shape[-1]) if not case_.kernel else x.movedim(1, -1).flatten(0, -2)
     matrix = rows_of_channels(flat.T[None], dtype)  # (1, 1, 1, rows, C')
-    program = W.direct_program(len(flat))
+    program = boxes.direct_program(len(flat))
     work = W.make_work(program, 1, geometry.channels, geometry.group_channels, block, 32, parallel)
     workspace = poisoned(work)
     run("gram_box", **box_arguments(matrix, (), work, dtype, workspace))
@@ -98,7 +99,7 @@ def test_matrix_with_groups():
 
 @pytest.mark.emulation
 def test_only_the_upper_triangle_is_computed():
-    work = W.make_work(W.direct_program(64), 1, 256, 256, 64, 32, 1)
+    work = W.make_work(boxes.direct_program(64), 1, 256, 256, 64, 32, 1)
     assert {(t.i, t.j) for t in work.items} == {(i, j) for i in range(4) for j in range(i, 4)}
 
 

@@ -25,8 +25,8 @@ from stand_in import array, emulated
 import dbp_kernels as dbp
 from dbp_kernels import backends, precision, reference, rules
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
-from dbp_kernels.backends.triton.work import shift_program
 from dbp_kernels.planning import planner
+from dbp_kernels.planning.boxes import shift_program
 from dbp_kernels.planning.choices import gram_choices
 from dbp_kernels.planning.planner import Choice
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbp_kernels import reference
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.backends.tables import make_tables
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 
 def partials(x: torch.Tensor, work: W.Work, strides: tuple[int, ...]) -> torch.Tensor:
@@ -38,7 +40,7 @@ def partials(x: torch.Tensor, work: W.Work, strides: tuple[int, ...]) -> torch.T
 
 def arguments_of(work: W.Work, workspace: torch.Tensor, samples: int) -> dict:
     """The kernel's arguments, its output poisoned."""
-    tables = W.make_tables(work, torch.device("cpu"))
+    tables = make_tables(work, torch.device("cpu"))
     dim = work.group_channels * work.program.taps
     return {
         "workspace": workspace.float().numpy(),
@@ -64,7 +66,7 @@ def prepare(case_, block: int, parallel: int):
     geometry = case_.geometry
     work = W.shift_work(geometry, block, 2, parallel)
     x = case_.input()
-    strides = (*(1,) * (W.AXES - len(geometry.axes)), *(a.stride for a in geometry.axes))
+    strides = (*(1,) * (boxes.AXES - len(geometry.axes)), *(a.stride for a in geometry.axes))
     arguments = arguments_of(work, partials(x, work, strides), geometry.samples)
     return arguments, reference.patch_gram(x, *case_.arguments)
 
@@ -92,7 +94,7 @@ def test_reduce(case_, block, parallel, seed):
 @pytest.mark.parametrize("block", [16, 32])
 def test_matrix_times_itself(block):
     X = torch.randn(37, 100, dtype=torch.float64)
-    work = W.make_work(W.direct_program(37), 1, 100, 50, block, 4, 20)
+    work = W.make_work(boxes.direct_program(37), 1, 100, 50, block, 4, 20)
     arguments = arguments_of(work, partials(X.T.reshape(1, 100, 37), work, (1, 1, 1)), 37)
     call("reduce", **arguments)
     Z = X.reshape(37, 2, 50).transpose(0, 1)

@@ -10,7 +10,8 @@ from helpers import error, random, rows
 from test_cuda_reduce import arguments_of, partials
 
 from dbp_kernels import reference
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 pytestmark = pytest.mark.emulation
 
@@ -46,7 +47,7 @@ def test_stats():
 
 def test_reduce():
     X = torch.randn(37, 20, dtype=torch.float64)
-    work = W.make_work(W.direct_program(37), 1, 20, 20, 16, 4, 20)
+    work = W.make_work(boxes.direct_program(37), 1, 20, 20, 16, 4, 20)
     assert work.straight == 0  # all slots are of symmetric boxes
     workspace = partials(X.T.reshape(1, 20, 37), work, (1, 1, 1))
     arguments = arguments_of(work, workspace, 37)

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbp_kernels.backends.cuda.shift_plan import Sm90Shape, shift_plan
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.backends.tables import make_tables
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 DTYPES = ["fp16", "bf16"]
 LIMIT = 227 << 10
@@ -40,7 +42,7 @@ def matrix_arguments(matrix: np.ndarray, work: W.Work, dtype: str, workspace: np
     return {
         "x": matrix,
         "workspace": workspace,
-        "items": W.make_tables(work, torch.device("cpu")).items.numpy(),
+        "items": make_tables(work, torch.device("cpu")).items.numpy(),
         "rows": matrix.shape[-2],
         "row_stride": matrix.shape[-1],
         "channels": matrix.shape[-1],
@@ -52,7 +54,7 @@ def matrix_arguments(matrix: np.ndarray, work: W.Work, dtype: str, workspace: np
 
 def matrix_work(case_: Case, parallel: int) -> W.Work:
     geometry = case_.geometry
-    program = W.direct_program(geometry.samples)
+    program = boxes.direct_program(geometry.samples)
     return W.make_work(program, 1, geometry.channels, geometry.group_channels, 128, 64, parallel)
 
 
@@ -66,7 +68,7 @@ def run_matrix(case_, x, dtype, parallel, run=call) -> torch.Tensor:
 
 
 def unstrided(case_: Case) -> bool:
-    return set(case_.stride) == {1} and bool(W.shift_program(case_.geometry.axes).boxes)
+    return set(case_.stride) == {1} and bool(boxes.shift_program(case_.geometry.axes).boxes)
 
 
 # --------------------------------------------------------------------------- shift form

@@ -28,6 +28,7 @@ from dbp_kernels import reference, rules
 from dbp_kernels.backends.eager import matmul, onednn, rows_times, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager import shift as shift_form
+from dbp_kernels.planning import layout as planned
 from dbp_kernels.planning.calibration import machine
 from dbp_kernels.planning.geometry import make_geometry
 from dbp_kernels.planning.planner import Choice, gram_choices, update_choices
@@ -47,22 +48,22 @@ def ids(value):
 def thresholds(zero_columns: bool) -> Iterator[None]:
     """Thresholds so low that small inputs take the paths of large ones, either way round."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shift_form, "_OPERATIONS_PER_COPY", 1e9 if zero_columns else 0)
+        patch.setattr(planned, "_OPERATIONS_PER_COPY", 1e9 if zero_columns else 0)
         patch.setattr(shift_form, "_ASSEMBLED_ELEMENTS", 1)
         patch.setattr(shift_form, "_BY_TAP", 1)
         patch.setattr(shift_form, "_MANY_PIXELS", 1)
         patch.setattr(shift_form, "_LINE", 2)
-        patch.setattr(matmul, "_PANEL", 2)
-        patch.setattr(matmul, "_FEW_ROWS", 1)
+        patch.setattr(planned, "PANEL", 2)
+        patch.setattr(planned, "_FEW_ROWS", 1)
         patch.setattr(matmul, "_THIN", 100)
         patch.setattr(matmul, "_LONG", 3)
-        patch.setattr(self_wgrad, "POSITIONS", 3)
+        patch.setattr(self_wgrad, "WGRAD_POSITIONS", 3)
         patch.setattr(unfold, "_MANY", 1)
-        shift_form.shift_layout.cache_clear()
+        planned.shift_layout.cache_clear()
         try:
             yield
         finally:
-            shift_form.shift_layout.cache_clear()
+            planned.shift_layout.cache_clear()
 
 
 def check_all(c, x):
@@ -104,7 +105,7 @@ def test_the_paths_of_large_inputs(dims, examples, zero_columns):
         @settings(max_examples=examples)
         @given(cases(dims=(dims,), max_batch=5), layouts, st.integers(0, 1000))
         def check(c, layout, seed):
-            seen.append(shift_form.shift_layout(c.geometry, (False,) * dims).zero_columns)
+            seen.append(planned.shift_layout(c.geometry, (False,) * dims).zero_columns)
             check_all(c, c.input(seed=seed, layout=layout))
 
         check()
@@ -256,22 +257,22 @@ def test_chunks_of_images(c, images):
 def test_chunks_split_without_being_made_to():
     c = case(8, 16, (24, 24), 5, padding=2)
     expansion = c.geometry.dim * c.geometry.samples / c.geometry.input_numel
-    assert 1 <= unfold.images_per_chunk(c.geometry, expansion, 1, "cpu") < 8
+    assert 1 <= planned.images_per_chunk(c.geometry, expansion, 1, "cpu") < 8
     parts = unfold.chunks(c.input(), c.geometry, expansion, 1)
     assert sum(g.batch for _, g in parts) == 8
     assert [p.shape[0] for p, _ in parts] == [g.batch for _, g in parts]
-    assert unfold.images_per_chunk(c.geometry, 1e9, 1, "cpu") == 1
-    assert unfold.images_per_chunk(c.geometry, 0.1, 1, "cpu") == 8
+    assert planned.images_per_chunk(c.geometry, 1e9, 1, "cpu") == 1
+    assert planned.images_per_chunk(c.geometry, 0.1, 1, "cpu") == 8
     small = case(8, 16, (7, 7), 3, padding=1).geometry
-    assert unfold.images_per_chunk(small, 9, 1, "cpu") == 8  # not worth a second part
+    assert planned.images_per_chunk(small, 9, 1, "cpu") == 8  # not worth a second part
     ten = case(10, 64, (56, 56), 3, padding=1).geometry  # one image's patches are 0.9 of the input
-    assert unfold.images_per_chunk(ten, 9, 1, "cpu") == 1
+    assert planned.images_per_chunk(ten, 9, 1, "cpu") == 1
     for shape in ((0, 3, 8, 8), (0, 3, 3, 9)):
         empty = make_geometry(shape, (3, 3), (1, 1), (1, 1), (1, 1), 1)
         assert all(choice.seconds >= 0 for choice in gram_choices(empty))
     large = case(10, 64, (224, 224), 3, padding=1).geometry
-    assert unfold.images_per_chunk(large, 2, 2, "cuda") == 10
-    assert unfold.images_per_chunk(large, 0.4, 2, "cpu") == 3  # 1.3 M elements each, four parts
+    assert planned.images_per_chunk(large, 2, 2, "cuda") == 10
+    assert planned.images_per_chunk(large, 0.4, 2, "cpu") == 3  # 1.3 M elements each, four parts
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=ids)
@@ -477,13 +478,13 @@ def _place(indices, sizes) -> int:
 @given(cases())
 def test_each_product_is_computed_once(c):
     """Of a combination of classes and its transpose, exactly one is in the program."""
-    program = shift_form.make_program(c.geometry.axes)
+    program = planned.make_program(c.geometry.axes)
     seen = {
-        (tuple(k.key for k in box.inner), p.row.key, box.segments, p.segment)
-        for box in program.boxes
-        for p in box.products
+        (tuple(k.key for k in band.inner), p.row.key, band.segments, p.segment)
+        for band in program.bands
+        for p in band.products
     }
-    assert len(seen) == sum(len(box.products) for box in program.boxes)
+    assert len(seen) == sum(len(band.products) for band in program.bands)
     classes = {(inner, row) for inner, row, _, _ in seen}
     for inner, row in classes:
         transposed = (
@@ -492,12 +493,12 @@ def test_each_product_is_computed_once(c):
         )
         assert transposed == (inner, row) or transposed not in classes
     used = set()
-    for box in program.boxes:
-        for p in box.products:
+    for band in program.bands:
+        for p in band.products:
             places = itertools.product(*(range(*covered) for covered in p.covering))
             used |= {p.block + _place(place, p.windows) for place in places}
             for k, segment, covered in zip(
-                (*box.inner, p.row), (*box.segments, p.segment), p.covering, strict=True
+                (*band.inner, p.row), (*band.segments, p.segment), p.covering, strict=True
             ):
                 assert [k.covers(i, segment) for i in range(len(k.windows))] == [
                     i in range(*covered) for i in range(len(k.windows))
@@ -508,9 +509,11 @@ def test_each_product_is_computed_once(c):
 
 
 def test_thirteen_products_for_a_three_by_three_kernel():
-    program = shift_form.make_program(case(1, 1, (9, 9), 3, padding=1).geometry.axes)
+    program = planned.make_program(case(1, 1, (9, 9), 3, padding=1).geometry.axes)
     combinations = {
-        (tuple(k.key for k in box.inner), p.row.key) for box in program.boxes for p in box.products
+        (tuple(k.key for k in band.inner), p.row.key)
+        for band in program.bands
+        for p in band.products
     }
     assert len(combinations) == 13
 
@@ -550,7 +553,7 @@ def test_products(n, dim, groups, dtype):
     xx, xy = x.double().mT @ x.double(), x.double().mT @ y.double()
     plain = max(error(x.mT @ x, xx), error(x.mT @ y, xy))
     tolerance = 1e-14 if dtype == F64 else 2 * plain + 1e-6
-    for count in (1, matmul.panels(dim, n)):
+    for count in (1, planned.panels(dim, n)):
         out = torch.empty(groups, dim, dim, dtype=dtype)
         for times in (1, 2):
             matmul.upper_product(x, x, out, times > 1, count)
@@ -564,11 +567,11 @@ def test_products(n, dim, groups, dtype):
 
 
 def test_wide_and_tall_products_are_cut_in_panels():
-    assert matmul.panels(512, 10_000) > 1
-    assert matmul.panels(64, 10_000) == matmul.panels(512, 10) == 1
+    assert planned.panels(512, 10_000) > 1
+    assert planned.panels(64, 10_000) == planned.panels(512, 10) == 1
     # calls on a GPU cost more than small products
-    assert matmul.panels(1152, 10_000, cuda=True) == 1
-    assert matmul.panels(4608, 10_000, cuda=True) == 4
+    assert planned.panels(1152, 10_000, cuda=True) == 1
+    assert planned.panels(4608, 10_000, cuda=True) == 4
 
 
 @pytest.mark.parametrize("rows", [0, 1, 10, 32, 33])
@@ -604,7 +607,7 @@ def by_onednn(monkeypatch):
         pytest.skip("this build of torch lacks oneDNN's products")
     gained = replace(machine("cpu"), narrow=GAIN[0], onednn=GAIN[1])
     monkeypatch.setattr(onednn, "machine", lambda device_type: gained)
-    for floor in ("WORTH", "_ROWS", "_COPIED_FOR"):
+    for floor in ("ONEDNN_WORTH", "_ROWS", "_COPIED_FOR"):
         monkeypatch.setattr(onednn, floor, 0)
     calls = []
     product = onednn.product
@@ -709,7 +712,7 @@ def test_a_batch_of_gradients_is_not_for_onednn(by_onednn):
 
 
 def test_small_products_are_not_worth_onednn(by_onednn, monkeypatch):
-    monkeypatch.setattr(onednn, "WORTH", 4 * 64 * 64)
+    monkeypatch.setattr(onednn, "ONEDNN_WORTH", 4 * 64 * 64)
     X, R = random((1, 4, 64), torch.float32), random((1, 64, 64), torch.float32)
     for count in (3, 4):
         matmul.matmul(X[:, :count], R)

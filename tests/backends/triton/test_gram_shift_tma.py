@@ -13,7 +13,7 @@ from dbp_kernels import reference
 from dbp_kernels.backends.triton import gram_shift_tma as tma
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs
-from dbp_kernels.backends.triton.work import shift_program
+from dbp_kernels.planning.boxes import shift_program
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_work import assembled
 
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.backends.triton.reduce import reduction
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 def reduced(
     work: W.Work, parts: torch.Tensor, samples: int, index64: bool = False, device=DEVICE
 ) -> torch.Tensor:
-    tables = W.make_tables(work, device)
+    tables = make_tables(work, device)
     groups, dim = work.channels // work.group_channels, work.group_channels * work.program.taps
     out = torch.empty(groups, dim, dim, device=device)
     reduction(work, tables, samples, index64)(workspace=parts.to(device), out=out)
@@ -48,7 +50,7 @@ def test_reduce_equals_model(case_, block, items, index64):
 @pytest.mark.parametrize("shape", [(70, 35), (64, 64), (33, 1)], ids=str)
 def test_one_tap_over_several_squares(shape):
     channels, group_channels = shape
-    work = W.make_work(W.direct_program(90), 1, channels, group_channels, 32, 4, 20)
+    work = W.make_work(boxes.direct_program(90), 1, channels, group_channels, 32, 4, 20)
     parts = workspace(work)
     S = reduced(work, parts, 90)
     assert torch.allclose(S.double(), assembled(parts.double(), work, 90), rtol=1e-5, atol=1e-6)
@@ -84,7 +86,7 @@ def test_compiled_code_of_one_tap(compiled, target, index64, shape):
 
 
 def reduced_in_simulator(target, index64, channels, group_channels, block):
-    work = W.make_work(W.direct_program(90), 1, channels, group_channels, block, 4, 20)
+    work = W.make_work(boxes.direct_program(90), 1, channels, group_channels, block, 4, 20)
     parts = workspace(work)
     with simulator.simulated(target, seed=channels):
         S = reduced(work, parts, 90, index64, torch.device("cpu"))

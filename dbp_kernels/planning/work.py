@@ -1,140 +1,24 @@
-"""What the second moment's kernels compute, as integers: boxes of pixels, work items, sources of S.
+"""The work list of a kernel that computes a second moment, as integers.
 
-A *box* is one class of tap pairs and one segment per axis (see ``geometry.PairClass``): pixels that
-contribute to exactly the same tap pairs. Its block is
-
-    B[c, c'] = sum over images and pixels p of the box of  x(p)[c] * x(p + offset)[c']
-
-Both pixels of every product exist, so no product needs a border mask. S is assembled by adding, for
-each tap pair, the blocks of the boxes its window covers, transposed where only the transpose is
-computed. Nothing is ever subtracted.
-
-A block is cut into tiles of channels and its pixels into parts: one *item* per program. An item
-writes its partial tile to a *slot* of the workspace of its own; ``reduce.py`` sums the slots in a
-fixed order. All tables are made once per geometry and kept on the device.
+The block of each box (see ``boxes.py``) is cut into tiles of channels and its pixels into parts: one
+*item* per program. An item writes its partial tile to a *slot* of the workspace of its own; ``reduce``
+sums the slots in a fixed order.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
-import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
-from torch import Tensor
-
-from dbp_kernels.planning.geometry import Axis, ConvGeometry, PairClass
+from dbp_kernels.planning.boxes import Program, shift_program
+from dbp_kernels.planning.geometry import ConvGeometry
 
 # In steps of block_k pixels: what an item costs beside its steps, and how short a part may be. The
 # partial tile is written here and read again by the reduction.
 _OVERHEAD, _SHORTEST = 8, 4
 
-AXES = 3  # fewer spatial axes are preceded by axes of size 1
 MAX_PIXELS = 2**31 - 2**16  # of one box, over all images: pixel numbers and their tiles are int32
-
-STRAIGHT, TRANSPOSED, SYMMETRIC = 0, 1, 2
-
-Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Box:
-    """Left pixels start + stride * (0 <= index < size) per axis; right pixels are ``offset`` away.
-
-    ``symmetric``: the offset is zero, so the block equals its transpose.
-    """
-
-    start: Triple
-    size: Triple
-    offset: Triple
-    symmetric: bool
-
-    @property
-    def positions(self) -> int:
-        """Pixels per image."""
-        return math.prod(self.size)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What one tap pair's part of S is the sum of."""
-
-    kind: int  # STRAIGHT, TRANSPOSED or SYMMETRIC, the same for all its boxes
-    boxes: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)  # one object per geometry: compared and hashed by identity
-class Program:
-    """All boxes of a geometry and the source of each ordered tap pair, row-major."""
-
-    taps: int
-    boxes: tuple[Box, ...]
-    sources: tuple[Source, ...]
-
-
-def _canonical(classes: tuple[PairClass, ...]) -> bool:
-    """Of a combination of classes and its transpose exactly one is canonical."""
-    for c in classes:
-        if not c.self_inverse:
-            return c.canonical
-    return True
-
-
-def _box(axes: tuple[Axis, ...], classes: tuple[PairClass, ...], segments) -> Box:
-    start, size, offset = [0] * AXES, [1] * AXES, [0] * AXES
-    first = AXES - len(axes)
-    for d, (axis, c, (low, high)) in enumerate(zip(axes, classes, segments), start=first):
-        start[d] = c.phase_left + axis.stride * low
-        size[d] = high - low
-        offset[d] = c.phase_right - c.phase_left + axis.stride * c.shift
-    symmetric = all(c.self_inverse for c in classes)
-    return Box(tuple(start), tuple(size), tuple(offset), symmetric)
-
-
-@lru_cache(maxsize=512)
-def shift_program(axes: tuple[Axis, ...]) -> Program:
-    """The program of a convolution's axes."""
-    ids: dict[tuple, int] = {}
-    boxes: list[Box] = []
-    for classes in itertools.product(*(a.pair_classes for a in axes)):
-        if not _canonical(classes):
-            continue
-        for segments in itertools.product(*(c.segments for c in classes)):
-            ids[tuple(c.key for c in classes), segments] = len(boxes)
-            boxes.append(_box(axes, classes, segments))
-
-    class_of = [{pair: c for c in a.pair_classes for pair in c.window_of} for a in axes]
-
-    def source(left: tuple[int, ...], right: tuple[int, ...]) -> Source:
-        pairs = list(zip(left, right))
-        if any(pair not in by_pair for pair, by_pair in zip(pairs, class_of)):
-            return Source(STRAIGHT, ())  # no position sees both taps
-        classes = tuple(by_pair[pair] for pair, by_pair in zip(pairs, class_of))
-        if not _canonical(classes):
-            return Source(TRANSPOSED, source(right, left).boxes)
-        covered = (
-            [s for s in c.segments if c.covers(c.window_of[pair], s)]
-            for c, pair in zip(classes, pairs)
-        )
-        keys = tuple(c.key for c in classes)
-        kind = SYMMETRIC if all(c.self_inverse for c in classes) else STRAIGHT
-        return Source(kind, tuple(ids[keys, s] for s in itertools.product(*covered)))
-
-    taps = list(itertools.product(*(range(a.kernel) for a in axes)))
-    sources = tuple(source(k, j) for k in taps for j in taps)
-    return Program(len(taps), tuple(boxes), sources)
-
-
-@lru_cache(maxsize=512)
-def direct_program(rows: int) -> Program:
-    """One symmetric box of ``rows`` pixels and a single tap: X^T X of a matrix with these rows."""
-    box = Box((0, 0, 0), (1, 1, rows), (0, 0, 0), True)
-    return Program(1, (box,), (Source(SYMMETRIC, (0,)),))
-
-
-# --------------------------------------------------------------------------- work list
 
 
 @dataclass(frozen=True)
@@ -336,86 +220,6 @@ def make_work(
         symmetric=symmetric,
         lists=lists,
     )
-
-
-# --------------------------------------------------------------------------- tables
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """A work list as int32 tensors, one row per entry.
-
-    Attributes:
-        items: (items, 6): box, i, j, first, last, slot.
-        boxes: (boxes, 15): start, size and offset as (z, y, x), then multiplier and shift (see
-            ``reciprocal``) of the sizes x, y, z.
-        tiles: (upper pairs, 4): i, j, number of the pair (i, j), number of the pair (j, i).
-        taps: (tap pairs, 3): first entry and number of entries in ``slots``, kind.
-        slots: entries of all tap pairs; equal lists are stored once.
-        longest: entries of the longest list.
-    """
-
-    items: Tensor
-    boxes: Tensor
-    tiles: Tensor
-    taps: Tensor
-    slots: Tensor
-    longest: int
-
-
-def reciprocal(divisor: int) -> tuple[int, int]:
-    """(multiplier, shift): ``p // divisor == 2 * p * multiplier >> 32 >> shift`` for p < 2**31.
-
-    Both factors have 32 bits, unsigned: the high word of a product, which GPUs have as one
-    instruction; a division is a subroutine.
-    """
-    shift = (divisor - 1).bit_length()
-    return (1 << (31 + shift)) // divisor + 1, shift
-
-
-def signed(word: int) -> int:
-    """A 32-bit unsigned word as the int32 of the same bits."""
-    return word - (1 << 32) if word >= 1 << 31 else word
-
-
-def _box_row(box: Box) -> list[int]:
-    words = [*box.start, *box.size, *box.offset]
-    for size in reversed(box.size):  # x, y, z: the order in which a pixel number is taken apart
-        multiplier, shift = reciprocal(size)
-        words += [signed(multiplier), shift]
-    return words
-
-
-@lru_cache(maxsize=128)
-def make_tables(work: Work, device: torch.device) -> Tables:
-    """The tables on a device. Only the first call for a geometry copies them there.
-
-    That copy cannot be captured in a CUDA graph: run once before capturing, as torch advises anyway.
-    """
-    number = {pair: p for p, pair in enumerate(work.pairs)}
-    tiles = [[i, j, number[i, j], number[j, i]] for i, j in work.upper]
-    start: dict[tuple[int, ...], int] = {}
-    slots: list[int] = []
-    taps = []
-    for source, entries in zip(work.program.sources, work.lists):
-        if entries not in start:
-            start[entries] = len(slots)
-            slots += entries
-        taps.append([start[entries], len(entries), source.kind])
-    items = [[t.box, t.i, t.j, t.first, t.last, t.slot] for t in work.items]
-
-    def table(rows: list, width: int) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, width).to(device)
-
-    with torch.inference_mode(False):
-        return Tables(
-            items=table(items, 6),
-            boxes=table([_box_row(box) for box in work.program.boxes], 15),
-            tiles=table(tiles, 4),
-            taps=table(taps, 3),
-            slots=table(slots, 1),
-            longest=max(map(len, work.lists)),
-        )
 
 
 def shift_work(

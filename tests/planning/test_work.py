@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbp_kernels import reference
-from dbp_kernels.backends.triton import work as W
+from dbp_kernels.backends.tables import make_tables, reciprocal
+from dbp_kernels.planning import boxes
+from dbp_kernels.planning import work as W
 
 EXACT = 1e-11  # float64 rounding
 
 
-def pixel(box: W.Box, p: torch.Tensor, stride: W.Triple):
+def pixel(box: boxes.Box, p: torch.Tensor, stride: boxes.Triple):
     """(image, z, y, x) of the left pixels numbered ``p``."""
     coordinates = []
     for start, size, step in reversed(list(zip(box.start, box.size, stride))):
@@ -23,7 +25,7 @@ def pixel(box: W.Box, p: torch.Tensor, stride: W.Triple):
     return p, *reversed(coordinates)
 
 
-def partials(x: torch.Tensor, work: W.Work, stride: W.Triple) -> torch.Tensor:
+def partials(x: torch.Tensor, work: W.Work, stride: boxes.Triple) -> torch.Tensor:
     """(slots, block, block): what the items write; NaN where none does."""
     block = work.block
     x = x.movedim(1, -1)
@@ -53,10 +55,10 @@ def assembled(parts: torch.Tensor, work: W.Work, samples: int) -> torch.Tensor:
             index = k * taps + j
             source, slots = work.program.sources[index], work.lists[index]
             r, s = row, column
-            if source.kind == W.TRANSPOSED or (source.kind == W.SYMMETRIC and r > s):
+            if source.kind == boxes.TRANSPOSED or (source.kind == boxes.SYMMETRIC and r > s):
                 r, s = s, r
             pair = (r // block, s // block)
-            if source.kind == W.SYMMETRIC:
+            if source.kind == boxes.SYMMETRIC:
                 base = work.symmetric_base + upper[pair] * work.symmetric
             else:
                 base = number[pair] * work.straight
@@ -67,7 +69,7 @@ def assembled(parts: torch.Tensor, work: W.Work, samples: int) -> torch.Tensor:
 def model(x: torch.Tensor, case_, block: int, block_k: int, parallel: int, limit: int = 1 << 26):
     geometry = case_.geometry
     work = W.shift_work(geometry, block, block_k, parallel, limit)
-    missing = W.AXES - len(geometry.axes)
+    missing = boxes.AXES - len(geometry.axes)
     x = x.reshape(*x.shape[:2], *(1,) * missing, *x.shape[2:])
     stride = (*(1,) * missing, *(a.stride for a in geometry.axes))
     return assembled(partials(x, work, stride), work, geometry.samples)
@@ -95,7 +97,7 @@ def test_many_channel_tiles(limit):
 
 def test_direct_program_is_the_product_of_a_matrix_with_itself():
     X = torch.randn(37, 6, dtype=torch.float64)
-    work = W.make_work(W.direct_program(37), 1, 6, 3, 2, 4, 20)
+    work = W.make_work(boxes.direct_program(37), 1, 6, 3, 2, 4, 20)
     assert len(work.items) > len(work.upper)
     S = assembled(partials(X.T.reshape(1, 6, 1, 1, 37), work, (1, 1, 1)), work, 37)
     Z = X.reshape(37, 2, 3).transpose(0, 1)
@@ -103,8 +105,8 @@ def test_direct_program_is_the_product_of_a_matrix_with_itself():
 
 
 def test_a_3x3_kernel_needs_13_products():
-    boxes = W.shift_program(case(1, 1, (56, 56), 3, padding=1).geometry.axes).boxes
-    main = [b for b in boxes if b.positions > 56 * 56 // 2]
+    found = boxes.shift_program(case(1, 1, (56, 56), 3, padding=1).geometry.axes).boxes
+    main = [b for b in found if b.positions > 56 * 56 // 2]
     assert len(main) == 13
     assert sum(b.symmetric for b in main) == 1
 
@@ -155,7 +157,7 @@ def test_pairs_of_groups():
 
 @given(divisor=st.integers(1, 2**31 - 1), p=st.integers(0, 2**31 - 1))
 def test_reciprocal_divides_exactly(divisor, p):
-    multiplier, shift = W.reciprocal(divisor)
+    multiplier, shift = reciprocal(divisor)
     assert multiplier < 2**32
     for number in (p, 0, 2**31 - 1, p // divisor * divisor, max(0, p // divisor * divisor - 1)):
         assert 2 * number * multiplier >> 32 >> shift == number // divisor
@@ -165,8 +167,8 @@ def test_tables_are_made_once_and_hold_the_work():
     device = torch.device("cpu")
     geometry = case(2, 5, (6, 5), 3, stride=2, padding=1).geometry
     work = W.shift_work(geometry, 4, 8, 10)
-    tables = W.make_tables(work, device)
-    assert tables is W.make_tables(W.shift_work(geometry, 4, 8, 10), device)
+    tables = make_tables(work, device)
+    assert tables is make_tables(W.shift_work(geometry, 4, 8, 10), device)
     assert tables.items.shape == (len(work.items), 6)
     assert tables.boxes.shape == (len(work.program.boxes), 15)
     for (first, count, kind), entries, source in zip(
@@ -181,10 +183,10 @@ def test_tables_are_made_once_and_hold_the_work():
 
 def test_taps_that_read_padding_only_have_no_boxes():
     geometry = case(1, 1, (1,), 2, stride=9, padding=4, dilation=5).geometry
-    tables = W.make_tables(W.shift_work(geometry, 4, 8, 10), torch.device("cpu"))
+    tables = make_tables(W.shift_work(geometry, 4, 8, 10), torch.device("cpu"))
     assert tables.boxes.shape == (0, 15)
     assert tables.items.shape == (0, 6)
-    assert tables.taps.tolist() == [[0, 0, W.STRAIGHT]] * 4
+    assert tables.taps.tolist() == [[0, 0, boxes.STRAIGHT]] * 4
     assert tables.longest == 0
 
 
