@@ -241,7 +241,7 @@ def _kernel_shift_cost(
     counts = [_axis_counts(axis) for axis in geometry.axes]
     boxes = _half([c[2] for c in counts], [c[3] for c in counts])
     block = geometry.groups * side**2
-    moved = 3 * _operand_size(size, precision) * geometry.input_numel
+    moved: float = 3 * _operand_size(size, precision) * geometry.input_numel
     moved += 2 * size * geometry.groups * geometry.dim**2
     moved += 2 * 4 * boxes * block  # partial sums, written and read
     seconds = flop / m.kernel_rate(side, sm90)
