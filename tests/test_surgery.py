@@ -510,3 +510,49 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     del model[1].forward
     dbp.fuse_model(model)
     assert type(model[1]) is nn.Linear
+
+
+# What was done, and what was not.
+
+
+def test_the_report_says_what_was_swapped_and_what_was_not_and_why(capsys):
+    pruned = nn.Linear(3, 3)
+    prune.l1_unstructured(pruned, "weight", 2)
+    replaced = nn.Linear(3, 3)
+    replaced.forward = lambda x: x
+    model = nn.Sequential()
+    for name, module in {
+        "conv": nn.Conv2d(4, 8, 3, groups=2),
+        "norm": nn.BatchNorm2d(3),
+        "embedding": nn.Embedding(3, 3),
+        "outside": nn.Linear(3, 3),
+        "excluded": nn.Linear(3, 3),
+        "pruned": pruned,
+        "replaced": replaced,
+        "lazy": nn.LazyLinear(3),
+        "complex": nn.Linear(3, 3, dtype=torch.complex64),
+        "before": dnn.DecorLinear(3, 3),
+        "head": nn.Linear(512, 3),
+    }.items():
+        model.add_module(name, module)
+    included = lambda name, _: name != "outside"  # noqa: E731
+    assert dbp.decorrelate_model(model, included, "excluded", report=True) is model
+    assert capsys.readouterr().out.splitlines() == [
+        "decorrelated  R             MiB",
+        "conv          2 x 18 x 18  0.00",
+        "head          512 x 512    1.00",
+        "total                      1.00",
+        "left alone",
+        "embedding  Embedding is no kind that dbp.nn has decorrelated",
+        "outside    not among include",
+        "excluded   among exclude",
+        "pruned     its weight is not a plain parameter",
+        "replaced   its forward has been replaced on the instance, and may not use the weight",
+        "lazy       LazyLinear is no kind that dbp.nn has decorrelated",
+        "complex    its weight is torch.complex64",
+        "before     decorrelated already",
+    ]
+    dbp.decorrelate_model(nn.Linear(3, 3), report=True)
+    assert "the model     3 x 3" in capsys.readouterr().out
+    dbp.decorrelate_model(ResNet())
+    assert capsys.readouterr().out == ""

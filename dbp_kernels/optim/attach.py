@@ -15,7 +15,7 @@ from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.site import Feed, Site
-from dbp_kernels.surgery import Filter, _Filter, aliases_of
+from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
 
 def attach(
@@ -116,13 +116,25 @@ def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     several = [given] if isinstance(given, torch.optim.Optimizer) else given
     if not isinstance(several, Iterable):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or several")
-    several = list(several)
-    for optimizer in several:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+    several = [_innermost(optimizer) for optimizer in several]
     if not several:
         raise ValueError("optimizer=[]: expected at least one")
     return several
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser that steps, within accelerate's wrapper (known without importing it)."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+    kind = type(optimizer)
+    if (kind.__module__, kind.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
+        return _innermost(optimizer.optimizer)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"optimizer is a {kind.__name__} without torch's step hooks: expected a "
+            "torch.optim.Optimizer whose __init__ has run, such as one that it wraps"
+        )
+    return optimizer
 
 
 def _find(
@@ -133,18 +145,15 @@ def _find(
     max_size: int | None,
 ) -> tuple[list[Site], dict[str, str]]:
     """(sites, {layer: why it is none})."""
-    included, excluded = _Filter("include", include), _Filter("exclude", exclude)
-    names = aliases_of(model)
-    included.check(names)
-    excluded.check(names)
+    selection = Selection(model, include, exclude)
     optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     owners = _owners(model)
     sites, left_alone = [], {}
-    for module, aliases in names.items():
+    for module, aliases in selection.names.items():
         name = aliases[0] or type(module).__name__
         patches = patches_of(module)
         if patches is None:
-            if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            if multiplies(module):
                 left_alone[name] = f"{type(module).__name__} is no kind that dbp.register knows"
             continue
         if isinstance(patches, str):
@@ -152,10 +161,8 @@ def _find(
             continue
         weight = module._parameters[patches.weight]
         others = [other for other in owners[id(weight)] if other not in aliases]
-        if include is not None and not any(included(alias, module) for alias in aliases):
-            left_alone[name] = "not among include"
-        elif any(excluded(alias, module) for alias in aliases):
-            left_alone[name] = "among exclude"
+        if (reason := selection.why_not(module)) is not None:
+            left_alone[name] = reason
         elif others:
             left_alone[name] = f"its {patches.weight} is that of {others[0]!r} too"
         elif id(weight) not in optimised:
@@ -195,7 +202,7 @@ def _grouped(
     for group in groups or ():
         if not isinstance(group, dict) or "modules" not in group:
             raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
-        chosen = _Filter("groups", group["modules"])
+        chosen = Rules("groups", group["modules"])
         chosen.check(aliases_of(model))
         own = [site for site in rest if chosen(site.name, site.module)]
         if not own:

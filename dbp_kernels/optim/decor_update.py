@@ -23,7 +23,7 @@ from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
-from dbp_kernels.sampling import Recorder
+from dbp_kernels.sampling import Recorder, recorder_of
 from dbp_kernels.surgery import switch_fast_paths
 
 
@@ -205,7 +205,15 @@ class DecorUpdate(torch.optim.Optimizer):
             yield from zip(group["param_names"], layers)
 
     def _follow_R(self) -> None:
-        """Point param_groups and state at the buffers of today: model.to() replaces buffers."""
+        """Point param_groups and state at the buffers of today: model.to() replaces buffers.
+
+        Raises RuntimeError if a layer was fused.
+        """
+        for name, layer in self._named_layers():
+            if not hasattr(layer, "R"):
+                raise RuntimeError(
+                    f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
+                )
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
@@ -464,11 +472,10 @@ class DecorUpdate(torch.optim.Optimizer):
 
     def _check_attached(self) -> None:
         recorders = [recorder for group in self._recorders for recorder in group]
-        for (name, _), recorder in zip(self._named_layers(), recorders):
+        for (name, layer), recorder in zip(self._named_layers(), recorders):
             if not recorder.owns_layer:
                 raise RuntimeError(
-                    f"layer {name!r} no longer belongs to this DecorUpdate: it was detached or "
-                    "fused, or a later DecorUpdate has taken the layer over"
+                    f"layer {name!r} no longer belongs to this DecorUpdate: {_why_lost(layer)}"
                 )
 
     def _jobs(self) -> list[Job]:
@@ -638,3 +645,12 @@ class DecorUpdate(torch.optim.Optimizer):
 
 def _make_recorders(layers: Iterable[nn.Module], owner: DecorUpdate, group: int) -> list[Recorder]:
     return [Recorder(layer, owner, group, index) for index, layer in enumerate(layers)]
+
+
+def _why_lost(layer: nn.Module) -> str:
+    """Why a layer that was ours is no longer."""
+    if not hasattr(layer, "R"):
+        return "it was fused, so that its weight is A = W R"
+    if recorder_of(layer) is not None:
+        return "a later DecorUpdate has taken it over"
+    return "it was detached"

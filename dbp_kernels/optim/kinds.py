@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbp_kernels.selection import unusable
+
 
 def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return arguments[0] if arguments else next(iter(named.values()))
@@ -123,22 +125,13 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     describe = _kinds.get(type(module)) or _optional(type(module))
     if describe is None:
         return None
-    if "forward" in module.__dict__:
-        return "its forward has been replaced on the instance, and may not use the weight"
     patches = describe(module)
     if isinstance(patches, str):
         return patches
-    weight = module._parameters.get(patches.weight)
-    if weight is None:
-        return f"its {patches.weight} is not a plain parameter"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "it is lazy: run a forward pass before attach()"
-    return _unfit(patches, weight)
+    return unusable(module, patches.weight) or _unfit(patches, module._parameters[patches.weight])
 
 
-def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches | None:
-    if not weight.is_floating_point():
-        return f"its {patches.weight} is {weight.dtype}"
+def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches:
     if type(weight) is not nn.Parameter:
         return f"its {patches.weight} is a {type(weight).__name__}"
     rows = patches.groups * patches.size
