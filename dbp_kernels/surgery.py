@@ -110,7 +110,7 @@ def first_R(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Tensor]:
 def swap(R: Mapping[nn.Module, Tensor]) -> None:
     """Plain layers become decorrelated ones, each with its R; ``settle`` is to follow."""
     for module, own in R.items():
-        module.__class__ = _DECORRELATED[type(module)]
+        _become(module, _DECORRELATED[type(module)])
         module.register_buffer("R", own)
 
 
@@ -123,7 +123,14 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
         for attribute in dbp_nn.OF_THE_OPTIMISER:
             module.__dict__.pop(attribute, None)
         del module.R
-        module.__class__ = _PLAIN[type(module)]
+        _become(module, _PLAIN[type(module)])
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    # Code compiled before looks at the class again only when __dict__ has been written to.
+    module.__dict__["_dbp_changed"] = True
+    del module.__dict__["_dbp_changed"]
 
 
 def settle(model: nn.Module) -> None:

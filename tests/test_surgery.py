@@ -478,6 +478,8 @@ def test_compiled_before_surgery():
     decor = dbp.DecorUpdate(compiled)
     compiled(x)
     assert len(decor._recorders[0][0].samples) == 1
+    dbp.fuse_model(model)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_the_list_of_buffers_ddp_leaves_alone():
