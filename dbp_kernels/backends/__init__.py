@@ -65,7 +65,8 @@ def backend(name: str) -> Iterator[None]:
 
 def unusable(name: str, device_type: str) -> str | None:
     """None if the backend works for tensors on this device type, else the reason in one sentence."""
-    return _load(_USABLE[name]).unusable(device_type)
+    reason: str | None = _load(_USABLE[name]).unusable(device_type)
+    return reason
 
 
 @lru_cache

@@ -23,7 +23,7 @@ from dbp_kernels.precision import update_products
 KEPT = 1024
 ALIGNMENT = 16  # bytes: vector loads, cp.async and TMA want it
 
-_kept: dict[tuple, Any] = {}
+_kept: dict[tuple[Any, ...], Any] = {}
 _captured: set[Any] = set()
 _lock = threading.Lock()
 T = TypeVar("T")

@@ -116,13 +116,25 @@ def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     several = [given] if isinstance(given, torch.optim.Optimizer) else given
     if not isinstance(several, Iterable):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or several")
-    several = list(several)
-    for optimizer in several:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+    several = [_innermost(optimizer) for optimizer in several]
     if not several:
         raise ValueError("optimizer=[]: expected at least one")
     return several
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser that steps, within accelerate's wrapper (known without importing it)."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+    kind = type(optimizer)
+    if (kind.__module__, kind.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
+        return _innermost(optimizer.optimizer)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"optimizer is a {kind.__name__} without torch's step hooks: expected a "
+            "torch.optim.Optimizer whose __init__ has run, such as one that it wraps"
+        )
+    return optimizer
 
 
 def _find(

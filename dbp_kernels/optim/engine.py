@@ -27,6 +27,9 @@ class Engine(DecorUpdate):
         self._counts: Tensor | None = None  # of the gate: a CUDA graph reads the same one always
         super().__init__(groups, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sites": self._sites, "_counts": None}
+
     def gate(self, found_inf: Sequence[Tensor]) -> None:
         """Have the coming ``step()`` change no R where a GradScaler found Inf, without waiting for it.
 

@@ -30,6 +30,7 @@ class Attached:
         engine: DecorUpdate,
         left_alone: Mapping[str, str],
     ) -> None:
+        self._model, self._optimizers = model, list(optimizers)
         self._sites = {site.name: site for site in sites}
         self._engine = engine
         self._left_alone = dict(left_alone)
@@ -113,6 +114,16 @@ class Attached:
             handle.remove()
         self._engine.detach()
         self._attached = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy that comes with copies of model and optimisers is attached to those."""
+        sites, left_alone = list(self._sites.values()), self._left_alone
+        arguments = self._model, self._optimizers, sites, self._engine, left_alone
+        return type(self), arguments, self._attached
+
+    def __setstate__(self, attached: bool) -> None:
+        if not attached:
+            self.detach()
 
     def __repr__(self) -> str:
         total = sum(site.R.nbytes for site in self._sites.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from dbp_kernels.optim.swap import some
 
 # In each of the saved param_groups that has attached weights, by name. Not in "state": what is
 # loaded from there is cast to the weight's dtype, and R must stay float32; nor beside it:
-# torch.distributed.checkpoint drops keys it does not know.
+# torch.distributed.checkpoint drops keys it does not know. It also drops, from states it has
+# flattened, what it does not find in the live groups: those have the key too, with None.
 KEY = "dbp"
 
 
@@ -37,44 +39,85 @@ class Checkpoint:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for group in self._optimizer.param_groups:
+            group.pop(KEY, None)
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = []
         for live, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
-            held = {id(p) for p in live["params"]}
-            layers = {s.name: self._layer(s) for s in self._sites if id(s.weight) in held}
+            layers = {site.name: self._layer(site) for site in self._held(live)}
             groups.append({**saved, KEY: {"layers": layers, **self._common()}} if layers else saved)
         return {**state_dict, "param_groups": groups}
 
+    def _held(self, group: dict[str, Any]) -> list[Site]:
+        """The sites whose weights a group has."""
+        held = {id(p) for p in group["params"]}
+        return [site for site in self._sites if id(site.weight) in held]
+
+    # torch.distributed.checkpoint loads what a state has already, and takes lists apart: so every
+    # key is always there, and what changes its length is text.
+
     def _layer(self, site: Site) -> dict[str, Tensor]:
-        return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, {})}
+        never = {"loss": site.R.new_full((), torch.nan), "skipped": torch.zeros(()).long()}
+        return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, never)}
 
     def _common(self) -> dict[str, Any]:
         own = self._engine.state_dict()
-        return {key: own[key] for key in ("steps", "generator", "phases", "budget") if key in own}
+        progress = {key: own.get(key) for key in ("steps", "phases", "budget")}
+        # on the device of the rest, as torch.distributed.checkpoint wants all vectors on one
+        generator = own["generator"].to(self._sites[0].R.device)
+        return {"progress": json.dumps(progress), "generator": generator}
 
     def _take_out(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = state_dict["param_groups"]
-        self._loaded = [group[KEY] for group in groups if KEY in group]
+        loaded = [group[KEY] for group in groups if group.get(KEY)]
+        self._check(loaded)
+        self._loaded = loaded
         plain = [{k: v for k, v in group.items() if k != KEY} for group in groups]
         return {**state_dict, "param_groups": plain}
 
+    def _check(self, loaded: list[dict[str, Any]]) -> None:
+        """Raises ValueError, before anything is changed, where a layer has another shape."""
+        layers = _layers(loaded)
+        for site in self._sites:
+            for key, own in (("W", site.W), ("R", site.R)):
+                if site.name in layers and layers[site.name][key].shape != own.shape:
+                    raise ValueError(
+                        f"the loaded optimiser state has a {key} of {site.name!r} of shape "
+                        f"{tuple(layers[site.name][key].shape)}: expected {tuple(own.shape)}"
+                    )
+
     def _adopt(self) -> None:
         """What an optimiser loaded before it was attached."""
-        found = [g.pop(KEY) for g in self._optimizer.param_groups if KEY in g]
+        found = [g[KEY] for g in self._optimizer.param_groups if g.get(KEY)]
         if found:
+            self._check(found)
             self._loaded = found
             self._load(self._optimizer)
+        self._mark()
+
+    def _mark(self) -> None:
+        for group in self._optimizer.param_groups:
+            if self._held(group):
+                group[KEY] = None
 
     @torch.no_grad()
     def _load(self, optimizer: Any) -> None:
         loaded, self._loaded = self._loaded, []
-        layers = {name: entry for part in loaded for name, entry in part["layers"].items()}
-        plain = [site.name for site in self._sites if site.name not in layers]
+        layers = _layers(loaded)
+        own = [site.name for site in self._sites]
+        plain = [name for name in own if name not in layers]
         if plain:
             warnings.warn(
                 f"the loaded optimiser state has no R of {some(plain)}: R = I and W = the weight "
                 "as it is; expected the state of an optimiser under dbp.attach with these layers",
+                stacklevel=4,
+            )
+        ignored = [name for name in layers if name not in own]
+        if ignored:
+            warnings.warn(
+                f"the loaded optimiser state has an R of {some(ignored)}, which are not attached "
+                "here: they go on as plain layers",
                 stacklevel=4,
             )
         self._engine._follow_R()
@@ -86,19 +129,24 @@ class Checkpoint:
                 continue
             site.W.copy_(entry["W"])
             site.R.copy_(entry["R"])
-            if "loss" in entry:
+            if entry["skipped"] or not entry["loss"].isnan():
                 state = self._engine._state_of(site.R)
                 state["loss"].copy_(entry["loss"])
                 state["skipped"].copy_(entry["skipped"])
         if loaded:
             self._restore(loaded[0])
         self._engine.discard()
+        self._mark()
 
     def _restore(self, common: dict[str, Any]) -> None:
         engine = self._engine
-        engine._steps = common["steps"]
+        progress = json.loads(common["progress"])
+        engine._steps, engine._phases = progress["steps"], progress["phases"]
         engine._generator.set_state(common["generator"].cpu())
-        engine._phases = common.get("phases")
         engine._ranks_agree = False
         if engine._budget is not None:
-            engine._budget = engine._budget.restored(common.get("budget"))
+            engine._budget = engine._budget.restored(progress["budget"])
+
+
+def _layers(loaded: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    return {name: entry for part in loaded for name, entry in part["layers"].items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dbp_kernels import distributed, rules
 from dbp_kernels.nn import is_decorrelated
@@ -137,7 +137,10 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
         if name not in _OPTIONS:
             continue
         convert, valid, expected = _OPTIONS[name]
-        if not valid(options[name]):
+        given = options[name]
+        if isinstance(given, Tensor) and given.dim() == 0:
+            given = given.item()  # the value it has now
+        if not valid(given):
             raise ValueError(f"{name}={options[name]!r}: expected {expected}")
-        checked[name] = convert(options[name])
+        checked[name] = convert(given)
     return checked

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.nn import identity_R, set_identity_
-from dbp_kernels.optim.kinds import Patches
+from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.precision import statistics_dtype
 from dbp_kernels.sampling import record, recorder_of
 
@@ -28,7 +28,7 @@ class Feed:
         self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         site = self.site
-        if site is not None:
+        if site is not None and site.used_by(module):
             input = site.patches.input(arguments, named)
             if input is not None:
                 record(site, input)
@@ -49,6 +49,7 @@ class Site:
     Attributes:
         name: of the module, in the model.
         module, patches: the layer, and how it sees its input.
+        weight: the parameter, which functional calls replace in the module.
         R: (D, D), or (groups, D, D) with groups > 1; at least float32.
         W: as the weight. Within the step it is the memory that the parameter points to.
     """
@@ -58,17 +59,40 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, patches: Patches) -> None:
         self.name, self.module, self.patches = name, module, patches
+        self.weight: nn.Parameter = module._parameters[patches.weight]
         weight = self.weight
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
         self._transformed: Tensor | None = None  # a gradient that is W's already
-        self._written = self._seen()
+        self._written: tuple[int, int] | None = self._seen()
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.module._parameters[self.patches.weight]
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy that comes with its module's: without samples, and what may not be pickled."""
+        state = {**vars(self), "_written": self._seen() == self._written}
+        for key in ("patches", "_recorder", "_recorder_key"):
+            state.pop(key, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, patches=patches_of(state["module"]))
+        self._written = self._seen() if state["_written"] else None
+
+    def used_by(self, module: nn.Module) -> bool:
+        """Whether the module has the weight just now, and not another, lent by a functional call.
+
+        The weight may be there detached, or as torch.func wraps it.
+        """
+        weight = module._parameters[self.patches.weight]
+        if weight is self.weight:
+            return True
+        functorch = torch._C._functorch
+        while functorch.is_gradtrackingtensor(weight):
+            weight = functorch.get_unwrapped(weight)
+        return not functorch.is_batchedtensor(weight) and (
+            weight.data_ptr() == self.weight.data_ptr()
+        )
 
     # What the engine that learns R asks a layer.
 

@@ -70,6 +70,7 @@ class Swap:
         self._optimizer, self._sites, self._after = optimizer, sites, after
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
+        self._initialising = False
         self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
         self._evaluating = False  # the closure just now
@@ -92,6 +93,7 @@ class Swap:
             form(self._sites)
             self._formed()
         self._depth = 0
+        self._initialising = False
         self._evaluations = None
 
     def recover_if_left(self) -> None:
@@ -115,7 +117,9 @@ class Swap:
         given = list(arguments)
         closure = named.get("closure") or (given[1] if len(given) > 1 else None)
         if not callable(closure):
-            self._enter()
+            self._initialising = self._initialises()
+            if not self._initialising:
+                self._enter()
             return None
         self._evaluations = 0
         if "closure" in named:
@@ -127,9 +131,12 @@ class Swap:
         self._depth -= 1
         if self._depth > 0:
             return
+        self._depth = 0
+        if self._initialising:
+            self._initialising = False
+            return
         unused, self._evaluations = self._evaluations == 0, None
         self._leave()
-        self._depth = 0
         # fused optimisers are called by a GradScaler even if the step is to be left out
         self.found_inf = getattr(self._optimizer, "found_inf", None)
         if unused:
@@ -144,6 +151,18 @@ class Swap:
             raise
         finally:
             self._formed()
+
+    def _initialises(self) -> bool:
+        """Whether this step only makes the optimiser's state, before one is saved or loaded.
+
+        torch.distributed.checkpoint does so, at lr 0 with gradients of zero. A schedule may begin at
+        lr 0 too, but its gradients are a batch's.
+        """
+        optimizer = self._optimizer
+        if optimizer.state or any(group.get("lr") != 0 for group in optimizer.param_groups):
+            return False
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        return all(w.grad is not None and not w.grad.any() for w in weights if w.requires_grad)
 
     def _on_A(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, evaluated on A; after it the parameters and gradients are W's.

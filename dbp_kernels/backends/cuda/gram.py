@@ -148,6 +148,7 @@ def _shifts(kernel: str, x: Tensor, plan: ShiftPlan) -> Callable[..., None]:
     """The launch of the plan's items. x: rows of channels with nothing between the pixels."""
     tables = make_shift_tables(plan, x.device)
     rows = _as_rows(x)
+    assert rows is not None  # see ``_rows_of_channels``
     return partial(
         library.launch,
         kernel,
@@ -194,6 +195,7 @@ def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
     """Of pointwise patches without strides, or of rows, as X^T X."""
     steps, x = _rows_of_channels(x, geometry, even=True)
     rows = _as_rows(x)
+    assert rows is not None  # see ``_rows_of_channels``
     program = direct_program(geometry.samples)
     channels = geometry.channels, geometry.group_channels
     work = make_work(program, 1, *channels, 128, 64, _parallel(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def work_out(
     return plan(Z, R, lr, kappa, rule)
 
 
-def decor_update(x: Tensor, R: Tensor, *arguments, **options) -> tuple[Tensor, Tensor]:
+def decor_update(x: Tensor, R: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """R_new (groups, D, D) and loss (groups,). Arguments as ``work_out``."""
     update, loss = work_out(x, R, *arguments, **options)
     return update.new(R), loss

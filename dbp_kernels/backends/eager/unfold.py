@@ -54,7 +54,9 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
         return x if x.dtype == dtype else x.to(dtype)
     # patches that are pixels: few of them, or side by side already
     if geometry.pointwise and (geometry.strided or x.stride(1) == 1):
-        x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
+        strides = (slice(None, None, a.stride) for a in geometry.axes)
+        every: tuple[slice, ...] = (slice(None), slice(None), *strides)
+        x = x[every]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
         return x.transpose(0, 1)
     z = windows(x, geometry, tuple(range(dims)))
