@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from dbp_kernels import functional
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
-from dbp_kernels.sampling import record
+from dbp_kernels.sampling import Recorder, record
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = [
     "DecorConv1d",
@@ -89,11 +93,12 @@ class _Decorrelated(nn.Module):
     """
 
     R: Tensor
+    weight: Tensor  # of the torch layer
     # Whether the patch runs along the weight's first dimension; None where there is no weight.
     _transposed: bool | None = False
     # Class attributes, so that surgery can turn a plain layer into this class.
-    _recorder = None
-    _recorder_key = None
+    _recorder: weakref.ref[Recorder] | None = None
+    _recorder_key: Tensor | None = None
     _order_known = False  # whether a backward pass has found R as it was in the forward pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +109,7 @@ class _Decorrelated(nn.Module):
         super().__init_subclass__(**kwargs)
         plain = plain_class(cls)
         if plain is not None and "__init__" not in cls.__dict__:
-            cls.__signature__ = inspect.signature(plain)
+            cls.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
 
     # What each layer says about its patches.
 
@@ -171,14 +176,14 @@ class _Decorrelated(nn.Module):
 
     def reset_parameters(self) -> None:
         """Reset the weights as torch does, and R to the identity."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the torch layer
         if "R" in self._buffers:  # the torch constructor calls this before there is an R
             self.reset_decorrelation()
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Decorrelated:
-        before = self._buffers["R"]
-        super()._apply(fn, recurse)
-        after = self._buffers["R"]
+        before = self.R
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.R
         dtype = statistics_dtype(after.dtype)
         if before.is_meta and not after.is_meta:
             # Leaving the meta device gives uninitialised memory, for which R knows a value.
@@ -215,7 +220,7 @@ class _Decorrelated(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        R = self._buffers["R"]
+        R = self.R
         if plain:
             if key in missing_keys:
                 missing_keys.remove(key)
@@ -237,7 +242,7 @@ class _Decorrelated(nn.Module):
         return f"{super().extra_repr()}, R={tuple(self.R.shape)}"
 
 
-def is_decorrelated(module: nn.Module) -> bool:
+def is_decorrelated(module: nn.Module) -> TypeIs[_Decorrelated]:
     """Whether the module is one of this package's layers (or a subclass of one)."""
     return isinstance(module, _Decorrelated)
 
@@ -276,6 +281,10 @@ class DecorLinear(_Decorrelated, nn.Linear):
 
 class _DecorConvNd(_Decorrelated):
     """The parts that decorrelated convolutions of every dimension share."""
+
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
 
     def _conv_arguments(self) -> dict[str, Any]:
         return {
@@ -349,11 +358,23 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
             raise ValueError(
                 f"padding_mode must be 'zeros' for DecorConvTranspose2d, got {self.padding_mode!r}"
             )
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        output_padding = self._output_padding(  # types as in torch's own layer, which ignores them
+            input,
+            output_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
         )
         window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        output = functional.decor_conv_transpose2d(input, self.weight, self.R, self.bias, *window)
+        output = functional.decor_conv_transpose2d(
+            input,
+            self.weight,
+            self.R,
+            self.bias,
+            *window,  # type: ignore[arg-type]
+        )
         self._passed(input, output)
         return output
 

@@ -206,8 +206,9 @@ def _multiply_main(
     (left_phases, _), (right_phases, _) = _operand(band, False), _operand(band, True)
     row_length = math.prod(widths) * images
     for p in band.products:
-        X = rows[(p.row.phase_left, *left_phases)]
-        Y = rows[(p.row.phase_right, *right_phases)]
+        left = p.row.phase_left, *left_phases
+        right = p.row.phase_right, *right_phases
+        X, Y = rows[left], rows[right]
         offset = p.row.shift
         for c, width in zip(band.inner, widths):
             offset = offset * width + c.shift
