@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -222,7 +222,8 @@ def _weight_of(state_dict: Mapping[str, Any], key: str) -> Tensor:
             "weight_norm, spectral_norm or pruning), or model= as well, if that weight is another "
             "layer's too or R belongs to a Decorrelate module"
         )
-    return state_dict[_weight_key(key)]
+    weight: Tensor = state_dict[_weight_key(key)]
+    return weight
 
 
 def _has_R(module: nn.Module) -> bool:
@@ -234,14 +235,14 @@ def _like(
     state_dict: Mapping[str, Any], change: Callable[[Tensor], Tensor] = lambda x: x
 ) -> OrderedDict[str, Any]:
     """A copy, with its notes, of changed tensors."""
-    copy = OrderedDict(
+    copy: Any = OrderedDict(  # with an attribute
         (key, change(value) if isinstance(value, Tensor) else value)
         for key, value in state_dict.items()
     )
     notes = getattr(state_dict, "_metadata", None)
     if notes is not None:
         copy._metadata = OrderedDict((name, dict(entry)) for name, entry in notes.items())
-    return copy
+    return cast("OrderedDict[str, Any]", copy)
 
 
 def _with_shared(state_dict: Mapping[str, Any], model: nn.Module) -> OrderedDict[str, Any]:
@@ -276,18 +277,19 @@ def _warn_of_ties(state_dict: Mapping[str, Any], fused: Mapping[str, Any]) -> No
 @contextmanager
 def _without_memory(model: nn.Module) -> Iterator[None]:
     """Within it parameters and buffers are on the meta device; what is done to them is undone."""
-    kept = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(f"model has the lazy parameter {lazy[0]!r}: run a forward pass first")
+    holders: list[dict[str, Any]] = [
+        tensors for m in model.modules() for tensors in (m._parameters, m._buffers)
+    ]
+    kept = [dict(tensors) for tensors in holders]
     try:
-        for module, *_ in kept:
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    tensors[name] = None if x is None else x.detach().to("meta")
+        for tensors in holders:
+            for name, x in tensors.items():
+                tensors[name] = None if x is None else x.detach().to("meta")
         yield
     finally:
-        for module, parameters, buffers in kept:
-            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                tensors.clear()
-                tensors.update(before)
+        for tensors, before in zip(holders, kept):
+            tensors.clear()
+            tensors.update(before)
