@@ -17,7 +17,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
@@ -228,7 +228,7 @@ class Recorder:
             )
 
 
-def recorder_of(layer: Layer) -> Recorder | None:
+def recorder_of(layer: Layer | nn.Module) -> Recorder | None:
     """The live recorder attached to a layer, if any."""
     reference = getattr(layer, "_recorder", None)  # a fused layer has lost the attribute
     return None if reference is None else reference()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbp_kernels import backends, distributed, functional, rules
 from dbp_kernels.backends.eager import ops as eager
@@ -17,8 +17,9 @@ from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.ops import check_update, geometry_of, patch_gram, patch_mean
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choices import update_choices
-from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry, OpArguments
 from dbp_kernels.planning.planner import Choice
+from dbp_kernels.sampling import Layer
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -31,7 +32,7 @@ _SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
 class Job:
     """One layer's update in one step."""
 
-    layer: nn.Module
+    layer: Layer
     samples: list[Tensor]
     options: dict[str, Any]
     index: int = 0  # of the layer, among all of its optimiser's
@@ -48,7 +49,8 @@ class Job:
 
     @property
     def demean(self) -> bool:
-        return self.options["demean"]
+        demean: bool = self.options["demean"]
+        return demean
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class _Seen:
 
     pad: tuple[int, ...]
     pad_mode: str
-    arguments: tuple
+    arguments: OpArguments
     geometry: ConvGeometry
 
 
@@ -199,7 +201,7 @@ def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choic
     return update_choices(geometry, R.device.type, x.dtype, backend)[0]
 
 
-def _bucket(task: _Task) -> tuple | None:
+def _bucket(task: _Task) -> Hashable | None:
     """The plan, and all that layers must share to be updated together; None: each by itself."""
     R, geometry, choice = task.R, task.seen.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
@@ -214,7 +216,8 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
     job, choice, geometry = task.job, task.choice, task.seen.geometry
     if choice is None:
         operands = task.x, job.R, *task.seen.arguments
-        return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+        R_new, loss = torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+        return R_new, loss
     backend = backends.module(task.backend)
     if choice.name == "samples":
         update, loss = backend.low_rank_update(task.patches, task.R, **job.rule)
@@ -261,7 +264,7 @@ def moments_of(job: Job) -> distributed.Moments:
     for x, seen in job.inputs():
         n = seen.geometry.samples
         total.second.add_(patch_gram(x, *seen.arguments).to(R.dtype), alpha=n)
-        if job.demean:
+        if total.first is not None:
             total.first.add_(patch_mean(x, *seen.arguments).to(R.dtype), alpha=n)
         total.count.add_(n)
     return total
