@@ -213,8 +213,9 @@ def _fresh(meter: Meter) -> float:
 def _calls(meter: Meter) -> dict:
     """Seconds of calls on next to nothing."""
     from dbp_kernels.backends.eager import ops, shift, unfold
+    from dbp_kernels.planning.choice import PLANS
     from dbp_kernels.planning.geometry import make_geometry
-    from dbp_kernels.planning.planner import PLANS, update_choices
+    from dbp_kernels.planning.planner import update_choices
 
     x, geometry = _map(meter, 1, 2, 6)
     layouts = [shift.shift_layout(geometry, kind) for kind in _KINDS[:2]]

@@ -9,6 +9,7 @@ diagonal; layers share buckets of about 25 MB.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +133,12 @@ def all_reduce(
         flat = torch.empty(sum(sizes[i][2] for i in bucket), device=device, dtype=dtype)
         for part in flat.split([sizes[i][2] for i in bucket]):
             pack(next(source), part)
-        work = dist.all_reduce(flat, group=process_group, async_op=True)
+        with _told():
+            work = dist.all_reduce(flat, group=process_group, async_op=True)
         pending.append((bucket, flat, work))
     for bucket, flat, work in pending:
-        work.wait()
+        with _told():
+            work.wait()
         parts = flat.split([sizes[i][2] for i in bucket])
         for index, part in zip(bucket, parts):
             yield unpack(part, *shapes[index][2:])
@@ -144,8 +147,23 @@ def all_reduce(
 def broadcast(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Overwrite the tensors with those of the group's first rank."""
     source = _first_rank(process_group)
-    for work in [dist.broadcast(t, source, group=process_group, async_op=True) for t in tensors]:
-        work.wait()
+    with _told():
+        started = [dist.broadcast(t, source, group=process_group, async_op=True) for t in tensors]
+        for work in started:
+            work.wait()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says what is most likely wrong where a collective fails: some rank is not in it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"ranks could not exchange samples or R in step() ({error}): expected all ranks of the "
+            "process group to call step() as often as each other, with the same layers and options, "
+            "and in the same place among their other collectives"
+        ) from error
 
 
 def agree_on_backends(devices: Iterable[torch.device], group: dist.ProcessGroup | None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from dbp_kernels import backends
+from dbp_kernels import backends, choose
 from dbp_kernels.backends.eager.rows_times import rows_times, times
 from dbp_kernels.plain_call import nothing_between, plain
 from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
@@ -107,7 +107,8 @@ def patch_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
         dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
     with without_autocast(input):
-        return backends.select(input.device).patch_gram(input, g)
+        name = backends.selected(input.device)
+        return backends.module(name).patch_gram(input, g, choose.gram(input, g, name))
 
 
 def patch_mean(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
@@ -135,7 +136,8 @@ def decor_stats(input: Tensor, R: Tensor, *geometry: Unpack[OpArguments]) -> tup
         input, R = _promote(input, R, g.groups)
         if g.samples == 0 or g.dim == 0:
             return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
-        return backends.select(input.device).decor_stats(input, R, g)
+        name = backends.selected(input.device)
+        return backends.module(name).decor_stats(input, R, g, choose.stats(input, g, name))
 
 
 def decor_update(
@@ -160,8 +162,11 @@ def decor_update(
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
         x, Rg = _promote(input, R, g.groups)
-        kernel = backends.select(input.device).decor_update
-        R_new, loss = kernel(x, Rg, g, lr, kappa, rule, demean)
+        name = backends.selected(input.device)
+        choice = choose.update(x, g, name)
+        work_out = backends.module(name).decor_update
+        update, loss = work_out(x, Rg, g, lr, kappa, rule, demean, choice)
+        R_new = update if isinstance(update, Tensor) else update.new(Rg)
         return R_new.to(R.dtype).reshape(R.shape), loss.mean().to(R.dtype)
 
 

@@ -15,10 +15,10 @@ from dbp_kernels.nn import TRANSPOSED, fused_weight, is_decorrelated
 from dbp_kernels.surgery import (
     check_model,
     decorrelated_class,
-    first_R,
+    identities,
+    make_decorrelated,
+    make_plain,
     settle,
-    swap,
-    swap_back,
     why_not,
 )
 
@@ -65,15 +65,15 @@ def load_decorrelated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Mod
                 f"state_dict has {key!r}, but layer {name!r} cannot be decorrelated: {reason}"
             )
         layers.setdefault(module, name)
-    R = first_R({name: module for module, name in layers.items()})
-    swap(R)
+    R = identities({name: module for module, name in layers.items()})
+    make_decorrelated(R)
     try:
         # copies nothing, but raises what there is to be raised
         with _without_memory(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given below
             model.load_state_dict(_like(state, lambda x: x.to("meta")))
     except BaseException:
-        swap_back(R)
+        make_plain(R)
         raise
     settle(model)
     model.load_state_dict(state)

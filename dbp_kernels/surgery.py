@@ -45,9 +45,10 @@ def decorrelate_model(
     Swapped are modules whose type is exactly Linear, Conv1d, Conv2d, Conv3d or ConvTranspose2d of
     torch.nn. Left alone are subclasses (`MultiheadAttention.out_proj` is one: attention reads its
     weight directly), lazy layers, layers whose weight is not a plain parameter (weight_norm,
-    spectral_norm, pruning, parametrisations), and layers whose ``forward`` has been replaced on the
-    instance (LoRA and offloading hooks do so): it may read the weight and ignore R. Layers that are
-    decorrelated already stay as they are, so calling it twice does no harm.
+    spectral_norm, pruning, parametrisations), layers that ``dbp.attach`` has, and layers whose
+    ``forward`` has been replaced on the instance (LoRA and offloading hooks do so): it may read the
+    weight and ignore R. Layers that are decorrelated already stay as they are, so calling it twice
+    does no harm.
 
     `torch.nn.TransformerEncoderLayer` has a fast path for evaluation that reads the weights of its
     linear layers directly and would ignore R. It is switched off for those whose linear layers are
@@ -82,8 +83,8 @@ def decorrelate_model(
             chosen[names[0]] = module
         elif multiplies(module):
             left_alone[names[0]] = reason
-    R = first_R(chosen)
-    swap(R)
+    R = identities(chosen)
+    make_decorrelated(R)
     settle(model)
     if report:
         print(_table({name: R[module] for name, module in chosen.items()}, left_alone))
@@ -94,12 +95,14 @@ def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be decorrelated, in words; None if it can."""
     if dbp_nn.is_decorrelated(module):
         return "decorrelated already"
+    if any(getattr(hook, "site", None) for hook in module._forward_hooks.values()):
+        return "dbp.attach has its R"
     if type(module) not in _DECORRELATED:
         return f"{type(module).__name__} is no kind that dbp.nn has decorrelated"
     return unusable(module, "weight")
 
 
-def first_R(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Tensor]:
+def identities(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Tensor]:
     """The identity for each of the plain layers, by their names, that are to be decorrelated.
 
     Made before anything changes: memory may not suffice. Raises ValueError for an attribute R of
@@ -111,14 +114,14 @@ def first_R(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Tensor]:
     return {module: _identity(module) for module in layers.values()}
 
 
-def swap(R: Mapping[nn.Module, Tensor]) -> None:
+def make_decorrelated(R: Mapping[nn.Module, Tensor]) -> None:
     """Plain layers become decorrelated ones, each with its R; ``settle`` is to follow."""
     for module, own in R.items():
-        module.__class__ = _DECORRELATED[type(module)]
+        _become(module, _DECORRELATED[type(module)])
         module.register_buffer("R", own)
 
 
-def swap_back(modules: Iterable[nn.Module]) -> None:
+def make_plain(modules: Iterable[nn.Module]) -> None:
     """Decorrelated layers become plain ones, without R; ``settle`` is to follow."""
     for module in modules:
         recorder = recorder_of(module)
@@ -127,7 +130,14 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
         for attribute in dbp_nn.OF_THE_OPTIMISER:
             module.__dict__.pop(attribute, None)
         del module.R
-        module.__class__ = _PLAIN[type(module)]
+        _become(module, _PLAIN[type(module)])
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    # Code compiled before looks at the class again only when __dict__ has been written to.
+    module.__dict__["_dbp_changed"] = True
+    del module.__dict__["_dbp_changed"]
 
 
 def settle(model: nn.Module) -> None:
@@ -205,7 +215,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
 
     for module, weight in weights.items():
         module._parameters["weight"] = weight
-    swap_back(weights)
+    make_plain(weights)
     settle(model)
     return model
 

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import Products
+from plain_models import random_R
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -31,13 +32,6 @@ class Net(nn.Module):
         x = self.grouped_up(self.grouped(self.up(self.conv(x))))
         x = self.line(x.flatten(2))[..., :32].reshape(-1, 1, 4, 4, 8)
         return self.head(self.volume(x))
-
-
-def random_R(model):
-    for layer in model.modules():
-        if dnn.is_decorrelated(layer):
-            layer.R.add_(torch.randn_like(layer.R) * 0.2)
-    return model
 
 
 def trained(make=Net):

@@ -58,7 +58,7 @@ def prepared(make: Callable[..., T]) -> Callable[..., T]:
 
 
 def forget() -> None:
-    """Works everything out anew: calibrations have changed, or what stands in for the GPU."""
+    """Works everything out anew: what stands in for the GPU has changed."""
     with _lock:
         _kept.clear()
 

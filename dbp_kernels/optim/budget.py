@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dbp_kernels import distributed
+from dbp_kernels.choose import update_choices
 from dbp_kernels.clock import Mark, mark, seconds, wait
 from dbp_kernels.optim.schedule import CALIBRATIONS, WARM_UP, Schedule, Sizes
 from dbp_kernels.planning import planner
-from dbp_kernels.planning.choices import update_choices
 from dbp_kernels.planning.geometry import ConvGeometry
 
 if TYPE_CHECKING:

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbp_kernels import backends, distributed, functional, rules
+from dbp_kernels import backends, choose, distributed, functional, rules
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.ops import check_update, geometry_of, patch_gram, patch_mean
 from dbp_kernels.plain_call import plain
-from dbp_kernels.planning.choices import update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry, OpArguments
-from dbp_kernels.planning.planner import Choice
 from dbp_kernels.sampling import Layer
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
@@ -198,7 +197,7 @@ def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choic
         or (backend != "eager" and not plain(x, R))  # kernels read memory, and nobody looks on
     ):
         return None
-    return update_choices(geometry, R.device.type, x.dtype, backend)[0]
+    return choose.update(x, geometry, backend)
 
 
 def _bucket(task: _Task) -> Hashable | None:
@@ -218,14 +217,9 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
         operands = task.x, job.R, *task.seen.arguments
         R_new, loss = torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
         return R_new, loss
-    backend = backends.module(task.backend)
-    if choice.name == "samples":
-        update, loss = backend.low_rank_update(task.patches, task.R, **job.rule)
-    else:
-        # eager's stops short of changing R, which saves memory
-        work_out = eager.work_out if backend is eager else backend.decor_update
-        options = {**job.rule, "demean": job.demean, "choice": choice}
-        update, loss = work_out(task.x, task.R, geometry, **options)
+    options = {**job.rule, "demean": job.demean, "choice": choice}
+    work_out = backends.module(task.backend).decor_update
+    update, loss = work_out(task.x, task.R, geometry, **options)
     return update, _means(loss, 1)[0]
 
 
@@ -235,7 +229,7 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     job, plan = tasks[0].job, tasks[0].choice.name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.gram) for t in tasks])
+        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.algorithm) for t in tasks])
         if job.demean:
             m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)

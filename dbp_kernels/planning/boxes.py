@@ -101,18 +101,18 @@ class Program:
 def _box(
     axes: tuple[Axis, ...], classes: tuple[PairClass, ...], segments: tuple[Window, ...]
 ) -> Box:
-    start, size, offset = [0] * AXES, [1] * AXES, [0] * AXES
-    first = AXES - len(axes)
-    for d, (axis, c, (low, high)) in enumerate(zip(axes, classes, segments), start=first):
-        start[d] = c.phase_left + axis.stride * low
-        size[d] = high - low
-        offset[d] = c.phase_right - c.phase_left + axis.stride * c.shift
+    absent = AXES - len(axes)
+    start, size, offset = [0] * absent, [1] * absent, [0] * absent
+    for axis, c, (low, high) in zip(axes, classes, segments):
+        start.append(c.phase_left + axis.stride * low)
+        size.append(high - low)
+        offset.append(c.phase_right - c.phase_left + axis.stride * c.shift)
     symmetric = all(c.self_inverse for c in classes)
     return Box(_triple(start), _triple(size), _triple(offset), symmetric)
 
 
-def _triple(entries: list[int]) -> Triple:
-    z, y, x = entries
+def _triple(words: list[int]) -> Triple:
+    z, y, x = words
     return z, y, x
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbp_kernels.choose import gram_choices, update_choices
 from dbp_kernels.functional import op_arguments
 from dbp_kernels.ops import geometry_of
 from dbp_kernels.optim.options import checked_options
-from dbp_kernels.planning.choices import gram_choices, update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
-from dbp_kernels.planning.planner import Choice
 from dbp_kernels.precision import computed_dtype, update_precision
 from dbp_kernels.sampling import sample_size
 from dbp_kernels.surgery import decorrelated_class
