@@ -447,7 +447,7 @@ class DecorUpdate(torch.optim.Optimizer):
         """Statistics and updates run in their own precision wherever step() is called."""
         with ExitStack() as stack:
             for device_type in {job.R.device.type for job in jobs}:
-                if torch.amp.is_autocast_available(device_type):
+                if torch.amp.autocast_mode.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             cuda = any(precision.on_cuda(job.R) for job in jobs)
             stack.enter_context(precision.update_precision(self._matmul_precision, cuda))

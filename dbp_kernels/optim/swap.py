@@ -28,7 +28,7 @@ def in_own_precision(sites: Sequence[Site]) -> Iterator[None]:
         if all(site.W.is_cuda and site.rounded for site in sites):
             stack.enter_context(tf32_products())
         for device_type in {site.W.device.type for site in sites}:
-            if torch.amp.is_autocast_available(device_type):
+            if torch.amp.autocast_mode.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
