@@ -222,7 +222,8 @@ def _weight_of(state_dict: Mapping[str, Any], key: str) -> Tensor:
             "weight_norm, spectral_norm or pruning), or model= as well, if that weight is another "
             "layer's too or R belongs to a Decorrelate module"
         )
-    return state_dict[_weight_key(key)]
+    weight: Tensor = state_dict[_weight_key(key)]
+    return weight
 
 
 def _has_R(module: nn.Module) -> bool:
@@ -240,7 +241,8 @@ def _like(
     )
     notes = getattr(state_dict, "_metadata", None)
     if notes is not None:
-        copy._metadata = OrderedDict((name, dict(entry)) for name, entry in notes.items())
+        copied = OrderedDict((name, dict(entry)) for name, entry in notes.items())
+        copy._metadata = copied  # type: ignore[attr-defined]
     return copy
 
 
@@ -282,12 +284,14 @@ def _without_memory(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"model has the lazy parameter {lazy[0]!r}: run a forward pass first")
     try:
         for module, *_ in kept:
-            for tensors in (module._parameters, module._buffers):
+            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in own:
                 for name, x in tensors.items():
                     tensors[name] = None if x is None else x.detach().to("meta")
         yield
     finally:
         for module, parameters, buffers in kept:
-            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                tensors.clear()
-                tensors.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)

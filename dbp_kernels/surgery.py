@@ -8,6 +8,7 @@ optimiser, by a tied embedding) therefore survive without any bookkeeping.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,19 @@ from dbp_kernels.distributed import ignore_in_ddp, unwrap
 from dbp_kernels.sampling import recorder_of
 from dbp_kernels.selection import Filter, Selection, multiplies, unusable
 
-_DECORRELATED: dict[type[nn.Module], type[nn.Module]] = {
+_DECORRELATED: dict[type[nn.Module], type[dbp_nn._Decorrelated]] = {
     nn.Linear: dbp_nn.DecorLinear,
     nn.Conv1d: dbp_nn.DecorConv1d,
     nn.Conv2d: dbp_nn.DecorConv2d,
     nn.Conv3d: dbp_nn.DecorConv3d,
     nn.ConvTranspose2d: dbp_nn.DecorConvTranspose2d,
 }
-_PLAIN = {decorrelated: plain for plain, decorrelated in _DECORRELATED.items()}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    decorrelated: plain for plain, decorrelated in _DECORRELATED.items()
+}
 
 
-def decorrelated_class(module: nn.Module) -> type[nn.Module] | None:
+def decorrelated_class(module: nn.Module) -> type[dbp_nn._Decorrelated] | None:
     """The decorrelated class of a layer, or the one a plain layer would get; None for others."""
     if dbp_nn.is_decorrelated(module):
         return type(module)
@@ -80,10 +83,11 @@ def decorrelate_model(
             chosen[names[0]] = module
         elif multiplies(module):
             left_alone[names[0]] = reason
-    make_decorrelated(identities(chosen))
+    R = identities(chosen)
+    make_decorrelated(R)
     settle(model)
     if report:
-        print(_table({name: module.R for name, module in chosen.items()}, left_alone))
+        print(_table({name: R[module] for name, module in chosen.items()}, left_alone))
     return model
 
 
@@ -188,7 +192,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
             replaced on the instance; remove those first. Nothing is changed.
     """
     check_model(model)
-    weights: dict[nn.Module, nn.Parameter] = {}
+    weights: dict[dbp_nn._Decorrelated, nn.Parameter] = {}
     for name, module in unwrap(model).named_modules():
         if not dbp_nn.is_decorrelated(module) or isinstance(module, dbp_nn.Decorrelate):
             continue
@@ -221,16 +225,16 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _identity(module: nn.Module) -> Tensor:
+def _identity(module: Any) -> Tensor:
     """The first R of a plain layer."""
     # The sizes come from attributes that the plain layer has too.
     groups, size = _DECORRELATED[type(module)]._patch_size(module)
     return dbp_nn.identity_R(groups, size, module.weight.device, module.weight.dtype)
 
 
-def _fused_parameter(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    A = dbp_nn.fused_weight(weight, module.R, module._transposed)
+def _fused_parameter(module: dbp_nn._Decorrelated) -> nn.Parameter:
+    weight = module.get_parameter("weight")
+    A = dbp_nn.fused_weight(weight, module.R, bool(module._transposed))
     if A is weight:
         return weight
     fused = nn.Parameter(A, weight.requires_grad)
