@@ -14,7 +14,7 @@ from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
-from dbp_kernels.optim.site import Feed, Site
+from dbp_kernels.optim.site import Site, is_fed
 from dbp_kernels.surgery import Filter, _Filter, aliases_of
 
 
@@ -55,6 +55,9 @@ def attach(
     section 2.2): weight decay acts on W. Gradients that are clipped before ``step()`` are
     those of A, unless ``decor.transform_gradients()`` was called.
 
+    Layers whose weights ``optimizer.add_param_group()`` brings later, as when a network is unfrozen
+    part by part, are attached then, with the options given here, not those of ``groups``.
+
     ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them.
 
     Args:
@@ -88,7 +91,7 @@ def attach(
             f"model has the decorrelated layer {already[0]!r}: expected a plain model "
             "(dbp.fuse_model makes it one), or a DecorUpdate"
         )
-    sites, left_alone = _find(inner, optimizers, include, exclude, max_size)
+    sites, left_alone, waiting = _find(inner, optimizers, include, exclude, max_size)
     if not sites:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
         raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
@@ -109,7 +112,7 @@ def attach(
         stagger=stagger,
         cuda_graph=budget is None if cuda_graph is None else cuda_graph,
     )
-    return Attached(inner, optimizers, sites, engine, left_alone)
+    return Attached(inner, optimizers, sites, engine, left_alone, waiting)
 
 
 def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
@@ -143,15 +146,15 @@ def _find(
     include: Filter,
     exclude: Filter,
     max_size: int | None,
-) -> tuple[list[Site], dict[str, str]]:
-    """(sites, {layer: why it is none})."""
+) -> tuple[list[Site], dict[str, str], dict[str, nn.Module]]:
+    """(sites, {layer: why it is none}, {layer: its module, which only lacks an optimiser})."""
     included, excluded = _Filter("include", include), _Filter("exclude", exclude)
     names = aliases_of(model)
     included.check(names)
     excluded.check(names)
     optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     owners = _owners(model)
-    sites, left_alone = [], {}
+    sites, left_alone, waiting = [], {}, {}
     for module, aliases in names.items():
         name = aliases[0] or type(module).__name__
         patches = patches_of(module)
@@ -170,23 +173,19 @@ def _find(
             left_alone[name] = "among exclude"
         elif others:
             left_alone[name] = f"its {patches.weight} is that of {others[0]!r} too"
-        elif id(weight) not in optimised:
-            left_alone[name] = f"its {patches.weight} is not in the optimiser"
         elif max_size is not None and patches.size > max_size:
             mib = 4 * patches.groups * patches.size**2 / 2**20
             left_alone[name] = (
                 f"its R would have {patches.size} > max_size={max_size} rows, {mib:.0f} MiB"
             )
-        elif _is_fed(module):
+        elif id(weight) not in optimised:
+            left_alone[name] = f"its {patches.weight} is not in the optimiser"
+            waiting[name] = module
+        elif is_fed(module):
             raise ValueError(f"layer {name!r} is attached already: expected detach() before")
         else:
             sites.append(Site(name, module, patches))
-    return sites, left_alone
-
-
-def _is_fed(module: nn.Module) -> bool:
-    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
-    return any(hook.site is not None for hook in hooks)
+    return sites, left_alone, waiting
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

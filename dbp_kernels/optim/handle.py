@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
-from dbp_kernels.optim.site import Feed, Site
+from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.swap import Swap, form
 
 
@@ -29,26 +31,63 @@ class Attached:
         sites: Sequence[Site],
         engine: DecorUpdate,
         left_alone: Mapping[str, str],
+        waiting: Mapping[str, nn.Module],
     ) -> None:
         self._model, self._optimizers = model, list(optimizers)
         self._sites = {site.name: site for site in sites}
         self._engine = engine
-        self._left_alone = dict(left_alone)
+        self._left_alone, self._waiting = dict(left_alone), dict(waiting)
         of = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
         by_optimizer: dict[int, tuple[torch.optim.Optimizer, list[Site]]] = {}
         for site in sites:
             optimizer = of[id(site.weight)]
             by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
         # R is updated with the last of several optimisers that the model has
-        *rest, last = by_optimizer.values()
-        self._swaps = [Swap(o, own, lambda own=own: form(own)) for o, own in rest]
-        self._swaps.append(Swap(*last, after=self._learn))
-        self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
-        self._hooks = [
-            site.module.register_forward_hook(Feed(site), with_kwargs=True) for site in sites
+        last = list(by_optimizer)[-1]
+        self._swaps = [
+            Swap(
+                optimizer,
+                own,
+                after=self._learn if key == last else functools.partial(form, own),
+                joined=functools.partial(self._join, own),
+            )
+            for key, (optimizer, own) in by_optimizer.items()
         ]
-        self._hooks.append(model.register_forward_pre_hook(_Recovery(self)))
+        self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
+        self._hooks = [model.register_forward_pre_hook(_Recovery(self))]
+        for site in sites:
+            self._feed(site)
         self._attached = True
+
+    def _feed(self, site: Site) -> None:
+        hook = site.module.register_forward_hook(Feed(site), with_kwargs=True)
+        self._hooks.append(hook)
+
+    def _join(self, own: list[Site], group: dict[str, Any]) -> None:
+        """Attach to layers that have lacked but an optimiser, if a new group of its has their weights.
+
+        Args:
+            own: the optimiser's sites, which its swap and checkpoint see too.
+            group: the new one.
+        """
+        held = {id(p) for p in group["params"]}
+        sites = []
+        for name, module in self._waiting.items() if self._attached else ():
+            patches = patches_of(module)
+            if not isinstance(patches, Patches) or is_fed(module):
+                continue  # what it has become meanwhile
+            if id(module._parameters[patches.weight]) in held:
+                sites.append(Site(name, module, patches))
+        if not sites:
+            return
+        self._engine.join(sites)
+        own += sites
+        for site in sites:
+            del self._waiting[site.name], self._left_alone[site.name]
+            self._sites[site.name] = site
+            self._feed(site)
+        for checkpoint in self._checkpoints:
+            checkpoint.mark()
 
     def _learn(self) -> None:
         self._engine.gate([s.found_inf for s in self._swaps if s.found_inf is not None])
@@ -117,8 +156,9 @@ class Attached:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy that comes with copies of model and optimisers is attached to those."""
-        sites, left_alone = list(self._sites.values()), self._left_alone
-        arguments = self._model, self._optimizers, sites, self._engine, left_alone
+        told = self._left_alone, self._waiting
+        sites = list(self._sites.values())
+        arguments = self._model, self._optimizers, sites, self._engine, *told
         return type(self), arguments, self._attached
 
     def __setstate__(self, attached: bool) -> None:

@@ -40,6 +40,12 @@ class Feed:
         return Feed, (None,)
 
 
+def is_fed(module: nn.Module) -> bool:
+    """Whether the module feeds a site already."""
+    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
+    return any(hook.site is not None for hook in hooks)
+
+
 class Site:
     """A weight that holds A = W R outside of its optimiser's step, and W within it.
 
@@ -82,11 +88,12 @@ class Site:
     def used_by(self, module: nn.Module) -> bool:
         """Whether the module has the weight just now, and not another, lent by a functional call.
 
-        The weight may be there detached, or as torch.func wraps it.
+        The weight may be there detached, or as torch.func wraps it; but not in compiled code, which
+        cannot look through these.
         """
         weight = module._parameters[self.patches.weight]
-        if weight is self.weight:
-            return True
+        if weight is self.weight or torch.compiler.is_compiling():
+            return weight is self.weight
         functorch = torch._C._functorch
         while functorch.is_gradtrackingtensor(weight):
             weight = functorch.get_unwrapped(weight)

@@ -141,7 +141,9 @@ def test_the_learning_rate_of_R_may_be_a_tensor():
     assert dbp.DecorUpdate(layers, lr=torch.tensor(0.5)).param_groups[0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(-1.0), torch.tensor([1.0]), torch.tensor(float("nan"))])
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(-1.0), torch.tensor([1.0]), torch.tensor(float("nan"))]
+)
 def test_a_bad_tensor_is_no_learning_rate(lr):
     with pytest.raises(ValueError, match=r"lr=tensor.*: expected a finite number of at least 0"):
         attached(lr=lr)
