@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dbp_kernels.distributed import unwrap
 from dbp_kernels.nn import is_decorrelated
@@ -159,7 +160,9 @@ def _find(
         name = aliases[0] or type(module).__name__
         patches = patches_of(module)
         if patches is None:
-            if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            if not isinstance(module, ParametrizationList) and any(
+                p is not None and p.dim() > 1 for p in module._parameters.values()
+            ):
                 left_alone[name] = f"{type(module).__name__} is no kind that dbp.register knows"
             continue
         if isinstance(patches, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from dbp_kernels.optim.decor_update import DecorUpdate
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
 from dbp_kernels.optim.site import Feed, Site, is_fed
-from dbp_kernels.optim.swap import Swap, form
+from dbp_kernels.optim.swap import Swap, form, some
 
 
 class Attached:
@@ -58,6 +59,7 @@ class Attached:
         for site in sites:
             self._feed(site)
         self._attached = True
+        self._told_of_unseen = False
 
     def _feed(self, site: Site) -> None:
         hook = site.module.register_forward_hook(Feed(site), with_kwargs=True)
@@ -90,10 +92,33 @@ class Attached:
             checkpoint.mark()
 
     def _learn(self) -> None:
+        self._tell_of_unseen()
         self._engine.gate([s.found_inf for s in self._swaps if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
             site.formed()
+
+    def _tell_of_unseen(self) -> None:
+        """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""
+        if self._told_of_unseen:
+            return
+        unseen = [
+            site.name
+            for place, site, recorder in self._engine._places()
+            if recorder.dtype is None
+            and site.weight.grad is not None
+            and site.training
+            and self._engine._sampling_options(*place) is not None
+        ]
+        if unseen:
+            self._told_of_unseen = True
+            warnings.warn(
+                f"{some(unseen)} got a gradient, but attach() never saw an input of theirs: their R "
+                "learns nothing. Either the model was compiled and called before: torch.compile does "
+                "not notice hooks that come after the first call, so call torch.compiler.reset(), or "
+                "attach() before it. Or their weight is used without calling the layer: exclude them",
+                stacklevel=6,
+            )
 
     # What it tells.
 

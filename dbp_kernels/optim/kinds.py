@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
@@ -122,7 +123,7 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     """What the module sees; a reason to leave it alone; None if its type is not a known one."""
     describe = _kinds.get(type(module)) or _optional(type(module))
     if describe is None:
-        return None
+        return _changed(module)
     if "forward" in module.__dict__:
         return "its forward has been replaced on the instance, and may not use the weight"
     patches = describe(module)
@@ -136,14 +137,36 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     return _unfit(patches, weight)
 
 
+def _changed(module: nn.Module) -> str | None:
+    """Why a module is left alone whose type torch has made another; None if it has not."""
+    if is_parametrized(module):
+        return f"its {', '.join(module.parametrizations)} is parametrised"
+    for name, parameter in module._parameters.items():
+        if _is_dtensor(parameter) and parameter.dim() > 1:
+            return _sharded(name)
+    return None
+
+
+def _is_dtensor(parameter: Any) -> bool:
+    return type(parameter).__name__ == "DTensor"  # known without importing it
+
+
+def _sharded(name: str) -> str:
+    return f"its {name} is a DTensor, sharded beforehand"
+
+
 def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches | None:
     if not weight.is_floating_point():
         return f"its {patches.weight} is {weight.dtype}"
+    if _is_dtensor(weight):
+        return _sharded(patches.weight)
     if type(weight) is not nn.Parameter:
         return f"its {patches.weight} is a {type(weight).__name__}"
+    if weight.numel() == 0:
+        return f"its {patches.weight} is empty: sharded beforehand?"
     rows = patches.groups * patches.size
     fits = weight.shape[0] == rows if patches.transposed else weight[0].numel() == patches.size
-    if not fits or patches.size == 0 or weight.numel() == 0:
+    if not fits or patches.size == 0:
         return (
             f"its {patches.weight} of shape {tuple(weight.shape)} does not have patches of {rows}"
         )
