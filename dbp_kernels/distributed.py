@@ -9,6 +9,7 @@ diagonal; layers share buckets of about 25 MB.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,10 +128,12 @@ def all_reduce(
         flat = torch.empty(sum(sizes[i][2] for i in bucket), device=device, dtype=dtype)
         for part in flat.split([sizes[i][2] for i in bucket]):
             pack(next(source), part)
-        work = dist.all_reduce(flat, group=process_group, async_op=True)
+        with _explained():
+            work = dist.all_reduce(flat, group=process_group, async_op=True)
         pending.append((bucket, flat, work))
     for bucket, flat, work in pending:
-        work.wait()
+        with _explained():
+            work.wait()
         parts = flat.split([sizes[i][2] for i in bucket])
         for index, part in zip(bucket, parts):
             yield unpack(part, *shapes[index][2:])
@@ -139,8 +142,22 @@ def all_reduce(
 def broadcast(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Overwrite the tensors with those of the group's first rank."""
     source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
-    for work in [dist.broadcast(t, source, group=process_group, async_op=True) for t in tensors]:
-        work.wait()
+    with _explained():
+        for work in [dist.broadcast(t, source, process_group, async_op=True) for t in tensors]:
+            work.wait()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """An error of the communication, such as its timeout, names what mostly causes it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the ranks' samples could not be added up: every rank must call step() equally often "
+            "(decor.step(), or that of an attached optimiser), also where it has no batch, and no "
+            f"rank may have stopped ({error})"
+        ) from error
 
 
 def agree_on_backends(devices: Iterable[torch.device], group: dist.ProcessGroup | None) -> None:

@@ -86,6 +86,11 @@ class Recorder:
         """How many images the samples were taken from."""
         return sum(self._images)
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The samples, or, after they have been dropped, what the last of them looked like."""
+        return self.samples or [memory for _, memory in self._buffers]
+
     def clear(self) -> None:
         """Drop the samples; the next forward passes write to their memory."""
         self.samples, self._images, self._gradients = [], [], []

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbp_kernels import distributed
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.decor_update import DecorUpdate
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
 from dbp_kernels.optim.site import Feed, Site, is_fed
+from dbp_kernels.optim.step import Job, plan_of
 from dbp_kernels.optim.swap import Swap, form, some
+from dbp_kernels.sampling import recorder_of
 
 
 class Attached:
@@ -132,6 +135,8 @@ class Attached:
 
     def schedule(self) -> ScheduleReport:
         """What the budget has chosen, as ``DecorUpdate``. Raises RuntimeError without a budget."""
+        if self._engine._budget is None:
+            raise RuntimeError("there is no budget: expected dbp.attach(budget=...)")
         return self._engine.schedule()
 
     def R(self, name: str) -> Tensor:
@@ -151,11 +156,23 @@ class Attached:
         return self._sites[name]
 
     def decorrelated(self) -> dict[str, str]:
-        """{layer: its groups, size and what R takes}."""
+        """{layer: R's size, what it takes, and by which plan it was updated}.
+
+        The plan is that of the last step's samples, or none before the first; see ``dbp.explain``.
+        """
         return {
-            name: f"R {' x '.join(map(str, site.R.shape))}, {_mib(site.R)}"
+            name: ", ".join(filter(None, (_size(site.R), self._plan(site))))
             for name, site in self._sites.items()
         }
+
+    def _plan(self, site: Site) -> str | None:
+        recorder = recorder_of(site)
+        samples = [] if recorder is None else recorder.memory
+        if not samples:
+            return None
+        if distributed.active(self._engine.process_group):
+            return "plan gram, of all ranks' samples"
+        return f"plan {plan_of(Job(site, samples, self._engine.defaults))}"
 
     def left_alone(self) -> dict[str, str]:
         """{layer: why it is not decorrelated}."""
@@ -166,12 +183,21 @@ class Attached:
 
         ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
         clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends it.
+
+        Raises RuntimeError after ``detach()``.
         """
+        if not self._attached:
+            raise RuntimeError(
+                "transform_gradients() after detach(): the gradients are the weights'"
+            )
         for swap in self._swaps:
             swap.transform_gradients()
 
     def detach(self) -> None:
-        """Stop, for good: the optimiser goes on from the weights A as they are, as without us."""
+        """Stop, for good: the optimiser goes on from the weights A as they are, as without us.
+
+        The handle then tells how things were.
+        """
         for swap in self._swaps:
             swap.remove()
         for handle in (*self._hooks, *self._checkpoints):
@@ -194,6 +220,7 @@ class Attached:
         total = sum(site.R.nbytes for site in self._sites.values())
         title = f"{type(self).__name__} ({len(self._sites)} layers, R {total / 2**20:.1f} MiB"
         lines = [title + (")" if self._attached else ", detached)")]
+        lines += repr(self._engine).splitlines()[1:-1]  # the options
         lines += [f"  {name}: {told}" for name, told in self.decorrelated().items()]
         if self._left_alone:
             lines.append("left alone:")
@@ -222,5 +249,5 @@ class _Recovery:
         return _Recovery, (None,)
 
 
-def _mib(x: Tensor) -> str:
-    return f"{x.nbytes / 2**20:.2f} MiB"
+def _size(R: Tensor) -> str:
+    return f"R {' x '.join(map(str, R.shape))}, {R.nbytes / 2**20:.2f} MiB"
