@@ -126,17 +126,21 @@ def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     return several
 
 
+# whose wrappers pass step() on to the optimiser that they hold; known without importing them
+_WRAPPING = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+
+
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser that steps, within accelerate's wrapper (known without importing it)."""
+    """The optimiser that steps, within a trainer's wrapper."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
     kind = type(optimizer)
-    if (kind.__module__, kind.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
+    if kind.__module__.split(".")[0] in _WRAPPING and hasattr(optimizer, "optimizer"):
         return _innermost(optimizer.optimizer)
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if not getattr(kind.step, "hooked", False):  # torch's __init__ sees to it
         raise TypeError(
-            f"optimizer is a {kind.__name__} without torch's step hooks: expected a "
-            "torch.optim.Optimizer whose __init__ has run, such as one that it wraps"
+            f"optimizer is a {kind.__name__}, whose step() does not run torch's step hooks: expected "
+            "a torch.optim.Optimizer whose __init__ has run, such as the one that it wraps"
         )
     return optimizer
 

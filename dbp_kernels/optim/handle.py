@@ -46,17 +46,13 @@ class Attached:
         for site in sites:
             optimizer = of[id(site.weight)]
             by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
-        # R is updated with the last of several optimisers that the model has
-        last = list(by_optimizer)[-1]
         self._swaps = [
-            Swap(
-                optimizer,
-                own,
-                after=self._learn if key == last else functools.partial(form, own),
-                joined=functools.partial(self._join, own),
-            )
-            for key, (optimizer, own) in by_optimizer.items()
+            Swap(optimizer, own, self._stepped, functools.partial(self._join, own))
+            for optimizer, own in by_optimizer.values()
         ]
+        self._waiting_to_learn: list[Swap] = []  # that have made their step since R last learnt
+        self._resting: list[Swap] = []  # that have not, and are not waited for
+        self._taken: dict[Site, Any] = {}  # the gradient that each weight has last made a step by
         self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
         self._hooks = [model.register_forward_pre_hook(_Recovery(self))]
         for site in sites:
@@ -94,12 +90,36 @@ class Attached:
         for checkpoint in self._checkpoints:
             checkpoint.mark()
 
-    def _learn(self) -> None:
+    def _stepped(self, swap: Swap) -> None:
+        """The weights of one optimiser have made their step.
+
+        R learns once those of all have that have gradients, which must become those of W by the R
+        they were taken with. One that lets another step twice is not waited for until it steps.
+        """
+        self._resting = [other for other in self._resting if other is not swap]
+        waited = self._yet_to_step(swap) if len(self._swaps) > 1 else []
+        if waited and swap not in self._waiting_to_learn:
+            self._waiting_to_learn.append(swap)
+            form(swap.sites)
+            return
+        stepped = [*self._waiting_to_learn, swap]
+        self._resting += waited
+        self._waiting_to_learn = []
         self._tell_of_unseen()
-        self._engine.gate([s.found_inf for s in self._swaps if s.found_inf is not None])
+        self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
             site.formed()
+
+    def _yet_to_step(self, swap: Swap) -> list[Swap]:
+        """The other optimisers that have gradients they have not made a step by, but for resting ones."""
+        self._taken.update({site: site._gradient() for site in swap.sites})
+        return [
+            other
+            for other in self._swaps
+            if other is not swap and other not in self._resting
+            if any(site._gradient() not in (None, self._taken.get(site)) for site in other.sites)
+        ]
 
     def _tell_of_unseen(self) -> None:
         """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""

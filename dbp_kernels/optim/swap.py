@@ -58,7 +58,7 @@ class Swap:
     Args:
         optimizer: the weights'.
         sites: of its parameters.
-        after: called when the weights have made their step, with A in the parameters as it was.
+        after: called with this when the weights have made their step, with A in the parameters as it was.
         joined: called with every group that is added later.
 
     Samples go with their gradient: ``zero_grad()`` drops those whose backward pass has been, which
@@ -69,19 +69,20 @@ class Swap:
         self,
         optimizer: torch.optim.Optimizer,
         sites: Sequence[Site],
-        after: Callable[[], None],
+        after: Callable[[Swap], None],
         joined: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._optimizer, self._sites, self._after = optimizer, sites, after
+        self._optimizer, self.sites, self._after = optimizer, sites, after
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
         self._initialising = False
         self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
         self._evaluating = False  # the closure just now
+        # compiled steps break off here: to trace all that learns R would take them many seconds
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         self._wrapped: list[tuple[str, Any, Any]] = []
         self._wrap("step", self._guarded)
@@ -106,7 +107,7 @@ class Swap:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
         if self._inside:
             self._leave()
-            form(self._sites)
+            form(self.sites)
             self._formed()
         self._depth = 0
         self._initialising = False
@@ -120,8 +121,8 @@ class Swap:
     @torch.no_grad()
     def transform_gradients(self) -> None:
         """Gradients become those of W before the step."""
-        with in_own_precision(self._sites):
-            for site in self._sites:
+        with in_own_precision(self.sites):
+            for site in self.sites:
                 site.transform()
 
     # The hooks.
@@ -161,9 +162,9 @@ class Swap:
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
         try:
-            self._after()
+            self._after(self)
         except BaseException:  # R is as it was, but the weights have made their step
-            form(self._sites)
+            form(self.sites)
             raise
         finally:
             self._formed()
@@ -191,7 +192,7 @@ class Swap:
             if self._inside:
                 self._leave()
                 if self._evaluations:
-                    form(self._sites)
+                    form(self.sites)
                     self._formed()
             self._evaluating = True
             try:
@@ -207,7 +208,7 @@ class Swap:
 
     @torch.no_grad()
     def _enter(self) -> None:
-        changed = [site.name for site in self._sites if site.take_over()]
+        changed = [site.name for site in self.sites if site.take_over()]
         if changed:
             warnings.warn(
                 f"the weights of {some(changed)} were changed outside of their optimiser: the "
@@ -215,16 +216,16 @@ class Swap:
                 stacklevel=6,
             )
         self._inside = True
-        with in_own_precision(self._sites):
-            for site in self._sites:
+        with in_own_precision(self.sites):
+            for site in self.sites:
                 site.enter()
 
     def _formed(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.formed()
 
     def _leave(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.leave()
         self._inside = False
 
@@ -254,7 +255,7 @@ class Swap:
             raise
 
     def _dropping(self, zero_grad: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        for site in self._sites:
+        for site in self.sites:
             site.forget_transformed()
             recorder = recorder_of(site)
             if recorder is not None:
