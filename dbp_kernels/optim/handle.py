@@ -118,8 +118,12 @@ class Attached:
             other
             for other in self._swaps
             if other is not swap and other not in self._resting
-            if any(site._gradient() not in (None, self._taken.get(site)) for site in other.sites)
+            if any(self._is_new(site) for site in other.sites)
         ]
+
+    def _is_new(self, site: Site) -> bool:
+        gradient = site._gradient()
+        return gradient is not None and gradient != self._taken.get(site)
 
     def _tell_of_unseen(self) -> None:
         """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
@@ -38,6 +39,24 @@ class Feed:
 
     def __reduce__(self) -> tuple[type[Feed], tuple[None]]:
         return Feed, (None,)
+
+
+class GradientSeen:
+    """A gradient as it is, without keeping it: unequal to any later one, be it in the same place."""
+
+    __slots__ = ("_reference", "_version")
+
+    def __init__(self, gradient: Tensor) -> None:
+        self._reference, self._version = weakref.ref(gradient), gradient._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GradientSeen):
+            return NotImplemented
+        gradient = self._reference()
+        same = gradient is not None and gradient is other._reference()
+        return same and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def is_fed(module: nn.Module) -> bool:
@@ -122,10 +141,10 @@ class Site:
         unbatched = input.dim() <= max(1, self.patches.dims + 1)
         return input.unsqueeze(0) if unbatched else input
 
-    def _gradient(self) -> tuple[int, int] | None:
+    def _gradient(self) -> GradientSeen | None:
         """What changes with the weight's gradient."""
         gradient = self.weight.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        return None if gradient is None else GradientSeen(gradient)
 
     # A, W and their gradients.
 
