@@ -3,6 +3,7 @@
 # make bench-check   in three minutes: has anything become slower than the committed results?
 # make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
 # make device-check   on a machine with a GPU: everything about every kernel, in under ten minutes
+# make lint   what is wrong with the code's style and types; make format mends what it can
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 BIN = $(abspath $(VENV))/bin
+CPP = $(shell find csrc tests examples -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 READY = $(VENV)/.dbp-kernels-installed
 
 .PHONY: demo test test-all bench bench-check cuda device-check lint format clean
@@ -43,10 +45,13 @@ device-check: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,4 +60,4 @@ $(READY): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf build dbp_kernels/backends/cuda/*.so *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dbp_kernels/backends/cuda/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -17,7 +17,7 @@ from bench.rivals import NotApplicable, Rival
 
 def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
     """{name: its method} of all algorithms that a backend has kernels for, usable here or not."""
-    from dbp_kernels.planning.planner import ALGORITHMS, KERNEL_BACKENDS
+    from dbp_kernels.planning.choice import ALGORITHMS, KERNEL_BACKENDS
 
     names = [name for name in ALGORITHMS if name.partition("_")[0] in KERNEL_BACKENDS]
     return {name: _method(name, device, dtype) for name in names}
@@ -26,7 +26,7 @@ def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
 def _method(name: str, device: torch.device, dtype: torch.dtype) -> Rival:
     from dbp_kernels import backends
     from dbp_kernels.backends.prepared import Gram
-    from dbp_kernels.planning.planner import Choice
+    from dbp_kernels.planning.choice import Choice
 
     backend, form = name.split("_")
     choice = Choice(name, 0.0, 0.0)

@@ -111,7 +111,7 @@ def measure(backend: str, case: registry.Case, pairs: int = PAIRS) -> dict:
     allocator, so the bar is for a call without it.
     """
     import dbp_kernels as dbp
-    from dbp_kernels import backends
+    from dbp_kernels import backends, choose
     from dbp_kernels.ops import geometry_of
 
     x = make_input(case, Settings(dtype=torch.bfloat16, channels_last=True))
@@ -121,8 +121,9 @@ def measure(backend: str, case: registry.Case, pairs: int = PAIRS) -> dict:
     launched: list[str] = []
     with stubbed(backend, launched.append):
         module = backends.select("cpu")
-        gram = module._gram(x, geometry, None)
-        module.patch_gram(x, geometry)
+        choice = choose.gram(x, geometry, backend)
+        gram = module._gram(x, geometry, choice)
+        module.patch_gram(x, geometry, choice)
     if not launched:
         raise RuntimeError(f"{backend}, {case.name}: the planner took no kernel of this backend")
 
@@ -130,7 +131,7 @@ def measure(backend: str, case: registry.Case, pairs: int = PAIRS) -> dict:
         return tuple(torch.empty(n, dtype=torch.float32) for n in (gram.workspace, gram.shape))
 
     calls = {
-        "function": lambda: module.patch_gram(x, geometry),
+        "function": lambda: module.patch_gram(x, geometry, choice),
         "op": lambda: torch.ops.dbp.patch_gram(x, *window),
         "public": lambda: dbp.patch_gram(x, *window),
         "dispatcher": lambda: _no_op(x, *window),

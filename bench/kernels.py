@@ -213,9 +213,10 @@ def plans_for(question: str, x: Tensor, window: tuple) -> tuple:
     has no such planner: the benchmark also runs on older and newer ones.
     """
     try:
-        from dbp_kernels.planning import choices, geometry
+        from dbp_kernels import choose
+        from dbp_kernels.planning import geometry
 
         shape = geometry.make_geometry(x.shape, *window)
-        return getattr(choices, question)(shape, x.device.type, x.dtype)
+        return getattr(choose, question)(shape, x.device.type, x.dtype)
     except (ImportError, AttributeError, TypeError, LookupError):
         return ()

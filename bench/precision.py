@@ -36,7 +36,7 @@ from torch import Tensor
 
 from bench import machine
 from bench.table import format_table, short
-from dbp_kernels.planning.planner import PLANS
+from dbp_kernels.planning.choice import PLANS
 from dbp_kernels.rules import UpdateRule
 
 BOUND = 1.1  # of float64's loss: what a precision may cost and still be a default

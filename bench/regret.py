@@ -93,7 +93,8 @@ def _candidates(question: str, case: Case, x: Tensor) -> tuple[tuple, Callable]:
         part, g = (x, geometry) if images is None else (x[:images], geometry.with_batch(images))
         if R is None:
             return backend.patch_gram(part, g, choice)
-        return backend.decor_update(part, R, g, **_UPDATE, choice=choice)[0]
+        due, _ = backend.decor_update(part, R, g, **_UPDATE, choice=choice)
+        return due if isinstance(due, Tensor) else due.new(R)
 
     return plans_for(f"{question}_choices", x, window), run
 

@@ -1,7 +1,12 @@
-"""Decorrelated backpropagation without im2col: ops, layers, update rule.
+"""Decorrelated backpropagation without im2col: one line beside an optimiser; layers; operators.
 
-Start with ``decorrelate_model`` and ``DecorUpdate``, or with ``torch.ops.dbp`` (``functional``).
-``reference`` states the definitions.
+Start with ``attach``::
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    decor = dbp.attach(model, optimizer)
+
+``decorrelate_model`` and ``DecorUpdate`` are the same training with decorrelated layers, the functions
+of ``torch.ops.dbp`` what both are made of; ``reference`` states the definitions.
 """
 
 from dbp_kernels.version import __version__
@@ -21,13 +26,14 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
 
 from dbp_kernels import nn, ops, reference  # noqa: E402
 from dbp_kernels.backends import backend  # noqa: E402
+from dbp_kernels.explanation import explain  # noqa: E402
 from dbp_kernels.functional import *  # noqa: E402, F403
 from dbp_kernels.functional import __all__ as _functional  # noqa: E402
 from dbp_kernels.optim.attach import attach  # noqa: E402
 from dbp_kernels.optim.decor_update import DecorUpdate  # noqa: E402
 from dbp_kernels.optim.handle import Attached  # noqa: E402
 from dbp_kernels.optim.kinds import Patches, register  # noqa: E402
-from dbp_kernels.planning.explain import explain  # noqa: E402
+from dbp_kernels.state_dicts import fuse_state_dict, load_decorrelated  # noqa: E402
 from dbp_kernels.surgery import decorrelate_model, fuse_model  # noqa: E402
 
 __all__ = [
@@ -40,6 +46,8 @@ __all__ = [
     "decorrelate_model",
     "explain",
     "fuse_model",
+    "fuse_state_dict",
+    "load_decorrelated",
     "nn",
     "ops",
     "reference",

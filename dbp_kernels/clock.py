@@ -29,6 +29,8 @@ def wait(point: Mark) -> None:
 def seconds(begin: Mark, end: Mark) -> float:
     """From one mark of a device to a later one; waits for that."""
     if isinstance(begin, float):
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3
+        elapsed: float = end - begin
+    else:
+        end.synchronize()
+        elapsed = begin.elapsed_time(end) * 1e-3
+    return elapsed

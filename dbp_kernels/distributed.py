@@ -54,9 +54,14 @@ def active(process_group: dist.ProcessGroup | None) -> bool:
 def of_first(value: Any, process_group: dist.ProcessGroup | None) -> Any:
     """The value that the group's first rank gives; any object that can be pickled."""
     held = [value]
-    source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
-    dist.broadcast_object_list(held, source, group=process_group)
+    dist.broadcast_object_list(held, _first_rank(process_group), group=process_group)
     return held[0]
+
+
+def _first_rank(process_group: dist.ProcessGroup | None) -> int:
+    group = process_group or dist.group.WORLD
+    assert group is not None  # there are other ranks
+    return dist.get_global_rank(group, 0)
 
 
 def packed_size(groups: int, size: int, first: bool) -> int:
@@ -120,7 +125,7 @@ def all_reduce(
 
     Yields the sums in the same order.
     """
-    sizes = [(device, dtype, packed_size(*rest)) for device, dtype, *rest in shapes]
+    sizes = [(shape[0], shape[1], packed_size(*shape[2:])) for shape in shapes]
     source = iter(moments)
     pending: list[tuple[list[int], Tensor, dist.Work]] = []
     for bucket in buckets(sizes):
@@ -141,7 +146,7 @@ def all_reduce(
 
 def broadcast(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Overwrite the tensors with those of the group's first rank."""
-    source = dist.get_global_rank(process_group or dist.group.WORLD, 0)
+    source = _first_rank(process_group)
     with _explained():
         for work in [dist.broadcast(t, source, process_group, async_op=True) for t in tensors]:
             work.wait()
@@ -183,7 +188,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return model.module
+        inner: nn.Module = model.module
+        return inner
     return model._modules.get("_orig_mod")  # torch.compile's wrapper
 
 
@@ -201,15 +207,16 @@ def ignore_in_ddp(model: nn.Module) -> None:
     DDP would otherwise broadcast every R before every forward pass, though all ranks already
     compute the same one. Works before the model is wrapped and, called with the wrapper, after.
     """
-    while model is not None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model.parameters_to_ignore |= _R_names(model.module)
+    inner: Any = model  # whose attribute is neither a tensor nor a module
+    while inner is not None:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner.parameters_to_ignore |= _R_names(inner.module)
         else:
-            known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+            known = set(getattr(inner, "_ddp_params_and_buffers_to_ignore", ()))
             gone = {name for name in known if name.split(".")[-1] == "R"}
-            names = (known - gone) | _R_names(model)
+            names = (known - gone) | _R_names(inner)
             if names:
-                model._ddp_params_and_buffers_to_ignore = sorted(names)
+                inner._ddp_params_and_buffers_to_ignore = sorted(names)
             elif known:
-                del model._ddp_params_and_buffers_to_ignore
-        model = _wrapped(model)
+                del inner._ddp_params_and_buffers_to_ignore
+        inner = _wrapped(inner)

@@ -20,7 +20,8 @@ when the kernel is larger than the padded input.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,10 @@ from torch import Tensor
 
 from dbp_kernels import ops
 from dbp_kernels.ops import condensed_weight, condensed_weight_transposed
-from dbp_kernels.planning.geometry import same_padding
+from dbp_kernels.planning.geometry import OpArguments, same_padding
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = [
     "condensed_weight",
@@ -50,7 +54,7 @@ IntOrInts = int | Sequence[int]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeIs[SupportsIndex]:
     return hasattr(value, "__index__") and not isinstance(value, Tensor)
 
 
@@ -134,12 +138,15 @@ def resolved(
     dilation: IntOrInts,
     groups: int,
     padding_mode: str,
-) -> tuple[tuple[int, ...], str, tuple, bool]:
+) -> tuple[tuple[int, ...], str, OpArguments, bool]:
     """How the ops see an input of this shape: F.pad's arguments, theirs, whether it is batched."""
-    one = _is_int(kernel_size)
-    if not one and not isinstance(kernel_size, Sequence):
+    one = False
+    if _is_int(kernel_size):
+        one, dims = True, len(shape) - 2
+    elif isinstance(kernel_size, Sequence):
+        dims = len(kernel_size)
+    else:
         raise TypeError(f"kernel_size={kernel_size!r}: expected an int or ints")
-    dims = len(shape) - 2 if one else len(kernel_size)
     if dims == 0 and not one:
         given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
         for name, (value, default) in given.items():
@@ -167,7 +174,7 @@ def op_arguments(
     dilation: IntOrInts,
     groups: int,
     padding_mode: str,
-) -> tuple[Tensor, tuple, bool]:
+) -> tuple[Tensor, OpArguments, bool]:
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is a {type(input).__name__}: expected a Tensor")
@@ -294,7 +301,19 @@ def decor_update(
     return torch.ops.dbp.decor_update(x, R, *arguments, lr, kappa, rule, demean)
 
 
-def _decor_conv(op, dims, input, weight, R, bias, stride, padding, dilation, groups, padding_mode):
+def _decor_conv(
+    op: Callable[..., Tensor],
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    R: Tensor,
+    bias: Tensor | None,
+    stride: IntOrInts,
+    padding: IntOrInts | str,
+    dilation: IntOrInts,
+    groups: int,
+    padding_mode: str,
+) -> Tensor:
     if weight.dim() != dims + 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}: expected {dims + 2} dimensions "

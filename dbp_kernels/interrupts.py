@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    received: list[tuple] = []
+    received: list[tuple[int, FrameType | None]] = []
     try:
         signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
         yield

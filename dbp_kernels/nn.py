@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
-from dbp_kernels.precision import statistics_dtype
-from dbp_kernels.sampling import record
+from dbp_kernels.op_input import OpInput, op_inputs
+from dbp_kernels.plain_call import plain
+from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
+from dbp_kernels.sampling import Recorder, record
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = [
     "DecorConv1d",
@@ -30,6 +36,12 @@ __all__ = [
     "identity_R",
     "is_decorrelated",
 ]
+
+
+# Attributes of a layer that are there because an optimiser is: copies and plain layers have none.
+OF_THE_OPTIMISER = ("_recorder", "_recorder_key", "_order_known")
+# What a layer notes beside its entries in a state_dict, in _metadata: its _transposed.
+TRANSPOSED = "dbp_transposed"
 
 
 def identity_R(
@@ -47,6 +59,32 @@ def set_identity_(R: Tensor) -> Tensor:
     return R
 
 
+def fused_weight(weight: Tensor, R: Tensor, transposed: bool) -> Tensor:
+    """A = W R for good, in the weight's dtype; ``weight`` itself where R is exactly the identity.
+
+    Args:
+        weight: as the layer's: (out, ...), or (in, out/groups, ...) where ``transposed``.
+        R: (D, D), or (groups, D, D) with groups > 1.
+        transposed: whether the patch runs along the weight's first dimension, as in transposed
+            convolutions.
+
+    The product is of float32, whatever torch is set to, or of float64 where either is. Raises
+    ValueError if R does not fit.
+    """
+    groups = R.shape[0] if R.dim() == 3 else 1
+    R = R.to(statistics_dtype(torch.promote_types(R.dtype, weight.dtype)))
+    if not R.is_meta and torch.equal(R, identity_R(groups, R.shape[-1], R.device, R.dtype)):
+        return weight
+    with matmul_precision("highest"), without_autocast(weight), torch.no_grad():
+        return _condensed(weight.to(R.dtype), R, groups, transposed).to(weight.dtype)
+
+
+def _condensed(weight: Tensor, R: Tensor, groups: int, transposed: bool) -> Tensor:
+    if transposed:
+        return functional.condensed_weight_transposed(weight, R, groups)
+    return functional.condensed_weight(weight, R, groups)
+
+
 class _Decorrelated(nn.Module):
     """What every decorrelated layer shares: the buffer R, its precision, its checkpoints.
 
@@ -56,9 +94,13 @@ class _Decorrelated(nn.Module):
     """
 
     R: Tensor
+    weight: Tensor  # of the torch layer
+    # Whether the patch runs along the weight's first dimension; None where there is no weight.
+    _transposed: bool | None = False
     # Class attributes, so that surgery can turn a plain layer into this class.
-    _recorder = None
-    _recorder_key = None
+    _recorder: weakref.ref[Recorder] | None = None
+    _recorder_key: Tensor | None = None
+    _order_known = False  # whether a backward pass has found R as it was in the forward pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +110,7 @@ class _Decorrelated(nn.Module):
         super().__init_subclass__(**kwargs)
         plain = plain_class(cls)
         if plain is not None and "__init__" not in cls.__dict__:
-            cls.__signature__ = inspect.signature(plain)
+            cls.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
 
     # What each layer says about its patches.
 
@@ -84,6 +126,10 @@ class _Decorrelated(nn.Module):
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
 
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]:
+        """Such images as the statistics take them."""
+        return op_inputs(samples, self._patch_geometry())
+
     @property
     def _learns(self) -> bool:
         """Whether R may change: where the weight is frozen, the layer's function is to stay as it is."""
@@ -95,7 +141,33 @@ class _Decorrelated(nn.Module):
 
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
-        return functional.condensed_weight(self.weight, self.R, getattr(self, "groups", 1))
+        return _condensed(self.weight, self.R, self._patch_size()[0], bool(self._transposed))
+
+    def _passed(self, input: Tensor, output: Tensor) -> None:
+        """Called after a forward pass: hands its input to the optimiser, if there is one."""
+        record(self, input)
+        if torch.compiler.is_compiling() or self._recorder is None or self._order_known:
+            return
+        if output.requires_grad and self._learns and plain(output):
+            self._watch(output)
+
+    def _watch(self, output: Tensor) -> None:
+        """Have the backward pass of ``output`` say so if R has changed since.
+
+        Only until the first one was right: who calls ``step()`` too early does so from the start.
+        """
+        R, version = self.R, self.R._version
+
+        def check(gradient: Tensor) -> None:
+            if R._version != version:
+                raise RuntimeError(
+                    f"R of {self} was modified by an inplace operation between forward() and "
+                    "backward(), which needs it as it was: call step() of the DecorUpdate after "
+                    "backward()"
+                )
+            self._order_known = True
+
+        output.register_hook(check)
 
     # R.
 
@@ -109,14 +181,14 @@ class _Decorrelated(nn.Module):
 
     def reset_parameters(self) -> None:
         """Reset the weights as torch does, and R to the identity."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the torch layer
         if "R" in self._buffers:  # the torch constructor calls this before there is an R
             self.reset_decorrelation()
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Decorrelated:
-        before = self._buffers["R"]
-        super()._apply(fn, recurse)
-        after = self._buffers["R"]
+        before = self.R
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.R
         dtype = statistics_dtype(after.dtype)
         if before.is_meta and not after.is_meta:
             # Leaving the meta device gives uninitialised memory, for which R knows a value.
@@ -127,6 +199,13 @@ class _Decorrelated(nn.Module):
         return self
 
     # Checkpoints and copies.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        notes = getattr(destination, "_metadata", {})
+        notes.setdefault(prefix[:-1], {})[TRANSPOSED] = self._transposed
 
     def _load_from_state_dict(
         self,
@@ -146,7 +225,7 @@ class _Decorrelated(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        R = self._buffers["R"]
+        R = self.R
         if plain:
             if key in missing_keys:
                 missing_keys.remove(key)
@@ -160,15 +239,15 @@ class _Decorrelated(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_recorder", None)
-        state.pop("_recorder_key", None)
+        for attribute in OF_THE_OPTIMISER:
+            state.pop(attribute, None)
         return state
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, R={tuple(self.R.shape)}"
 
 
-def is_decorrelated(module: nn.Module) -> bool:
+def is_decorrelated(module: nn.Module) -> TypeIs[_Decorrelated]:
     """Whether the module is one of this package's layers (or a subclass of one)."""
     return isinstance(module, _Decorrelated)
 
@@ -192,7 +271,7 @@ class DecorLinear(_Decorrelated, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         output = functional.decor_linear(input, self.weight, self.R, self.bias)
-        record(self, input)
+        self._passed(input, output)
         return output
 
     def _patch_geometry(self) -> dict[str, Any]:
@@ -207,6 +286,10 @@ class DecorLinear(_Decorrelated, nn.Linear):
 
 class _DecorConvNd(_Decorrelated):
     """The parts that decorrelated convolutions of every dimension share."""
+
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
 
     def _conv_arguments(self) -> dict[str, Any]:
         return {
@@ -228,7 +311,7 @@ class _DecorConvNd(_Decorrelated):
 
     def _convolve(self, decor_conv: Callable[..., Tensor], input: Tensor) -> Tensor:
         output = decor_conv(input, self.weight, self.R, self.bias, **self._conv_arguments())
-        record(self, input)
+        self._passed(input, output)
         return output
 
 
@@ -272,22 +355,33 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
     (groups, D, D) with groups > 1.
     """
 
+    _transposed = True
+
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, H, W) or (C, H, W), as torch.nn.ConvTranspose2d, with its output_size."""
         if self.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode must be 'zeros' for DecorConvTranspose2d, got {self.padding_mode!r}"
             )
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        output_padding = self._output_padding(  # types as in torch's own layer, which ignores them
+            input,
+            output_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
         )
         window = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        output = functional.decor_conv_transpose2d(input, self.weight, self.R, self.bias, *window)
-        record(self, input)
+        output = functional.decor_conv_transpose2d(
+            input,
+            self.weight,
+            self.R,
+            self.bias,
+            *window,  # type: ignore[arg-type]
+        )
+        self._passed(input, output)
         return output
-
-    def _condense(self) -> Tensor:
-        return functional.condensed_weight_transposed(self.weight, self.R, self.groups)
 
     def _patch_geometry(self) -> dict[str, Any]:
         return {"kernel_size": (1, 1), "groups": self.groups}
@@ -315,6 +409,8 @@ class Decorrelate(_Decorrelated):
         ValueError: num_features is not a positive int.
     """
 
+    _transposed = None
+
     def __init__(
         self,
         num_features: int,
@@ -331,7 +427,7 @@ class Decorrelate(_Decorrelated):
     def forward(self, input: Tensor) -> Tensor:
         """(N, *features) with prod(features) = num_features, or (..., num_features)."""
         output = functional.decorrelate(self._as_images(input), self.R, ())
-        record(self, input)
+        self._passed(input, output)
         return output.reshape(input.shape)
 
     def reset_parameters(self) -> None:

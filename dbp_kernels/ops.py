@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,15 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from dbp_kernels import backends
-from dbp_kernels.backends.eager.rows_times import rows_times, times
+from dbp_kernels import backends, choose
 from dbp_kernels.plain_call import nothing_between, plain
-from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
+from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
 from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
+from dbp_kernels.products.rows_times import rows_times, times
 from dbp_kernels.rules import UpdateRule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _lib = torch.library.Library("dbp", "DEF")
 SCHEMAS = tuple(
@@ -86,7 +90,7 @@ def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> Non
 # They run below autograd (see ``_differentiable``), so nothing in them is recorded.
 
 
-def geometry_of(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
+def geometry_of(input: Tensor, *geometry: Unpack[OpArguments]) -> ConvGeometry:
     """From an op's arguments, which it checks. Kept: made anew, it would cost small layers dear."""
     _check_floating(input=input)
     *lists, groups = geometry
@@ -96,17 +100,18 @@ def geometry_of(input: Tensor, *geometry: Sequence[int]) -> ConvGeometry:
 _cached_geometry = lru_cache(maxsize=4096, typed=True)(make_geometry)  # 1.0 is not 1
 
 
-def patch_gram(input: Tensor, *geometry: Sequence[int]) -> Tensor:
+def patch_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """S: see ``functional.patch_gram``."""
     g = geometry_of(input, *geometry)
     if g.samples == 0 or g.dim == 0:
         dtype = statistics_dtype(input.dtype)
         return input.new_zeros((g.groups, g.dim, g.dim), dtype=dtype)
     with without_autocast(input):
-        return backends.select(input.device).patch_gram(input, g)
+        name = backends.selected(input.device)
+        return backends.module(name).patch_gram(input, g, choose.gram(input, g, name))
 
 
-def patch_mean(input: Tensor, *geometry: Sequence[int]) -> Tensor:
+def patch_mean(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """m: see ``functional.patch_mean``."""
     g = geometry_of(input, *geometry)
     if g.samples == 0 or g.dim == 0:
@@ -122,7 +127,7 @@ def _promote(input: Tensor, R: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (input.to(dtype) if dtype == torch.float64 else input), R
 
 
-def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
+def decor_stats(input: Tensor, R: Tensor, *geometry: Unpack[OpArguments]) -> tuple[Tensor, Tensor]:
     """C and V: see ``functional.decor_stats``."""
     g = geometry_of(input, *geometry)
     _check_R(R, g.groups, g.dim)
@@ -131,7 +136,8 @@ def decor_stats(input: Tensor, R: Tensor, *geometry: Sequence[int]) -> tuple[Ten
         input, R = _promote(input, R, g.groups)
         if g.samples == 0 or g.dim == 0:
             return torch.zeros_like(R), R.new_full((g.groups, g.dim), -1.0)
-        return backends.select(input.device).decor_stats(input, R, g)
+        name = backends.selected(input.device)
+        return backends.module(name).decor_stats(input, R, g, choose.stats(input, g, name))
 
 
 def decor_update(
@@ -156,8 +162,11 @@ def decor_update(
         if g.samples == 0 or g.dim == 0:
             return R.clone(memory_format=torch.contiguous_format), R.new_zeros(())
         x, Rg = _promote(input, R, g.groups)
-        kernel = backends.select(input.device).decor_update
-        R_new, loss = kernel(x, Rg, g, lr, kappa, rule, demean)
+        name = backends.selected(input.device)
+        choice = choose.update(x, g, name)
+        work_out = backends.module(name).decor_update
+        update, loss = work_out(x, Rg, g, lr, kappa, rule, demean, choice)
+        R_new = update if isinstance(update, Tensor) else update.new(Rg)
         return R_new.to(R.dtype).reshape(R.shape), loss.mean().to(R.dtype)
 
 
@@ -179,17 +188,20 @@ def _patch_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
     return channels // groups * math.prod(kernel_size)
 
 
-def _fake_gram(input, kernel_size, stride, padding, dilation, groups):
+def _fake_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
+    kernel_size, *_, groups = geometry
     d = _patch_dim(input, kernel_size, groups)
     return input.new_empty((groups, d, d), dtype=statistics_dtype(input.dtype))
 
 
-def _fake_mean(input, kernel_size, stride, padding, dilation, groups):
+def _fake_mean(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
+    kernel_size, *_, groups = geometry
     d = _patch_dim(input, kernel_size, groups)
     return input.new_empty((groups, d), dtype=statistics_dtype(input.dtype))
 
 
-def _fake_stats(input, R, kernel_size, stride, padding, dilation, groups):
+def _fake_stats(input: Tensor, R: Tensor, *geometry: Unpack[OpArguments]) -> tuple[Tensor, Tensor]:
+    kernel_size, *_, groups = geometry
     d = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, d)
     _check_same_device(input, R)
@@ -198,18 +210,18 @@ def _fake_stats(input, R, kernel_size, stride, padding, dilation, groups):
 
 
 def _fake_update(
-    input,
-    R,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    lr,
-    kappa,
-    rule="standard",
-    demean=False,
-):
+    input: Tensor,
+    R: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lr: float,
+    kappa: float,
+    rule: str = "standard",
+    demean: bool = False,
+) -> tuple[Tensor, Tensor]:
     d = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, d)
     _check_same_device(input, R)
@@ -225,16 +237,18 @@ def _per_axis(dims: int, *arguments: Sequence[int]) -> list[list[int]]:
     return [list(v) * (dims if len(v) == 1 else 1) for v in arguments]
 
 
-def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
+def _scatter_patches(y: Tensor, like: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """col2im, the adjoint of im2col: y (N, groups*D, *output) -> the shape of ``like``."""
     kernel_size, stride, padding, dilation, groups = geometry
     dims = len(kernel_size)
     stride, padding, dilation = _per_axis(dims, stride, padding, dilation)
     if dims < 3:
         line = dims == 1  # an image of one row
-        size = [1, like.shape[2]] if line else like.shape[2:]
-        window = ([0 if v is padding else 1] * line + v for v in (dilation, padding, stride))
-        image = F.fold(y.flatten(2), size, [1] * line + list(kernel_size), *window)
+        size = (1, like.shape[2]) if line else tuple(like.shape[2:])
+        window = (
+            (0 if v is padding else 1,) * line + tuple(v) for v in (dilation, padding, stride)
+        )
+        image = F.fold(y.flatten(2), size, (1,) * line + tuple(kernel_size), *window)
         return image.squeeze(2) if line else image
     # a convolution with one-hot weights is im2col, and this its transpose
     d = _patch_dim(like, kernel_size, groups)
@@ -247,7 +261,7 @@ def _scatter_patches(y: Tensor, like: Tensor, *geometry) -> Tensor:
     return torch.conv_transpose3d(y, weight, None, stride, padding, lost, groups, dilation)
 
 
-def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry) -> Tensor:
+def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """dL/dinput from dL/dS: dZ = Z (G + G^T) / n, scattered back to the pixels."""
     kernel_size = geometry[0]
     x = input.to(grad_S.dtype)
@@ -260,18 +274,18 @@ def _gram_gradient(input: Tensor, grad_S: Tensor, *geometry) -> Tensor:
     return dz.to(input.dtype)
 
 
-def _save_for_gram(ctx, inputs, output) -> None:
+def _save_for_gram(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.geometry = inputs[1:]
 
 
-def _gram_backward(ctx, grad_S):
+def _gram_backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
     (input,) = ctx.saved_tensors
     with without_autocast(input):
         return _gram_gradient(input, grad_S, *ctx.geometry), *[None] * 5
 
 
-def _mean_backward(ctx, grad_m):
+def _mean_backward(ctx: Any, grad_m: Tensor) -> tuple[Tensor | None, ...]:
     (input,) = ctx.saved_tensors
     kernel_size, *window, _ = ctx.geometry
     with without_autocast(input):
@@ -293,12 +307,12 @@ def _mean_backward(ctx, grad_m):
         return grad.to(input.dtype), *[None] * 5
 
 
-def _save_for_stats(ctx, inputs, output) -> None:
+def _save_for_stats(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.geometry = inputs[2:]
 
 
-def _stats_backward(ctx, grad_C, grad_V):
+def _stats_backward(ctx: Any, grad_C: Tensor, grad_V: Tensor) -> tuple[Tensor | None, ...]:
     input, R = ctx.saved_tensors
     groups = ctx.geometry[-1]
     with without_autocast(input):
@@ -315,12 +329,12 @@ def _stats_backward(ctx, grad_C, grad_V):
     return grad_input, grad_R, *[None] * 5
 
 
-def _no_gradient(ctx, inputs, output) -> None:
+def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # R learns by its own rule: no gradient flows into or through the update (paper, section 2.1)
     ctx.mark_non_differentiable(*output)
 
 
-def _never(ctx, *grads):
+def _never(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError("dbp::decor_update has no gradient")
 
 
@@ -372,7 +386,15 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
         return A.reshape(weight.shape).to(weight.dtype)
 
 
-def decorrelate(input, R, kernel_size, stride, padding, dilation, groups):
+def decorrelate(
+    input: Tensor,
+    R: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     dim = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, dim)
     R = R.to(input.dtype)
@@ -387,7 +409,16 @@ def decorrelate(input, R, kernel_size, stride, padding, dilation, groups):
 
 
 def _decor_conv(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def decor_conv(input, weight, R, bias, stride, padding, dilation, groups):
+    def decor_conv(
+        input: Tensor,
+        weight: Tensor,
+        R: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
         A = condensed_weight(weight, R, groups)
         return conv(input, A, bias, stride, padding, dilation, groups)
 
@@ -395,13 +426,21 @@ def _decor_conv(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def decor_conv_transpose2d(
-    input, weight, R, bias, stride, padding, output_padding, groups, dilation
-):
+    input: Tensor,
+    weight: Tensor,
+    R: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> Tensor:
     A = condensed_weight_transposed(weight, R, groups)
     return torch.conv_transpose2d(input, A, bias, stride, padding, output_padding, groups, dilation)
 
 
-def decor_linear(input, weight, R, bias):
+def decor_linear(input: Tensor, weight: Tensor, R: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(input, condensed_weight(weight, R), bias)
 
 
@@ -417,8 +456,11 @@ def direct(x: Tensor) -> bool:
 
 
 def _differentiable(
-    op: Callable, implementation: Callable, save: Callable, gradient: Callable
-) -> Callable:
+    op: Any,
+    implementation: Callable[..., Any],
+    save: Callable[..., None],
+    gradient: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., Any]:
     """The Autograd kernel of an opaque op.
 
     ``torch.library.register_autograd`` would lose forward-mode tangents silently when no input
@@ -428,21 +470,21 @@ def _differentiable(
 
     class OpaqueOp(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(keyset, *args):
+        def forward(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         @staticmethod
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             save(ctx, inputs[1:], output)
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
             return None, *gradient(ctx, *grads)
 
     schema = op._schema.arguments
 
-    def kernel(keyset, *args, **named):
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **named: Any) -> Any:
         # the dispatcher leaves out arguments that equal their defaults
         rest = [named.get(a.name, a.default_value) for a in schema[len(args) :]]
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -451,7 +493,7 @@ def _differentiable(
                 return implementation(*args, *rest)
             return OpaqueOp.forward(keyset, *args, *rest)
         with enable_single_level_autograd_function():
-            return OpaqueOp.apply(keyset, *args, *rest)
+            return OpaqueOp.apply(keyset, *args, *rest)  # type: ignore[attr-defined]
 
     return kernel
 

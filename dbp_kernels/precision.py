@@ -29,7 +29,7 @@ def _autocast(x: Tensor) -> bool:
     return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Statistics, updates and A = W R keep their precision under autocast."""
     return torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext()
 
@@ -43,6 +43,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 # torch's precision of float32 products is read and set backend by backend here. The functions
 # torch.get_float32_matmul_precision and allow_tf32 raise once a user has set it that way.
 
+_mkldnn: Any = torch.backends.mkldnn  # their operations are found at run time only
+_cudnn: Any = torch.backends.cudnn
+
 # What the names of torch.set_float32_matmul_precision mean: precision on CUDA, and on a CPU.
 MATMUL_PRECISIONS = {
     "highest": ("ieee", "ieee"),
@@ -53,13 +56,14 @@ MATMUL_PRECISIONS = {
 
 def tf32() -> bool:
     """Whether products of float32 on CUDA may round their operands to TF32, torch's and ours."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"
 
 
-def matmul_precision(name: str) -> AbstractContextManager:
+def matmul_precision(name: str) -> AbstractContextManager[None]:
     """Products of float32 within it have this one of MATMUL_PRECISIONS."""
     cuda, cpu = MATMUL_PRECISIONS[name]
-    return _set({torch.backends.cuda.matmul: cuda, torch.backends.mkldnn.matmul: cpu})
+    return _set({torch.backends.cuda.matmul: cuda, _mkldnn.matmul: cpu})
 
 
 # Without a name the update's products are float32, but on CUDA the last one, M' R, is TF32 (plan
@@ -81,19 +85,19 @@ def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
         _by_default.reset(token)
 
 
-def _full_float32(cuda: bool) -> AbstractContextManager:
-    used = [torch.backends.mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
+def _full_float32(cuda: bool) -> AbstractContextManager[None]:
+    used = [_mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
     # "none": nobody has set anything. Small layers on CPUs would notice what setting takes.
     lower = [operation for operation in used if operation.fp32_precision not in ("ieee", "none")]
     return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
 
 
-def products_in(precision: str) -> AbstractContextManager:
+def products_in(precision: str) -> AbstractContextManager[None]:
     """Within it ``update_products`` is "ieee", "tf32x3" or "tf32"; half precision takes "ieee"."""
     return update_precision({"tf32": "high", "tf32x3": None}.get(precision, "highest"), True)
 
 
-def products_of_change(R: Tensor) -> AbstractContextManager:
+def products_of_change(R: Tensor) -> AbstractContextManager[None]:
     """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
     if _by_default.get() and on_cuda(R):
         return tf32_products()
@@ -112,7 +116,7 @@ def update_products() -> str:
     return "tf32x3" if _by_default.get() else "ieee"
 
 
-def tf32_products() -> AbstractContextManager:
+def tf32_products() -> AbstractContextManager[None]:
     """Products of float32 on CUDA within it are in TF32."""
     return _set({torch.backends.cuda.matmul: "tf32"})
 
@@ -127,17 +131,17 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def convolutions_as_matmul(x: Tensor) -> AbstractContextManager:
+def convolutions_as_matmul(x: Tensor) -> AbstractContextManager[None]:
     """cuDNN convolutions within it have the precision of products."""
     if not x.is_cuda:
         return nullcontext()
-    return _set({torch.backends.cudnn.conv: "tf32" if tf32() else "ieee"})
+    return _set({_cudnn.conv: "tf32" if tf32() else "ieee"})
 
 
 # Where products that have no precision of their own take it from.
 _PARENTS = {
-    torch.backends.cuda.matmul: torch.backends.cudnn,  # that is, all of CUDA
-    torch.backends.mkldnn.matmul: torch.backends.mkldnn,
+    torch.backends.cuda.matmul: _cudnn,  # that is, all of CUDA
+    _mkldnn.matmul: _mkldnn,
 }
 
 

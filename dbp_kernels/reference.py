@@ -11,10 +11,16 @@ Learning with Decorrelated Backpropagation", arXiv 2405.02385, sections 2.1 (upd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dbp_kernels.planning.geometry import OpArguments
 
 
 def patches(
@@ -27,8 +33,8 @@ def patches(
 ) -> Tensor:
     """im2col. (N, C, *spatial) -> Z of shape (groups, n, D), rows ordered (image, position)."""
     if len(kernel_size) == 0:
-        rows = input.reshape(-1, input.shape[-1])
-        return rows.reshape(rows.shape[0], groups, rows.shape[1] // groups).transpose(0, 1)
+        vectors = input.reshape(-1, input.shape[-1])
+        return vectors.reshape(len(vectors), groups, vectors.shape[1] // groups).transpose(0, 1)
     dims = len(kernel_size)
     x = F.pad(input, [p for pad in reversed(padding) for p in (pad, pad)])
     for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation)):
@@ -58,19 +64,19 @@ def _mean_over_samples(total: Tensor, n: int) -> Tensor:
     return total / n if n else torch.zeros_like(total)
 
 
-def patch_gram(input: Tensor, *geometry) -> Tensor:
+def patch_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """S = <z z^T>, shape (groups, D, D). Zero for no samples."""
     Z = patches(input, *geometry)
     return _mean_over_samples(Z.mT @ Z, Z.shape[1])
 
 
-def patch_mean(input: Tensor, *geometry) -> Tensor:
+def patch_mean(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
     """m = <z>, shape (groups, D). Zero for no samples."""
     Z = patches(input, *geometry)
     return _mean_over_samples(Z.sum(1), Z.shape[1])
 
 
-def decor_stats(input: Tensor, R: Tensor, *geometry) -> tuple[Tensor, Tensor]:
+def decor_stats(input: Tensor, R: Tensor, *geometry: Unpack[OpArguments]) -> tuple[Tensor, Tensor]:
     """C = <x x^T> with zero diagonal, and the diagonal of V = <x^2> - 1, for x = R z.
 
     Shapes (groups, D, D) and (groups, D). No samples: S = 0, hence C = 0 and V = -1.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
+from dbp_kernels.op_input import OpInput
 from dbp_kernels.precision import computed_dtype
 
 # Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
@@ -48,6 +50,30 @@ class Owner(Protocol):
         """The options of a group's layer, or None where this step copies nothing of it."""
 
 
+class Layer(Protocol):
+    """What is sampled, and learns: a decorrelated layer, or a site of ``attach``."""
+
+    R: Tensor
+    _recorder: weakref.ref[Recorder] | None
+    _recorder_key: Tensor | None
+
+    @property
+    def training(self) -> bool: ...
+
+    @property
+    def _learns(self) -> bool: ...
+
+    def _patch_geometry(self) -> dict[str, Any]: ...
+
+    def _patch_size(self) -> tuple[int, int]: ...
+
+    def _as_images(self, input: Tensor) -> Tensor: ...
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]: ...
+
+    def _gradient(self) -> object: ...
+
+
 class Recorder:
     """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
 
@@ -60,13 +86,14 @@ class Recorder:
         group, index: the layer's parameter group, and its place there.
     """
 
-    def __init__(self, layer: nn.Module, owner: Owner, group: int, index: int) -> None:
+    def __init__(self, layer: Layer, owner: Owner, group: int, index: int) -> None:
         self.key = next(_next_key)
         self.samples: list[Tensor] = []
         self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
         self._images: list[int] = []  # that each of the samples was taken from
         self._gradients: list[Any] = []  # what the layer's gradient was when each was taken
-        self._buffers: list[tuple[tuple, Tensor]] = []  # layout and memory, in the samples' order
+        # layout and memory, in the samples' order
+        self._buffers: list[tuple[tuple[Any, ...], Tensor]] = []
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -97,9 +124,10 @@ class Recorder:
 
     def drop_spent(self) -> None:
         """Drop samples whose gradient is there, and is about to be dropped as well."""
-        if not self.samples:
+        layer = self._layer()
+        if layer is None or not self.samples:
             return
-        now = self._layer()._gradient()
+        now = layer._gradient()
         self._drop([i for i, then in enumerate(self._gradients) if then != now])
 
     def _drop(self, places: list[int]) -> None:
@@ -107,9 +135,9 @@ class Recorder:
         order = [i for i in range(len(self.samples)) if i not in places]
         rest = self._buffers[len(self.samples) :]
         self._buffers = [self._buffers[i] for i in (*order, *places)] + rest
-        self.samples, self._images, self._gradients = (
-            [entries[i] for i in order] for entries in (self.samples, self._images, self._gradients)
-        )
+        self.samples = [self.samples[i] for i in order]
+        self._images = [self._images[i] for i in order]
+        self._gradients = [self._gradients[i] for i in order]
 
     def give_away(self) -> None:
         """Drop the samples and leave their memory to whoever works on them now."""
@@ -133,8 +161,10 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:
             return
         layer, owner = self._layer(), self._owner()
-        options = None if owner is None else owner._sampling_options(*self._place)
-        if layer is None or options is None:
+        if layer is None or owner is None:
+            return
+        options = owner._sampling_options(*self._place)
+        if options is None:
             return
         if _capturing(input):
             raise RuntimeError(
@@ -174,12 +204,13 @@ class Recorder:
         inference = torch.is_inference_mode_enabled()
         layout = batch.shape[1:], batch.stride(), dtype, batch.device, inference
         place = len(self.samples)
-        before, memory = self._buffers[place] if place < len(self._buffers) else (None, None)
-        if before != layout or memory.shape[0] < size:
+        held = self._buffers[place] if place < len(self._buffers) else None
+        if held is None or held[0] != layout or held[1].shape[0] < size:
             taken = batch[:size] if chosen is None else batch[chosen]
             memory = taken.to(dtype, copy=chosen is None)
             self._buffers[place : place + 1] = [(layout, memory)]
             return memory
+        memory = held[1]
         sample = memory if memory.shape[0] == size else memory[:size]
         if chosen is None:
             sample.copy_(batch[:size])
@@ -206,13 +237,13 @@ class Recorder:
             )
 
 
-def recorder_of(layer: nn.Module) -> Recorder | None:
+def recorder_of(layer: Layer | nn.Module) -> Recorder | None:
     """The live recorder attached to a layer, if any."""
     reference = getattr(layer, "_recorder", None)  # a fused layer has lost the attribute
     return None if reference is None else reference()
 
 
-def record(layer: nn.Module, input: Tensor) -> None:
+def record(layer: Layer, input: Tensor) -> None:
     """Called by a layer after its forward pass; does nothing unless an optimiser is attached.
 
     Samples are what the layer computes with: under autocast not the float32 images a first layer is
@@ -227,7 +258,7 @@ def record(layer: nn.Module, input: Tensor) -> None:
             computed = input.detach().to(computed_dtype(input))
             torch.ops.dbp_nn.record(computed, layer._recorder_key)
         return
-    if torch.jit.is_tracing() or isinstance(input, FakeTensor):
+    if torch._C._is_tracing() or isinstance(input, FakeTensor):
         return
     recorder = recorder_of(layer)
     if recorder is not None:

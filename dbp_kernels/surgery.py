@@ -7,31 +7,30 @@ optimiser, by a tied embedding) therefore survive without any bookkeeping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbp_kernels import nn as dbp_nn
 from dbp_kernels.distributed import ignore_in_ddp, unwrap
-from dbp_kernels.precision import without_autocast
 from dbp_kernels.sampling import recorder_of
+from dbp_kernels.selection import Filter, Selection, multiplies, unusable
 
-Rule = str | type | nn.Module | Callable[[str, nn.Module], bool]
-Filter = Rule | Iterable[Rule] | None
-
-_DECORRELATED: dict[type[nn.Module], type[nn.Module]] = {
+_DECORRELATED: dict[type[nn.Module], type[dbp_nn._Decorrelated]] = {
     nn.Linear: dbp_nn.DecorLinear,
     nn.Conv1d: dbp_nn.DecorConv1d,
     nn.Conv2d: dbp_nn.DecorConv2d,
     nn.Conv3d: dbp_nn.DecorConv3d,
     nn.ConvTranspose2d: dbp_nn.DecorConvTranspose2d,
 }
-_PLAIN = {decorrelated: plain for plain, decorrelated in _DECORRELATED.items()}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    decorrelated: plain for plain, decorrelated in _DECORRELATED.items()
+}
 
 
-def decorrelated_class(module: nn.Module) -> type[nn.Module] | None:
+def decorrelated_class(module: nn.Module) -> type[dbp_nn._Decorrelated] | None:
     """The decorrelated class of a layer, or the one a plain layer would get; None for others."""
     if dbp_nn.is_decorrelated(module):
         return type(module)
@@ -39,16 +38,17 @@ def decorrelated_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def decorrelate_model(
-    model: nn.Module, include: Filter = None, exclude: Filter = None
+    model: nn.Module, include: Filter = None, exclude: Filter = None, report: bool = False
 ) -> nn.Module:
     """Decorrelate the plain layers of a model, in place; its outputs stay what they are (R = I).
 
     Swapped are modules whose type is exactly Linear, Conv1d, Conv2d, Conv3d or ConvTranspose2d of
     torch.nn. Left alone are subclasses (`MultiheadAttention.out_proj` is one: attention reads its
-    weight directly), lazy layers, and layers whose weight is not a plain parameter (weight_norm,
-    spectral_norm, pruning, parametrisations), and layers whose ``forward`` has been replaced on the
-    instance (LoRA and offloading hooks do so): it may read the weight and ignore R. Layers that are decorrelated already stay as they
-    are, so calling it twice does no harm.
+    weight directly), lazy layers, layers whose weight is not a plain parameter (weight_norm,
+    spectral_norm, pruning, parametrisations), layers that ``dbp.attach`` has, and layers whose
+    ``forward`` has been replaced on the instance (LoRA and offloading hooks do so): it may read the
+    weight and ignore R. Layers that are decorrelated already stay as they are, so calling it twice
+    does no harm.
 
     `torch.nn.TransformerEncoderLayer` has a fast path for evaluation that reads the weights of its
     linear layers directly and would ignore R. It is switched off for those whose linear layers are
@@ -63,6 +63,8 @@ def decorrelate_model(
             it, shell patterns allowed: ``"layer4"``, ``"*.conv1"``), a type, a module (with all
             in it), a callable ``(name, module) -> bool``, or several of these.
         exclude: layers to leave alone, in the same form; wins over ``include``.
+        report: print a table of the decorrelated layers with the shape of R and its MiB, and of
+            those left alone, with the reason.
 
     Returns:
         ``model``, the same object.
@@ -72,28 +74,101 @@ def decorrelate_model(
         ValueError: a name in include/exclude matches no module, or a layer has an attribute R of
             its own. Nothing is changed.
     """
-    _check_model(model)
-    included = _Filter("include", include)
-    excluded = _Filter("exclude", exclude)
-    names = aliases_of(unwrap(model))
-    included.check(names)
-    excluded.check(names)
-    identities = {  # allocated before anything changes
-        module: _identity(module, _DECORRELATED[type(module)])
-        for module, aliases in names.items()
-        if _swappable(module)
-        and (include is None or any(included(name, module) for name in aliases))
-        and not any(excluded(name, module) for name in aliases)
-    }
-    for module in identities:
+    check_model(model)
+    selection = Selection(unwrap(model), include, exclude)
+    chosen: dict[str, nn.Module] = {}
+    left_alone: dict[str, str] = {}
+    for module, names in selection.names.items():
+        reason = why_not(module) or selection.why_not(module)
+        if reason is None:
+            chosen[names[0]] = module
+        elif multiplies(module):
+            left_alone[names[0]] = reason
+    R = identities(chosen)
+    make_decorrelated(R)
+    settle(model)
+    if report:
+        print(_table({name: R[module] for name, module in chosen.items()}, left_alone))
+    return model
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module cannot be decorrelated, in words; None if it can."""
+    if dbp_nn.is_decorrelated(module):
+        return "decorrelated already"
+    if any(getattr(hook, "site", None) for hook in module._forward_hooks.values()):
+        return "dbp.attach has its R"
+    if type(module) not in _DECORRELATED:
+        return f"{type(module).__name__} is no kind that dbp.nn has decorrelated"
+    return unusable(module, "weight")
+
+
+def identities(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Tensor]:
+    """The identity for each of the plain layers, by their names, that are to be decorrelated.
+
+    Made before anything changes: memory may not suffice. Raises ValueError for an attribute R of
+    the layer's own.
+    """
+    for name, module in layers.items():
         if hasattr(module, "R"):
-            raise ValueError(f"layer {names[module][0]!r} has an attribute R already: exclude it")
-    for module, R in identities.items():
-        module.__class__ = _DECORRELATED[type(module)]
-        module.register_buffer("R", R)
+            raise ValueError(f"layer {name!r} has an attribute R already: exclude it")
+    return {module: _identity(module) for module in layers.values()}
+
+
+def make_decorrelated(R: Mapping[nn.Module, Tensor]) -> None:
+    """Plain layers become decorrelated ones, each with its R; ``settle`` is to follow."""
+    for module, own in R.items():
+        _become(module, _DECORRELATED[type(module)])
+        module.register_buffer("R", own)
+
+
+def make_plain(modules: Iterable[nn.Module]) -> None:
+    """Decorrelated layers become plain ones, without R; ``settle`` is to follow."""
+    for module in filter(dbp_nn.is_decorrelated, modules):
+        recorder = recorder_of(module)
+        if recorder is not None:
+            recorder.release()
+        for attribute in dbp_nn.OF_THE_OPTIMISER:
+            module.__dict__.pop(attribute, None)
+        del module.R
+        _become(module, _PLAIN[type(module)])
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    # Code compiled before looks at the class again only when __dict__ has been written to.
+    module.__dict__["_dbp_changed"] = True
+    del module.__dict__["_dbp_changed"]
+
+
+def settle(model: nn.Module) -> None:
+    """What holds for a whole model, once its layers have changed."""
     switch_fast_paths(model)
     ignore_in_ddp(model)
-    return model
+
+
+def _table(R: Mapping[str, Tensor], left_alone: Mapping[str, str]) -> str:
+    """Layers with their R, then layers with the reason why they have none."""
+    rows = [("decorrelated", "R", "MiB")]
+    rows += [(name or "the model", shape_of(x), f"{mib(x):.2f}") for name, x in R.items()]
+    rows.append(("total", "", f"{sum(map(mib, R.values())):.2f}"))
+    first, second, third = (max(map(len, column)) for column in zip(*rows))
+    lines = [f"{name:{first}}  {shape:{second}}  {size:>{third}}" for name, shape, size in rows]
+    if left_alone:
+        named = [(name or "the model", reason) for name, reason in left_alone.items()]
+        width = max(len(name) for name, _ in named)
+        lines += ["left alone", *(f"{name:{width}}  {reason}" for name, reason in named)]
+    return "\n".join(lines)
+
+
+def shape_of(x: Tensor) -> str:
+    """As in "2 x 18 x 18"."""
+    return " x ".join(map(str, x.shape))
+
+
+def mib(x: Tensor) -> float:
+    """What a tensor's elements take, in MiB."""
+    return x.nbytes / 2**20
 
 
 @torch.no_grad()
@@ -117,7 +192,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
             plain parameter (weight_norm, pruning, parametrisations), or its ``forward`` has been
             replaced on the instance; remove those first. Nothing is changed.
     """
-    _check_model(model)
+    check_model(model)
     weights: dict[nn.Module, nn.Parameter] = {}
     for name, module in unwrap(model).named_modules():
         if not dbp_nn.is_decorrelated(module) or isinstance(module, dbp_nn.Decorrelate):
@@ -127,7 +202,8 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: {type(module).__name__} is a subclass of a "
                 "decorrelated layer; expected the layer itself (remove parametrisations first)"
             )
-        if module._parameters.get("weight") is None:
+        weight = module._parameters.get("weight")
+        if weight is None:
             raise ValueError(
                 f"cannot fuse layer {name!r}: its weight is not a plain parameter; remove "
                 "weight_norm, spectral_norm or pruning first"
@@ -137,49 +213,32 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: its forward has been replaced on the instance; "
                 "remove what has done so (a hook, an adapter) first"
             )
-        weights[module] = _fused_weight(module)
+        weights[module] = _fused(weight, module)
 
-    for module, weight in weights.items():
-        recorder = recorder_of(module)
-        if recorder is not None:
-            recorder.release()
-        for attribute in ("_recorder", "_recorder_key"):
-            module.__dict__.pop(attribute, None)
-        module._parameters["weight"] = weight
-        del module.R
-        module.__class__ = _PLAIN[type(module)]
-    switch_fast_paths(model)
-    ignore_in_ddp(model)
+    for layer, fused in weights.items():
+        layer._parameters["weight"] = fused
+    make_plain(weights)
+    settle(model)
     return model
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _swappable(module: nn.Module) -> bool:
-    # Old-style weight_norm, spectral_norm and pruning keep the class but move the parameter.
-    weight = module._parameters.get("weight")
-    if type(module) not in _DECORRELATED or weight is None or not weight.is_floating_point():
-        return False
-    return "forward" not in module.__dict__  # a replaced forward would go on without R
-
-
-def _identity(module: nn.Module, decorrelated: type[nn.Module]) -> Tensor:
-    """The first R of a plain layer that is going to be ``decorrelated``."""
+def _identity(module: Any) -> Tensor:
+    """The first R of a plain layer."""
     # The sizes come from attributes that the plain layer has too.
-    groups, size = decorrelated._patch_size(module)
+    groups, size = _DECORRELATED[type(module)]._patch_size(module)
     return dbp_nn.identity_R(groups, size, module.weight.device, module.weight.dtype)
 
 
-def _fused_weight(module: nn.Module) -> nn.Parameter:
-    weight, R = module.weight, module.R
-    identity = dbp_nn.identity_R(*module._patch_size(), R.device, R.dtype)
-    if not R.is_meta and torch.equal(R, identity):
+def _fused(weight: nn.Parameter, module: dbp_nn._Decorrelated) -> nn.Parameter:
+    A = dbp_nn.fused_weight(weight, module.R, bool(module._transposed))
+    if A is weight:
         return weight
-    with without_autocast(weight):  # nothing to be gained from, for a weight that is kept
-        fused = nn.Parameter(module._condense().to(weight.dtype), weight.requires_grad)
+    fused = nn.Parameter(A, weight.requires_grad)
     fused.__dict__.update(weight.__dict__)  # marks that frameworks put on parameters
     return fused
 
@@ -213,51 +272,3 @@ def _override(module: nn.Module, attribute: str, value: object, on: bool) -> Non
     elif not on and hasattr(module, keep):
         setattr(module, attribute, getattr(module, keep))
         delattr(module, keep)
-
-
-def aliases_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of each module."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
-class _Filter:
-    """The ``include`` or ``exclude`` argument, checked."""
-
-    def __init__(self, argument: str, given: Filter) -> None:
-        self.argument = argument
-        several = isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module))
-        self.rules = list(given) if several else [] if given is None else [given]
-        for rule in self.rules:
-            if not isinstance(rule, (str, type)) and not callable(rule):
-                raise TypeError(
-                    f"{argument}={rule!r}: expected a name or pattern, a type, a module, a "
-                    "callable (name, module) -> bool, or several of these"
-                )
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        return any(self._matches(rule, name, module) for rule in self.rules)
-
-    def _matches(self, rule: Rule, name: str, module: nn.Module) -> bool:
-        if isinstance(rule, str):
-            parts = name.split(".")
-            around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-            return any(fnmatchcase(outer, rule) for outer in around)
-        if isinstance(rule, type):
-            return isinstance(module, rule)
-        if isinstance(rule, nn.Module):
-            return module in set(rule.modules())
-        return bool(rule(name, module))
-
-    def check(self, names: dict[nn.Module, list[str]]) -> None:
-        """Raise for a pattern that matches nothing: it is a typing error."""
-        for rule in self.rules:
-            if isinstance(rule, str) and not any(
-                fnmatchcase(name, rule) for aliases in names.values() for name in aliases
-            ):
-                raise ValueError(
-                    f"{self.argument}={rule!r} matches no module; expected a name as in "
-                    "model.named_modules(), shell patterns allowed"
-                )

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbp_kernels import ops
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.planning.choices import update_choices
+from dbp_kernels.choose import update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
-from dbp_kernels.planning.planner import Choice, gram_choices
+from dbp_kernels.planning.planner import gram_choices
 
 # Where tests of kernels put their tensors: interpreted kernels take CPU tensors.
 DEVICE = torch.device("cpu" if runtime.INTERPRET or not torch.cuda.is_available() else "cuda")
@@ -167,6 +168,12 @@ def error(result: Tensor, oracle: Tensor) -> float:
     difference = (result.double() - oracle.double()).abs().max()
     scale = oracle.double().abs().max()
     return (difference / scale if difference else difference).nan_to_num(nan=float("inf")).item()
+
+
+def updated(backend, x: Tensor, R: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """(R_new, loss) by a backend's ``decor_update``, which may stop short of changing R."""
+    due, loss = backend.decor_update(x, R, *arguments)
+    return due if isinstance(due, Tensor) else due.new(R), loss
 
 
 def products_of_change(samples: int, dim: int) -> int:

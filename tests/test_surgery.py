@@ -1,10 +1,18 @@
-"""decorrelate_model and fuse_model, on models that know nothing of this package."""
+"""decorrelate_model, on models that know nothing of this package."""
 
 import copy
 import pickle
 
 import pytest
 import torch
+from plain_models import (
+    MODELS,
+    LanguageModel,
+    ResNet,
+    decorrelated,
+    names,
+    random_R,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -14,112 +22,11 @@ from dbp_kernels import nn as dnn
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*", "ignore:.*nested tensor.*")
 
 
-class Block(nn.Module):
-    """A ResNet block; its downsampling path is shared between two attributes."""
-
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(cout)
-        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(cout)
-        self.down = nn.Conv2d(cin, cout, 1, stride) if stride > 1 or cin != cout else nn.Identity()
-
-    def forward(self, x):
-        h = self.bn1(self.conv1(x)).relu()
-        return (self.bn2(self.conv2(h)) + self.down(x)).relu()
-
-
-class ResNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect")
-        again = Block(8, 8, 1)
-        self.layers = nn.Sequential(again, Block(8, 16, 2), Block(16, 16, 1))
-        self.again = again  # a shared module, used twice
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.layers(self.again(self.stem(x)))
-        return self.head(x.mean((2, 3)))
-
-
-class AutoEncoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.ReLU()
-        )
-        self.decoder = nn.ModuleList(
-            [nn.ConvTranspose2d(8, 4, 3, 2, 1, groups=2), nn.ConvTranspose2d(4, 1, 3, 2, 1)]
-        )
-
-    def forward(self, x):
-        h1 = self.encoder[:2](x)
-        h2 = self.encoder[2:](h1)
-        y = self.decoder[0](h2, output_size=h1.shape).relu()
-        return self.decoder[1](y, output_size=x.shape)
-
-
-class LanguageModel(nn.Module):
-    """Embedding and head share one Parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(8, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.head(self.body(self.embed(tokens)))
-
-
-class Mixed(nn.Module):
-    """Every layer kind, 1d to 3d."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv1d(2, 4, 3, padding=1, dilation=1)
-        self.b = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")
-        self.c = nn.Conv3d(1, 2, 2)
-        self.gru = nn.GRU(3, 4, batch_first=True)
-        self.d = nn.Linear(4, 3)
-
-    def forward(self, x):  # (N, 2, 6)
-        x = self.b(self.a(x)[:, None])[:, None]
-        x = self.c(x).mean(1).flatten(1)
-        return self.d(self.gru(x[:, :12].reshape(-1, 4, 3))[0])
-
-
-def transformer():
-    return nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
-
-
-MODELS = {
-    "resnet": (ResNet, lambda n: (torch.randn(n, 3, 8, 8),)),
-    "autoencoder": (AutoEncoder, lambda n: (torch.randn(n, 1, 10, 9),)),
-    "language model": (LanguageModel, lambda n: (torch.randint(11, (n, 6)),)),
-    "mixed": (Mixed, lambda n: (torch.randn(n, 2, 6),)),
-    "transformer": (transformer, lambda n: (torch.randn(n, 5, 8), torch.randn(n, 4, 8))),
-}
-
-
 @pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
 def case(request):
     torch.manual_seed(0)
     make, data = MODELS[request.param]
     return make(), data
-
-
-def decorrelated(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if dnn.is_decorrelated(m)]
-
-
-def random_R(model: nn.Module) -> None:
-    for layer in decorrelated(model):
-        layer.R.add_(torch.randn_like(layer.R) * 0.2)
 
 
 def test_outputs_and_parameters_stay(case):
@@ -265,206 +172,6 @@ def test_only_exact_types_with_plain_weights():
         dbp.DecorUpdate(model)
 
 
-def names(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if dnn.is_decorrelated(m)]
-
-
-ALL = [
-    "stem",
-    *[f"layers.{i}.{c}" for i in range(3) for c in ("conv1", "conv2", *["down"] * (i == 1))],
-    "head",
-]
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "expected"),
-    [
-        (None, None, ALL),
-        ("stem", None, ["stem"]),
-        (["stem", "head"], "head", ["stem"]),
-        ("*.conv1", None, [f"layers.{i}.conv1" for i in range(3)]),
-        ("layers.1", None, ["layers.1.conv1", "layers.1.conv2", "layers.1.down"]),
-        ("again", None, ["layers.0.conv1", "layers.0.conv2"]),
-        (nn.Linear, None, ["head"]),
-        (None, nn.Conv2d, ["head"]),
-        (None, ("layers", "stem"), ["head"]),
-        (
-            lambda name, m: m.weight.shape[0] == 16,
-            ["head"],
-            [n for n in ALL if "s.1" in n or "s.2" in n],
-        ),
-        ((), None, []),
-    ],
-)
-def test_include_and_exclude(include, exclude, expected):
-    model = dbp.decorrelate_model(ResNet(), include=include, exclude=exclude)
-    assert names(model) == expected
-
-
-def test_modules_as_filters():
-    model = ResNet()
-    assert names(dbp.decorrelate_model(model, include=model.layers, exclude=model.again)) == [
-        n for n in ALL if "s.1" in n or "s.2" in n
-    ]
-
-
-def test_bad_arguments_change_nothing():
-    model = ResNet()
-    with pytest.raises(ValueError, match=r"include='layer1\*' matches no module"):
-        dbp.decorrelate_model(model, include=["stem", "layer1*"])
-    with pytest.raises(ValueError, match="exclude='heads'"):
-        dbp.decorrelate_model(model, exclude="heads")
-    with pytest.raises(TypeError, match="include=3"):
-        dbp.decorrelate_model(model, include=3)
-    with pytest.raises(TypeError, match="exclude=None"):
-        dbp.decorrelate_model(model, exclude=[None])
-    model.head.R = 3
-    with pytest.raises(ValueError, match="'head' has an attribute R"):
-        dbp.decorrelate_model(model)
-    for function in (dbp.decorrelate_model, dbp.fuse_model):
-        with pytest.raises(TypeError, match="got list"):
-            function([model])
-    assert names(model) == []
-
-
-# Code that reads weights behind the layer's back.
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_encoder_honours_R_in_evaluation(norm_first):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-    x = torch.randn(3, 5, 8)
-    model.eval()
-    with torch.no_grad():
-        plain = model(x)
-        dbp.decorrelate_model(model)
-        assert names(model) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
-        torch.testing.assert_close(model(x), plain)
-        random_R(model)
-        fast = model(x)
-        padding = torch.zeros(3, 5, dtype=torch.bool)
-        padding[1, 3:] = True
-        fast_padded = model(x, src_key_padding_mask=padding)
-    slow = model(x.requires_grad_())  # with gradients there is no fast path
-    torch.testing.assert_close(fast, slow)
-    assert not torch.allclose(fast, plain)
-    slow_padded = model(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(fast_padded[~padding], slow_padded[~padding])
-    # The fast path is back after fusing, in a copy too.
-    fused = dbp.fuse_model(copy.deepcopy(model))
-    assert fused.layers[0].activation_relu_or_gelu == 1
-    assert fused.use_nested_tensor == (not norm_first)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(x), fast, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            fused(x, src_key_padding_mask=padding)[~padding],
-            fast_padded[~padding],
-            rtol=1e-4,
-            atol=1e-5,
-        )
-
-
-def test_transformer_without_decorrelated_linears_keeps_its_fast_path():
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
-    dbp.decorrelate_model(model, exclude="0")
-    assert model[0].activation_relu_or_gelu == 1
-    assert names(model) == ["1"]
-
-
-def test_transformer_built_by_hand_honours_R_once_an_optimiser_is_made():
-    model = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-    model.linear1 = dnn.DecorLinear(8, 16)
-    dbp.DecorUpdate(model)
-    random_R(model)
-    x = torch.randn(3, 5, 8)
-    expected = model(x)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), expected)
-
-
-def test_attention_projection_is_left_alone():
-    model = dbp.decorrelate_model(transformer())
-    assert not any("attn" in name for name in names(model))
-
-
-# Fusing.
-
-
-def test_tied_weights_keep_their_values_and_lose_the_tie():
-    model = dbp.decorrelate_model(LanguageModel())
-    embedding, head = model.embed.weight, model.head.weight
-    assert embedding is head
-    random_R(model)
-    before = embedding.detach().clone()
-    expected = before @ model.head.R
-    dbp.fuse_model(model)
-    assert torch.equal(model.embed.weight, before)
-    assert model.head.weight is not model.embed.weight
-    torch.testing.assert_close(model.head.weight, expected)
-
-
-def test_layers_that_share_a_parameter_fuse_each_with_its_own_R():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    dbp.decorrelate_model(model)
-    assert model[1].weight is model[0].weight
-    random_R(model)
-    x = torch.randn(3, 4)
-    expected = model(x)
-    torch.testing.assert_close(dbp.fuse_model(model)(x), expected)
-
-
-def test_fuse_keeps_marks_on_parameters():
-    model = dbp.decorrelate_model(nn.Linear(3, 3))
-    model.weight.no_decay = True
-    random_R(model)
-    assert dbp.fuse_model(model).weight.no_decay
-
-
-def test_fuse_refuses_what_it_cannot_do_and_changes_nothing():
-    class Special(dnn.DecorLinear):
-        pass
-
-    for spoil in (
-        lambda m: Special(3, 3),
-        lambda m: parametrizations.weight_norm(m),
-        weight_norm,
-        lambda m: prune.l1_unstructured(m, "weight", 2) and m,
-    ):
-        model = dbp.decorrelate_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
-        model[1] = spoil(model[1])
-        random_R(model)
-        weight = model[0].weight
-        with pytest.raises(ValueError, match="cannot fuse layer '1'"):
-            dbp.fuse_model(model)
-        assert type(model[0]) is dnn.DecorLinear
-        assert model[0].weight is weight
-        model(torch.randn(2, 3)).sum().backward()  # reparametrised layers work as they are
-
-
-def test_fuse_ends_the_optimiser():
-    model = dbp.decorrelate_model(nn.Sequential(nn.Linear(3, 3)))
-    decor = dbp.DecorUpdate(model)
-    model(torch.randn(2, 3))
-    dbp.fuse_model(model)
-    assert not decor._recorders[0][0].samples
-    with pytest.raises(RuntimeError, match="fused"):
-        decor.step()
-
-
-def test_decorrelate_module_stays():
-    model = nn.Sequential(dnn.Decorrelate(4), nn.Linear(4, 2))
-    dbp.decorrelate_model(model)
-    random_R(model)
-    x = torch.randn(3, 4)
-    expected = model(x)
-    dbp.fuse_model(model)
-    torch.testing.assert_close(model(x), expected)
-    assert type(model[0]) is dnn.Decorrelate
-    assert type(model[1]) is nn.Linear
-
-
 def test_compiled_before_surgery():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
@@ -478,6 +185,8 @@ def test_compiled_before_surgery():
     decor = dbp.DecorUpdate(compiled)
     compiled(x)
     assert len(decor._recorders[0][0].samples) == 1
+    dbp.fuse_model(model)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_the_list_of_buffers_ddp_leaves_alone():
@@ -510,3 +219,14 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     del model[1].forward
     dbp.fuse_model(model)
     assert type(model[1]) is nn.Linear
+
+
+def test_an_attached_layer_is_not_decorrelated_once_more(capsys):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    decor = dbp.attach(model, torch.optim.SGD(model.parameters(), 0.1), exclude="1")
+    dbp.decorrelate_model(model, report=True)
+    assert names(model) == ["1"]
+    assert "0  dbp.attach has its R" in capsys.readouterr().out
+    decor.detach()
+    dbp.decorrelate_model(model)
+    assert names(model) == ["0", "1"]

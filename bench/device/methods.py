@@ -18,7 +18,7 @@ def kernel_method(family: str, device: torch.device, dtype: torch.dtype) -> Riva
     @lru_cache
     def method(case: Case) -> Rival:
         from dbp_kernels import backends
-        from dbp_kernels.planning.choices import gram_choices
+        from dbp_kernels.choose import gram_choices
 
         if family in methods:  # a form by itself, "cuda_sm90"
             return methods[family]

@@ -2,9 +2,10 @@
 
 On a GPU "auto" takes kernels only after they have passed a check there (``verify``).
 
-A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``decor_update``,
-``update_from_gram``, ``update_direct`` and ``low_rank_update`` (see ``eager/ops.py``). The module
-in ``_USABLE`` has ``unusable(device_type) -> str | None``: None, or the reason the backend cannot be
+A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``fuses_stats``,
+``decor_update``, ``update_from_gram``, ``update_direct`` and ``low_rank_update`` (see
+``eager/ops.py``). It is given a `Choice` by whoever calls it, and asks no planner. The module in
+``_USABLE`` has ``unusable(device_type) -> str | None``: None, or the reason the backend cannot be
 used.
 """
 
@@ -65,7 +66,8 @@ def backend(name: str) -> Iterator[None]:
 
 def unusable(name: str, device_type: str) -> str | None:
     """None if the backend works for tensors on this device type, else the reason in one sentence."""
-    return _load(_USABLE[name]).unusable(device_type)
+    reason: str | None = _load(_USABLE[name]).unusable(device_type)
+    return reason
 
 
 @lru_cache

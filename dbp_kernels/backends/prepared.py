@@ -23,7 +23,7 @@ from dbp_kernels.precision import update_products
 KEPT = 1024
 ALIGNMENT = 16  # bytes: vector loads, cp.async and TMA want it
 
-_kept: dict[tuple, Any] = {}
+_kept: dict[tuple[Any, ...], Any] = {}
 _captured: set[Any] = set()
 _lock = threading.Lock()
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def prepared(make: Callable[..., T]) -> Callable[..., T]:
 
 
 def forget() -> None:
-    """Works everything out anew: calibrations have changed, or what stands in for the GPU."""
+    """Works everything out anew: what stands in for the GPU has changed."""
     with _lock:
         _kept.clear()
 

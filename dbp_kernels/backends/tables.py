@@ -5,6 +5,7 @@ They are made once per work list and device, and kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,7 +79,7 @@ def make_tables(work: Work, device: torch.device) -> Tables:
         taps.append([start[entries], len(entries), source.kind])
     items = [[t.box, t.i, t.j, t.first, t.last, t.slot] for t in work.items]
 
-    def table(rows: list, width: int) -> Tensor:
+    def table(rows: Sequence[object], width: int) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).reshape(-1, width).to(device)
 
     with torch.inference_mode(False):

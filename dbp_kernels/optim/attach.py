@@ -16,7 +16,7 @@ from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.site import Site, is_fed
-from dbp_kernels.surgery import Filter, _Filter, aliases_of
+from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
 
 def attach(
@@ -153,20 +153,15 @@ def _find(
     max_size: int | None,
 ) -> tuple[list[Site], dict[str, str], dict[str, nn.Module]]:
     """(sites, {layer: why it is none}, {layer: its module, which only lacks an optimiser})."""
-    included, excluded = _Filter("include", include), _Filter("exclude", exclude)
-    names = aliases_of(model)
-    included.check(names)
-    excluded.check(names)
+    selection = Selection(model, include, exclude)
     optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     owners = _owners(model)
     sites, left_alone, waiting = [], {}, {}
-    for module, aliases in names.items():
+    for module, aliases in selection.names.items():
         name = aliases[0] or type(module).__name__
         patches = patches_of(module)
         if patches is None:
-            if not isinstance(module, ParametrizationList) and any(
-                p is not None and p.dim() > 1 for p in module._parameters.values()
-            ):
+            if not isinstance(module, ParametrizationList) and multiplies(module):
                 left_alone[name] = f"{type(module).__name__} is no kind that dbp.register knows"
             continue
         if isinstance(patches, str):
@@ -174,10 +169,8 @@ def _find(
             continue
         weight = module._parameters[patches.weight]
         others = [other for other in owners[id(weight)] if other not in aliases]
-        if include is not None and not any(included(alias, module) for alias in aliases):
-            left_alone[name] = "not among include"
-        elif any(excluded(alias, module) for alias in aliases):
-            left_alone[name] = "among exclude"
+        if (reason := selection.why_not(module)) is not None:
+            left_alone[name] = reason
         elif others:
             left_alone[name] = f"its {patches.weight} is that of {others[0]!r} too"
         elif max_size is not None and patches.size > max_size:
@@ -213,7 +206,7 @@ def _grouped(
     for group in groups or ():
         if not isinstance(group, dict) or "modules" not in group:
             raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
-        chosen = _Filter("groups", group["modules"])
+        chosen = Rules("groups", group["modules"])
         chosen.check(aliases_of(model))
         own = [site for site in rest if chosen(site.name, site.module)]
         if not own:

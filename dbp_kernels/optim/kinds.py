@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from dbp_kernels.selection import unusable
+
 
 def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return arguments[0] if arguments else next(iter(named.values()))
+    input: Tensor = arguments[0] if arguments else next(iter(named.values()))
+    return input
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Patches:
 
     @property
     def groups(self) -> int:
-        return self.window.get("groups", 1)
+        groups: int = self.window.get("groups", 1)
+        return groups
 
     @property
     def dims(self) -> int:
@@ -47,7 +50,7 @@ class Patches:
         return len(self.window["kernel_size"])
 
 
-Describe = Callable[[nn.Module], Patches | str]
+Describe = Callable[[Any], Patches | str]  # of a module of a type that is registered with it
 
 
 def _linear(module: nn.Linear) -> Patches:
@@ -72,7 +75,7 @@ def _attention(module: nn.MultiheadAttention) -> Patches | str:
         return "its projections of query, key and value have weights of their own"
 
     def find(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
-        given = dict(zip(("query", "key", "value"), arguments)) | named
+        given: dict[str, Tensor] = dict(zip(("query", "key", "value"), arguments)) | named
         query, key, value = given["query"], given["key"], given["value"]
         if not (query is key is value):
             return None
@@ -124,17 +127,10 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     describe = _kinds.get(type(module)) or _optional(type(module))
     if describe is None:
         return _changed(module)
-    if "forward" in module.__dict__:
-        return "its forward has been replaced on the instance, and may not use the weight"
     patches = describe(module)
     if isinstance(patches, str):
         return patches
-    weight = module._parameters.get(patches.weight)
-    if weight is None:
-        return f"its {patches.weight} is not a plain parameter"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "it is lazy: run a forward pass before attach()"
-    return _unfit(patches, weight)
+    return unusable(module, patches.weight) or _unfit(patches, module._parameters[patches.weight])
 
 
 def _changed(module: nn.Module) -> str | None:
@@ -142,12 +138,12 @@ def _changed(module: nn.Module) -> str | None:
     if is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is parametrised"
     for name, parameter in module._parameters.items():
-        if _is_dtensor(parameter) and parameter.dim() > 1:
+        if parameter is not None and _is_dtensor(parameter) and parameter.dim() > 1:
             return _sharded(name)
     return None
 
 
-def _is_dtensor(parameter: Any) -> bool:
+def _is_dtensor(parameter: Tensor) -> bool:
     return type(parameter).__name__ == "DTensor"  # known without importing it
 
 
@@ -155,10 +151,8 @@ def _sharded(name: str) -> str:
     return f"its {name} is a DTensor, sharded beforehand"
 
 
-def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches | None:
-    if not weight.is_floating_point():
-        return f"its {patches.weight} is {weight.dtype}"
-    if _is_dtensor(weight):
+def _unfit(patches: Patches, weight: Tensor | None) -> str | Patches:
+    if weight is not None and _is_dtensor(weight):
         return _sharded(patches.weight)
     if type(weight) is not nn.Parameter:
         return f"its {patches.weight} is a {type(weight).__name__}"

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from dbp_kernels.planning.geometry import Axis, PairClass
+from dbp_kernels.planning.geometry import Axis, PairClass, Window
 
 AXES = 3  # fewer spatial axes are preceded by axes of size 1
 
@@ -98,21 +98,28 @@ class Program:
     sources: tuple[Source, ...]
 
 
-def _box(axes: tuple[Axis, ...], classes: tuple[PairClass, ...], segments) -> Box:
-    start, size, offset = [0] * AXES, [1] * AXES, [0] * AXES
-    first = AXES - len(axes)
-    for d, (axis, c, (low, high)) in enumerate(zip(axes, classes, segments), start=first):
-        start[d] = c.phase_left + axis.stride * low
-        size[d] = high - low
-        offset[d] = c.phase_right - c.phase_left + axis.stride * c.shift
+def _box(
+    axes: tuple[Axis, ...], classes: tuple[PairClass, ...], segments: tuple[Window, ...]
+) -> Box:
+    absent = AXES - len(axes)
+    start, size, offset = [0] * absent, [1] * absent, [0] * absent
+    for axis, c, (low, high) in zip(axes, classes, segments):
+        start.append(c.phase_left + axis.stride * low)
+        size.append(high - low)
+        offset.append(c.phase_right - c.phase_left + axis.stride * c.shift)
     symmetric = all(c.self_inverse for c in classes)
-    return Box(tuple(start), tuple(size), tuple(offset), symmetric)
+    return Box(_triple(start), _triple(size), _triple(offset), symmetric)
+
+
+def _triple(words: list[int]) -> Triple:
+    z, y, x = words
+    return z, y, x
 
 
 @lru_cache(maxsize=512)
 def shift_program(axes: tuple[Axis, ...]) -> Program:
     """The program of a convolution's axes."""
-    ids: dict[tuple, int] = {}
+    ids: dict[tuple[object, ...], int] = {}
     boxes: list[Box] = []
     for classes in itertools.product(*(a.pair_classes for a in axes)):
         if not canonical(classes):

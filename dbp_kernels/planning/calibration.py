@@ -201,7 +201,7 @@ def nearest(
     the same capability; among equals the nearest number of threads.
     """
 
-    def distance(c: Calibration) -> tuple:
+    def distance(c: Calibration) -> tuple[Any, ...]:
         similar = c.capability == capability
         # a GPU of another generation tells less than the default does
         last = similar == (c.source == DEFAULT)
@@ -272,7 +272,7 @@ def read(path: Any, name: str) -> Calibration:
     unknown = figures.keys() - parsers.keys()
     if unknown:
         raise ValueError(f"{name}: figures.{min(unknown)}: no such figure")
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for key, parser in parsers.items():
         if key not in figures and key in _OPTIONAL:
             continue
@@ -286,7 +286,7 @@ def read(path: Any, name: str) -> Calibration:
     return Calibration(source=str(source), machine=Machine(**parsed), **values)
 
 
-def _value(content: dict, key: str, kind: type, name: str) -> Any:
+def _value(content: dict[str, Any], key: str, kind: type, name: str) -> Any:
     value = content.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name}: {key}={value!r}: expected {_KINDS[kind]}")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 Window = tuple[int, int]  # lattice indices [start, stop)
+# kernel_size, stride, padding, dilation, groups, as the operators take them
+OpArguments = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,11 @@ def make_geometry(
     if groups < 1:
         raise ValueError(f"groups={groups}: expected at least 1")
     dims = len(kernel_size)
+    sizes: Sequence[int] = ()
     if dims == 0:
         if len(shape) < 1:
             raise ValueError("input is 0-dimensional: expected (..., D) with kernel_size=[]")
-        channels, batch, sizes = shape[-1], math.prod(shape[:-1]), ()
+        channels, batch = shape[-1], math.prod(shape[:-1])
     else:
         if dims > 3:
             raise ValueError(f"kernel_size={list(kernel_size)}: expected at most 3 entries")

@@ -140,7 +140,7 @@ def _main_first(c: PairClass) -> list[Window]:
 def make_program(axes: tuple[Axis, ...]) -> ShiftProgram:
     """The program for the shifted axes, the row axis first. Integers only, cached."""
     row_axis, *inner_axes = axes
-    first_blocks: dict[tuple, int] = {}
+    first_blocks: dict[tuple[tuple[int, int, int], ...], int] = {}
     blocks = 0
 
     def first_block(classes: tuple[PairClass, ...]) -> int:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
 from functools import lru_cache
 
-from dbp_kernels.backends.prepared import forget
-from dbp_kernels.planning.calibration import Machine, calibration, cost_at, machine
+from dbp_kernels.planning.calibration import Machine, calibration, cost_at
+from dbp_kernels.planning.calibration import machine as machine
+from dbp_kernels.planning.choice import KERNEL_BACKENDS, PLANS, Choice
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
 from dbp_kernels.planning.layout import (
     ONEDNN_WORTH,
@@ -24,42 +24,7 @@ from dbp_kernels.planning.layout import (
     shift_layout,
     wgrad_convolutions,
 )
-
-PLANS = ("gram", "direct", "samples")
-STATISTICS = ("fused", "gram", "direct")  # ways to C and V; "fused" is one kernel
-KERNEL_BACKENDS = ("triton", "cuda")  # have a shift form and a direct form of their own
-ALGORITHMS = (
-    "shift",
-    "self_wgrad",
-    "unfold",
-    *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
-    "cuda_sm90",
-)
-# Of a product's operands; float32 is one of the first three, the second three products of tf32.
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to compute something, and what the model thinks it costs.
-
-    ``unfolded`` belongs to the algorithm "shift": the axes whose taps become channels.
-    """
-
-    name: str
-    gflop: float
-    seconds: float
-    unfolded: tuple[bool, ...] = ()
-    gram: Choice | None = field(
-        default=None, compare=False
-    )  # of the plan "gram": how S is computed
-
-    def __str__(self) -> str:
-        name = self.name
-        if any(self.unfolded):
-            axes = ",".join(str(d) for d, u in enumerate(self.unfolded) if u)
-            name += f"[unfold axis {axes}]"
-        return f"{name} ({self.gram})" if self.gram else name
+from dbp_kernels.planning.work import MAX_PIXELS
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +206,7 @@ def _kernel_shift_cost(
     counts = [_axis_counts(axis) for axis in geometry.axes]
     boxes = _half([c[2] for c in counts], [c[3] for c in counts])
     block = geometry.groups * side**2
-    moved = 3 * _operand_size(size, precision) * geometry.input_numel
+    moved: float = 3 * _operand_size(size, precision) * geometry.input_numel
     moved += 2 * size * geometry.groups * geometry.dim**2
     moved += 2 * 4 * boxes * block  # partial sums, written and read
     seconds = flop / m.kernel_rate(side, sm90)
@@ -261,6 +226,12 @@ def _kernel_direct_cost(
     rate = m.kernel_rate(min(side, 128), sm90) * (1 if geometry.pointwise else m.gather)
     seconds = flop / rate + moved / m.bytes_per_second() + 2 * m.call
     return Choice(name, flop / 1e9, seconds)
+
+
+def _numbered(geometry: ConvGeometry) -> bool:
+    """Whether kernels can number the pixels and the patches, which they do in 32 bits."""
+    pixels = geometry.input_numel // max(1, geometry.channels)
+    return max(pixels, geometry.samples) <= MAX_PIXELS
 
 
 def _sm90_covers(geometry: ConvGeometry, precision: str) -> bool:
@@ -292,11 +263,11 @@ def gram_choices(
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize, device_type))
         convolving = machine(device_type, float32, itemsize)
         choices.append(_self_wgrad_cost(geometry, convolving, itemsize))
-    if backend in KERNEL_BACKENDS:
+    if backend in KERNEL_BACKENDS and _numbered(geometry):
         choices.append(_kernel_direct_cost(geometry, m, itemsize, f"{backend}_direct", precision))
         if not geometry.pointwise:
             choices.append(_kernel_shift_cost(geometry, m, itemsize, f"{backend}_shift", precision))
-    if backend == "cuda" and sm90 and _sm90_covers(geometry, precision):
+    if backend == "cuda" and sm90 and _numbered(geometry) and _sm90_covers(geometry, precision):
         cost = _kernel_direct_cost if geometry.pointwise else _kernel_shift_cost
         choices.append(cost(geometry, m, itemsize, "cuda_sm90", precision))
     return tuple(sorted(choices, key=lambda c: c.seconds))
@@ -409,4 +380,3 @@ def reset() -> None:
     """Forgets all answers and calibrations, so that the next question reads DBP_CALIBRATION anew."""
     for cached in (gram_choices, update_choices, stats_choices, machine, calibration):
         cached.cache_clear()
-    forget()

@@ -50,8 +50,10 @@ class Problem:
     @property
     def arguments(self) -> tuple[list[int], list[int], list[int], list[int], int]:
         """As ops take them."""
-        lists = (self.kernel, self.stride, self.padding, self.dilation)
-        return (*map(list, lists), self.groups)
+        kernel, stride, padding, dilation = map(
+            list, (self.kernel, self.stride, self.padding, self.dilation)
+        )
+        return kernel, stride, padding, dilation, self.groups
 
     @property
     def geometry(self) -> ConvGeometry:
@@ -67,7 +69,7 @@ class Problem:
     def R(self, device: torch.device) -> Tensor:
         """(groups, D, D) float32 near the identity, without a symmetry that hides a transposition."""
         g = self.geometry
-        noise = _random((g.groups, g.dim, g.dim), 1) / g.dim**0.5
+        noise: Tensor = _random((g.groups, g.dim, g.dim), 1) / g.dim**0.5
         return (torch.eye(g.dim) + noise).float().to(device)
 
 
@@ -213,11 +215,12 @@ def poisoned() -> Iterator[None]:
     """What torch.empty returns within it is full of NaN."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # its attribute is made at run time
+    filled = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled

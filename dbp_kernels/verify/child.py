@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
         torch.cuda.set_device(name)  # of which it is asked whether kernels are usable
         torch.zeros(1, device=name)
 
-    def run(case: str) -> dict:
+    def run(case: str) -> dict[str, Any]:
         import torch
 
         from dbp_kernels.verify import cases

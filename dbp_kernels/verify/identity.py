@@ -63,7 +63,7 @@ def driver() -> str:
     try:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:  # WSL, containers that hide it
-        return f"for CUDA {torch._C._cuda_getDriverVersion()}"
+        return f"for CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 def _version(package: str) -> str | None:

@@ -108,7 +108,7 @@ def _wide(precision: str) -> Iterator[Check]:
         (gram_shift, gram_shift.patch_gram_shift, _SHIFT[16]),
         (gram_direct, gram_direct.patch_gram_direct, _DIRECT[32]),
     ):
-        wide = moments(lambda x, g, f=compute: f(x, g, index64=True), problem)
+        wide = moments(partial(compute, index64=True), problem)
         yield Check("triton", module.KERNEL, "64-bit addresses", precision, **wide)
 
 

@@ -193,7 +193,7 @@ def check(
     family: str,
     index: int,
     scope: str = "planned",
-    record: Callable[[dict], None] = lambda record: None,
+    record: Callable[[dict[str, Any]], None] = lambda record: None,
     stop_early: bool = True,
 ) -> Verdict:
     """Runs a family's checks on cuda:``index`` in child processes; ``record`` hears each result.
@@ -207,7 +207,7 @@ def check(
     found: dict[str, dict[str, Any]] = {}
 
     def run(names: Sequence[str], workers: int) -> None:
-        def hear(result: dict) -> None:
+        def hear(result: dict[str, Any]) -> None:
             found[result["case"]] = result
             record(result)
 
@@ -242,7 +242,7 @@ def check(
     return Verdict(family, status, reason, records, where, seconds, time.time())
 
 
-def _failed(result: dict) -> bool:
+def _failed(result: dict[str, Any]) -> bool:
     """Whether a check ended badly by the kernel's fault, and not by that of others."""
     if result["status"] in (PASSED, NOT_RUN, OUT_OF_MEMORY):
         return False

@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 PASSED, FAILED, RAISED, OUT_OF_MEMORY = "passed", "failed", "raised", "out of memory"
 CRASHED, HUNG, NOT_RUN = "crashed", "hung", "not run"
@@ -48,7 +50,7 @@ def run_cases(
     *,
     workers: int,
     deadline: float,
-    record: Callable[[dict], None],
+    record: Callable[[dict[str, Any]], None],
     env: Mapping[str, str] | None = None,
     start_limit: float = START_LIMIT,
     skip: Callable[[str], str | None] = lambda name: None,
@@ -117,7 +119,7 @@ class _Child:
         with suppress(OSError):
             self.channel.sendall(case.name.encode() + b"\n")
 
-    def messages(self) -> list[dict]:
+    def messages(self) -> list[dict[str, Any]]:
         """What it has said since: whole lines only."""
         with suppress(OSError):  # nothing there, or the child is gone
             while chunk := self.channel.recv(2**16):
@@ -130,7 +132,7 @@ class _Child:
                 found += [message] if isinstance(message, dict) else []
         return found
 
-    def gone(self) -> dict | None:
+    def gone(self) -> dict[str, Any] | None:
         """How it ended, None while it runs. It stays a zombie: its group's number stays taken."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         try:
@@ -172,8 +174,8 @@ class _Child:
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Within it, what handlers of SIGINT and SIGTERM raise waits: no case is between two lists then."""
-    received: list[tuple] = []
-    handlers = {}
+    received: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():
         numbers = signal.SIGINT, signal.SIGTERM
         handlers = {n: handler for n in numbers if callable(handler := signal.getsignal(n))}
@@ -184,8 +186,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in received[:1]:
-            handlers[number](number, frame)
+        for first, frame in received[:1]:
+            handlers[first](first, frame)
 
 
 class _Pool:
@@ -196,7 +198,7 @@ class _Pool:
         command: Sequence[str],
         cases: Sequence[Case],
         workers: int,
-        record: Callable[[dict], None],
+        record: Callable[[dict[str, Any]], None],
         env: Mapping[str, str],
         start_limit: float,
         skip: Callable[[str], str | None],
@@ -284,7 +286,7 @@ class _Pool:
         name = self.pending.popleft().name
         self.record({"case": name, "status": NOT_RUN, "seconds": 0.0, "reason": why})
 
-    def _hear(self, child: _Child, message: dict) -> None:
+    def _hear(self, child: _Child, message: dict[str, Any]) -> None:
         if not child.ready:
             child.ready = "ready" in message
         elif child.case and message.get("case") == child.case.name:
@@ -292,8 +294,9 @@ class _Pool:
             child.finished = bool(message.pop("last", False))
             self._tell(child, message)
 
-    def _tell(self, child: _Child, found: dict) -> None:
+    def _tell(self, child: _Child, found: dict[str, Any]) -> None:
         case, child.case = child.case, None
+        assert case
         self.record({**found, "case": case.name, "seconds": round(child.seconds, 3)})
 
     def _end(self, why: str) -> None:
@@ -343,7 +346,7 @@ def breaks_the_context(line: Mapping[str, object]) -> bool:
     return any(text in str(line) for text in _BROKEN)
 
 
-def serve(run: Callable[[str], dict], ready: Callable[[], None] = lambda: None) -> None:
+def serve(run: Callable[[str], dict[str, Any]], ready: Callable[[], None] = lambda: None) -> None:
     """A child's main loop: runs the cases it is given by name until there are no more.
 
     ``ready`` comes first: what every case needs, in the time allowed for the start. ``run`` returns
@@ -380,7 +383,7 @@ def _listen(channel: socket.socket, names: queue.SimpleQueue[str]) -> None:
     os._exit(1)
 
 
-def _say(channel: socket.socket, message: dict) -> None:
+def _say(channel: socket.socket, message: dict[str, Any]) -> None:
     channel.sendall(json.dumps(message, default=repr).encode() + b"\n")
 
 
@@ -391,7 +394,7 @@ def _no_core_files() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def _outcome(run: Callable[[str], dict], name: str) -> dict:
+def _outcome(run: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
     try:
         found = run(name)
         if not isinstance(found, dict):

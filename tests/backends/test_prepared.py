@@ -12,7 +12,6 @@ from dbp_kernels import precision
 from dbp_kernels.backends import prepared
 from dbp_kernels.backends.cuda import library
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.planning import planner
 
 
 @pytest.fixture
@@ -82,11 +81,10 @@ def test_the_number_of_them_is_bounded_and_the_oldest_goes(made, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        planner.reset,
         lambda: library.simulate(None),
         lambda: runtime.simulate(None),
     ],
-    ids=["calibration", "cuda simulator", "triton simulator"],
+    ids=["cuda simulator", "triton simulator"],
 )
 def test_what_other_answers_depend_on_starts_anew(made, change):
     make, calls = made

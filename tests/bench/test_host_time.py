@@ -10,8 +10,7 @@ from torch import nn
 
 import dbp_kernels as dbp
 from bench import cli, host_time, registry
-from dbp_kernels import backends
-from dbp_kernels.planning import choices
+from dbp_kernels import backends, choose
 
 ROOT = Path(__file__).parents[2]
 FACTOR = 4  # other work on the machine; what a lost cache costs is far more
@@ -52,7 +51,7 @@ def test_a_step_decides_once(backend, monkeypatch):
             if first:
                 count(backends, "selected")
                 for name in ("update_choices", "gram_choices"):
-                    count(choices.planner, name)
+                    count(choose.planner, name)
             with torch.autograd.profiler.profile() as profile:
                 decor.step()
     assert launched == 2 * first != []

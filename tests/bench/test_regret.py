@@ -12,7 +12,7 @@ from bench_results import predicted, statuses, synthetic
 from bench import bars, calibrate, cli, kernels, registry, regret, report, timing
 from bench.regret_tables import regret_table
 from dbp_kernels.planning import calibration
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning.choice import Choice
 
 FAST = kernels.Settings(pairs=2, warmup=1)
 GRAM_BAR = "planner, gram: cases within 10% of the best >= 90%"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_training import assert_equal, attached, everything, train, trained
 
-from dbp_kernels.planning.choices import update_choices
+from dbp_kernels.choose import update_choices
 from dbp_kernels.planning.geometry import make_geometry
 
 

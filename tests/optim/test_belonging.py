@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from decor_layers import D64, expected, samples_of
+from torch import nn
 
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
@@ -67,3 +68,37 @@ def test_it_follows_the_model_to_another_dtype():
     torch.testing.assert_close(layer.R, expected(x[None, :1], R, 0.1, 0.5)[0])
     assert update.param_groups[0]["params"][0] is layer.R
     assert len(update.state) == 1
+
+
+@pytest.mark.parametrize(
+    ("lose", "why"),
+    [
+        (dbp.fuse_model, "it was fused"),
+        (lambda net: dbp.DecorUpdate(net), "a later DecorUpdate"),
+        (lambda net: net[1]._recorder().release(), "it was detached"),
+    ],
+    ids=["fused", "taken over", "detached"],
+)
+def test_step_says_why_a_layer_is_no_longer_its_own(lose, why):
+    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2))
+    update = dbp.DecorUpdate(net)
+    kept = lose(net)
+    with pytest.raises(RuntimeError, match=f"no longer belongs to this DecorUpdate: {why}"):
+        update.step()
+    del kept
+
+
+@pytest.mark.parametrize("accessor", ["losses", "skipped", "state_dict"])
+def test_accessors_after_a_fuse_name_the_cause(accessor):
+    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 2))
+    update = dbp.DecorUpdate(net, lr=0.1)
+    net(torch.randn(4, 3))
+    update.step()
+    saved = update.state_dict()
+    dbp.fuse_model(net)
+    with pytest.raises(RuntimeError, match=r"layer '0' has no R: it was fused"):
+        getattr(update, accessor)()
+    with pytest.raises(RuntimeError, match=r"layer '0' has no R: it was fused"):
+        update.load_state_dict(saved)
+    update.detach()
+    assert "2 layers" in repr(update)

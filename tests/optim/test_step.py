@@ -5,6 +5,7 @@ import torch
 from decor_layers import D64, LAYERS, expected, fresh, patches, samples_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
@@ -154,12 +155,56 @@ def test_a_layer_changed_by_hand_is_seen_as_it_is_now():
         torch.testing.assert_close(layer.R, R[0], rtol=1e-10, atol=1e-12)
 
 
-def test_step_before_backward_is_an_error_not_a_wrong_gradient():
+KINDS = [layer for layer in LAYERS if not isinstance(layer[0], dnn.Decorrelate)]
+
+
+@pytest.mark.parametrize(("layer", "shape"), KINDS)
+def test_step_before_backward_is_an_error_that_says_so(layer, shape):
+    layer = fresh(layer)
+    update = dbp.DecorUpdate(layer, lr=0.1)
+    loss = layer(torch.randn(shape, dtype=D64)).sum()
+    update.step()
+    with pytest.raises(RuntimeError, match=r"R of Decor.*call step\(\).* after backward\(\)"):
+        loss.backward()
+
+
+def test_the_order_is_watched_until_it_was_right_once():
     layer = dnn.DecorLinear(3, 2)
     update = dbp.DecorUpdate(layer, lr=0.1)
-    loss = layer(torch.randn(4, 3)).sum()
+    x = torch.randn(4, 3)
+    first, second = layer(x), layer(x)
+    assert [len(y._backward_hooks) for y in (first, second)] == [1, 1]
+    first.sum().backward()
+    third = layer(x)
+    assert not third._backward_hooks
     update.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="call step"):
+        second.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # torch's own
+        third.sum().backward()
+
+
+def test_the_order_is_not_watched_where_it_does_not_matter():
+    layer = dnn.DecorLinear(3, 2)
+    x = torch.randn(4, 3, requires_grad=True)
+    assert not layer(x)._backward_hooks  # no optimiser of R
+    update = dbp.DecorUpdate(layer, lr=0.1)
+    with torch.no_grad():
+        assert not layer(x)._backward_hooks
+    layer.requires_grad_(False)  # R stays
+    layer(x).sum().backward()
+    assert not layer._order_known
+    layer.requires_grad_(True)
+    update.detach()
+    assert not layer(x)._backward_hooks
+
+
+def test_a_checkpointed_pass_is_not_recomputed_with_another_R_unnoticed():
+    layer = dnn.DecorLinear(3, 2)
+    update = dbp.DecorUpdate(layer, lr=0.1)
+    loss = checkpoint(layer, torch.randn(4, 3), use_reentrant=False).sum()
+    update.step()
+    with pytest.raises(RuntimeError, match="call step"):
         loss.backward()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dbp_kernels import info
-from dbp_kernels.planning import calibration, planner
+from dbp_kernels.planning import calibration, choice, planner
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ def test_every_device_type_is_answered():
     threads = torch.get_num_threads()
     assert calibration.present("cpu")[3] == threads
     for device in ("cpu", "cuda", "something else"):
-        for precision in planner.PRECISIONS:
+        for precision in choice.PRECISIONS:
             for itemsize in (4, 8):
                 machine = calibration.machine(device, precision, itemsize)
                 assert machine.product_rate(64) > machine.product_rate(2) > 0

@@ -24,7 +24,7 @@ from dbp_kernels.backends.prepared import Gram, prepared
 from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.planning.boxes import direct_program
 from dbp_kernels.planning.geometry import ConvGeometry
-from dbp_kernels.planning.work import MAX_PIXELS, Work, make_work, tile_pairs
+from dbp_kernels.planning.work import Work, make_work, tile_pairs
 from dbp_kernels.planning.work import shift_work as box_work
 
 BLOCKS = (16, 32, 64, 128)  # sides of a tile, of gram_box and gram_direct
@@ -34,14 +34,6 @@ _SM90_SHARED = 227 << 10  # bytes
 # of threads that fit on a multiprocessor.
 _COST = {128: 1.0, 64: 1.25, 32: 2.0, 16: 4.0}
 _RESIDENT = 2
-
-
-def supported(x: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether the kernels cover this input: its dtype, and 32-bit numbers of pixels and patches."""
-    pixels = geometry.input_numel // geometry.channels
-    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and (
-        max(pixels, geometry.samples) <= MAX_PIXELS
-    )
 
 
 @lru_cache(maxsize=4096)
@@ -148,6 +140,7 @@ def _shifts(kernel: str, x: Tensor, plan: ShiftPlan) -> Callable[..., None]:
     """The launch of the plan's items. x: rows of channels with nothing between the pixels."""
     tables = make_shift_tables(plan, x.device)
     rows = _as_rows(x)
+    assert rows is not None  # see ``_rows_of_channels``
     return partial(
         library.launch,
         kernel,
@@ -194,6 +187,7 @@ def matrix_gram_sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
     """Of pointwise patches without strides, or of rows, as X^T X."""
     steps, x = _rows_of_channels(x, geometry, even=True)
     rows = _as_rows(x)
+    assert rows is not None  # see ``_rows_of_channels``
     program = direct_program(geometry.samples)
     channels = geometry.channels, geometry.group_channels
     work = make_work(program, 1, *channels, 128, 64, _parallel(x))

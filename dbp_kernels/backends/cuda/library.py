@@ -105,4 +105,6 @@ def launch(kernel: str, /, **arguments: Any) -> None:
 
 @lru_cache
 def _op(kernel: str) -> Callable[..., None]:
-    return getattr(torch.ops.dbp_cuda, kernel).default  # which overload is not asked at every call
+    # which overload is not asked at every call
+    op: Callable[..., None] = getattr(torch.ops.dbp_cuda, kernel).default
+    return op

@@ -8,36 +8,33 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dbp_kernels import rules
 from dbp_kernels.backends.cuda import gram, stats
 from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
 from dbp_kernels.backends.eager import ops as eager
-from dbp_kernels.backends.eager.matmul import symmetric_product
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import prepared
-from dbp_kernels.planning.choices import gram_choices, stats_choices, update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.products.matmul import symmetric_product
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 low_rank_update = eager.low_rank_update  # products only
 
 
-def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
-    """S (groups, D, D), by the planner's choice unless one is given. At least one sample.
+def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
+    """S (groups, D, D), by the algorithm chosen. At least one sample.
 
-    Raises RuntimeError if that is "cuda_sm90" and its kernels do not cover this input or device.
+    Raises RuntimeError if it is "cuda_sm90" and its kernels do not cover this input or device.
     """
     return _gram(x, geometry, choice)(x)
 
 
 @prepared
-def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None) -> Callable[[Tensor], Tensor]:
+def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Callable[[Tensor], Tensor]:
     """What computes S of an input that looks like x."""
-    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "cuda")[0]
     if not choice.name.startswith("cuda_"):
         return partial(eager.patch_gram, geometry=geometry, choice=choice)
-    if not gram.supported(x, geometry):
-        return partial(eager.patch_gram, geometry=geometry)
     if choice.name.endswith("_sm90"):
         problem = gram.sm90_problem(x, geometry)
         if problem:
@@ -55,16 +52,15 @@ def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None) -> Callable[
 
 
 def decor_stats(
-    x: Tensor, R: Tensor, geometry: ConvGeometry, choice: Choice | None = None
+    x: Tensor, R: Tensor, geometry: ConvGeometry, choice: Choice
 ) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+    """C (groups, D, D) with zero diagonal and V (groups, D), by the way chosen. At least one sample."""
     if R.dtype != torch.float32:
-        return eager.decor_stats(x, R, geometry)
-    choice = choice or _stats_choice(x, geometry)
+        return eager.decor_stats(x, R, geometry, choice)
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)
     if choice.name == "gram":
-        M = symmetric_product(torch.bmm(patch_gram(x, geometry, choice.gram), R.mT), R.mT)
+        M = symmetric_product(torch.bmm(patch_gram(x, geometry, choice.algorithm), R.mT), R.mT)
     else:
         X = torch.bmm(rows(x, geometry, R.dtype), R.mT)
         M = symmetric_product(X, X, alpha=1 / geometry.samples)
@@ -74,16 +70,9 @@ def decor_stats(
     return M, V
 
 
-@prepared
-def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
-    fused = stats.supported(x, geometry)
-    offered = stats_choices(geometry, x.device.type, x.dtype, "cuda")
-    return next(c for c in offered if fused or c.name != "fused")
-
-
-@prepared
-def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
-    return update_choices(geometry, x.device.type, x.dtype, "cuda")[0]
+def fuses_stats(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether one kernel makes C and V of x."""
+    return stats.supported(x, geometry)
 
 
 def decor_update(
@@ -94,19 +83,15 @@ def decor_update(
     kappa: float,
     rule: str,
     demean: bool,
-    choice: Choice | None = None,
-) -> tuple[Tensor, Tensor]:
-    """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or _update_choice(x, geometry)
-    if choice.name == "samples":
-        return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
-    if choice.name == "direct":
-        Z = rows(x, geometry, R.dtype)
+    choice: Choice,
+) -> tuple[rules.Update | Tensor, Tensor]:
+    """As ``eager.decor_update``; what R is due may be R_new itself."""
+    if choice.name == "gram":
+        S = patch_gram(x, geometry, choice.algorithm)
         if demean:
-            Z = Z - Z.mean(1, keepdim=True)
-        return update_direct(Z, R, lr, kappa, rule)
-    S = patch_gram(x, geometry, choice.gram)
-    if demean:
-        m = patch_mean(x, geometry)
-        S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-    return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+            m = patch_mean(x, geometry)
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
+        return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+    Z = eager.patches(x, geometry, R.dtype, demean)
+    plan = update_direct if choice.name == "direct" else low_rank_update
+    return plan(Z, R, lr, kappa, rule)

@@ -200,9 +200,9 @@ def shift_plan(
                 for s in range(len(sets)):
                     items.append((i, j, column, s, first, last, straight, symmetric))
     shifts, masks = [], []
-    for groups in sets:
+    for filled in sets:
         mask = [0] * sum(sizes)
-        for g, group in enumerate(groups):
+        for g, group in enumerate(filled):
             for s, b in enumerate(group):
                 box = main[b]
                 shifts.append((flat[b], work.first_slot[b], int(box.symmetric), 1))
@@ -229,7 +229,7 @@ class ShiftTables:
 def make_shift_tables(plan: ShiftPlan, device: torch.device) -> ShiftTables:
     """The tables on a device. The first call for a plan copies them there, later ones do not."""
 
-    def table(rows: tuple) -> Tensor:
+    def table(rows: tuple[tuple[int, ...], ...]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).to(device)
 
     with torch.inference_mode(False):

@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from dbp_kernels import rules
-from dbp_kernels.backends.eager.matmul import matmul
 from dbp_kernels.backends.eager.self_wgrad import patch_gram_self_wgrad
 from dbp_kernels.backends.eager.shift import patch_gram_shift
 from dbp_kernels.backends.eager.unfold import patch_gram_unfold, rows, windows
-from dbp_kernels.planning.choices import gram_choices, update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
-from dbp_kernels.planning.planner import Choice
 from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.products.matmul import matmul
 
 
-def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
-    """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
-    if choice is None and geometry.pointwise:  # one algorithm: not worth a small layer's time
-        return patch_gram_unfold(x, geometry)
-    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "eager")[0]
+def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
+    """S (groups, D, D), by the algorithm chosen. At least one sample."""
     if choice.name == "shift":
         return patch_gram_shift(x, geometry, choice.unfolded)
     if choice.name == "self_wgrad":
@@ -39,19 +35,12 @@ def patch_mean(x: Tensor, geometry: ConvGeometry) -> Tensor:
     return total.reshape(geometry.groups, geometry.dim) / geometry.samples
 
 
-def _centred_gram(x: Tensor, geometry: ConvGeometry, demean: bool, choice: Choice | None) -> Tensor:
-    S = patch_gram(x, geometry, choice)
-    if demean:
-        m = patch_mean(x, geometry)
-        S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-    return S
-
-
-def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
-    choice = update_choices(geometry, x.device.type, x.dtype, "eager")[0]
+def decor_stats(
+    x: Tensor, R: Tensor, geometry: ConvGeometry, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D), by the way chosen. At least one sample."""
     if choice.name == "gram":
-        M = matmul(matmul(R, patch_gram(x, geometry, choice.gram)), R.mT)
+        M = matmul(matmul(R, patch_gram(x, geometry, choice.algorithm)), R.mT)
     else:
         X = matmul(rows(x, geometry, R.dtype), R.mT)
         M = matmul(X.mT, X).div_(geometry.samples)
@@ -72,7 +61,7 @@ def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool)
     return Z - Z.mean(1, keepdim=True) if demean else Z
 
 
-def work_out(
+def decor_update(
     x: Tensor,
     R: Tensor,
     geometry: ConvGeometry,
@@ -80,22 +69,26 @@ def work_out(
     kappa: float,
     rule: str,
     demean: bool,
-    choice: Choice | None = None,
-) -> tuple[rules.Update, Tensor]:
-    """The update that R is due, and loss (groups,), by the planner's choice of plan unless given."""
-    choice = choice or update_choices(geometry, x.device.type, x.dtype, "eager")[0]
+    choice: Choice,
+) -> tuple[rules.Update | Tensor, Tensor]:
+    """What R (groups, D, D) is due, by the plan chosen, and loss (groups,).
+
+    Worked out, not carried out, which saves memory; other backends may give R_new itself.
+    """
     if choice.name == "gram":
-        S = _centred_gram(x, geometry, demean, choice.gram)
+        S = patch_gram(x, geometry, choice.algorithm)
+        if demean:
+            m = patch_mean(x, geometry)
+            S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         return rules.gram_update(S, R, lr, kappa, rule, overwrite=True)
     Z = patches(x, geometry, R.dtype, demean)
     plan = rules.direct_update if choice.name == "direct" else rules.low_rank_update
     return plan(Z, R, lr, kappa, rule)
 
 
-def decor_update(x: Tensor, R: Tensor, *arguments, **options) -> tuple[Tensor, Tensor]:
-    """R_new (groups, D, D) and loss (groups,). Arguments as ``work_out``."""
-    update, loss = work_out(x, R, *arguments, **options)
-    return update.new(R), loss
+def fuses_stats(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether one kernel makes C and V of x: never."""
+    return False
 
 
 def unusable(device_type: str) -> str | None:

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from types import EllipsisType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from dbp_kernels.planning.geometry import ConvGeometry, Window, cut
 from dbp_kernels.planning.layout import WGRAD_POSITIONS, tap_windows
 from dbp_kernels.precision import convolutions_as_matmul, statistics_dtype
 
-_WEIGHT_GRADIENT = {
-    1: torch.nn.grad.conv1d_weight,
-    2: torch.nn.grad.conv2d_weight,
-    3: torch.nn.grad.conv3d_weight,
+_WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
+    1: grad.conv1d_weight,
+    2: grad.conv2d_weight,
+    3: grad.conv3d_weight,
 }
 
 
@@ -53,7 +55,9 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
                 differences = (
                     slice(a.kernel - 1 - k, 2 * a.kernel - 1 - k) for a, k in zip(axes, taps)
                 )
-                out[(slice(None), slice(None), *taps)] += blocks[(..., *differences)]
+                place: tuple[slice | int, ...] = (slice(None), slice(None), *taps)
+                shared: tuple[EllipsisType | slice, ...] = (..., *differences)
+                out[place] += blocks[shared]
     return out.view(g, geometry.dim, geometry.dim).mul_(1 / geometry.samples)
 
 
@@ -75,7 +79,7 @@ def _segment(
     columns = math.prod(stop - start for start, stop in inner)
     rows = max(1, WGRAD_POSITIONS // columns)
     images = max(1, WGRAD_POSITIONS // (columns * (bottom - top)))
-    total = None
+    total: Tensor | None = None
     for row in range(top, bottom, rows):
         left, right = x, padded
         band = ((row, min(row + rows, bottom)), *inner)
@@ -83,7 +87,9 @@ def _segment(
             first, length = a.stride * start + phase, a.stride * (stop - start - 1) + 1
             left = left.narrow(d, first, length)
             right = right.narrow(d, first, length + 2 * a.dilation * (a.kernel - 1))
-        left = left[(..., *(slice(None, None, a.stride) for a in axes))]
+        strides = (slice(None, None, a.stride) for a in axes)
+        every: tuple[EllipsisType | slice, ...] = (..., *strides)
+        left = left[every]
         for left_part, right_part in zip(left.split(images), right.split(images)):
             piece = _WEIGHT_GRADIENT[len(axes)](
                 right_part,
@@ -94,4 +100,5 @@ def _segment(
                 groups=geometry.groups,
             )
             total = piece if total is None else total.add_(piece)
+    assert total is not None  # no box is empty
     return total

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, upper_product
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.layout import images_per_chunk, panels
 from dbp_kernels.precision import product_dtype, statistics_dtype
+from dbp_kernels.products.matmul import mirror, upper_product
 
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
@@ -54,7 +54,9 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
         return x if x.dtype == dtype else x.to(dtype)
     # patches that are pixels: few of them, or side by side already
     if geometry.pointwise and (geometry.strided or x.stride(1) == 1):
-        x = x[(slice(None), slice(None), *(slice(None, None, a.stride) for a in geometry.axes))]
+        strides = (slice(None, None, a.stride) for a in geometry.axes)
+        every: tuple[slice, ...] = (slice(None), slice(None), *strides)
+        x = x[every]
         x = x.to(dtype).movedim(1, -1).reshape(-1, g, geometry.group_channels)
         return x.transpose(0, 1)
     z = windows(x, geometry, tuple(range(dims)))

@@ -16,31 +16,24 @@ from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, sta
 from dbp_kernels.backends.triton.gram_direct import direct_gram
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
-from dbp_kernels.planning.choices import gram_choices, stats_choices, update_choices
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
-from dbp_kernels.planning.planner import Choice
-from dbp_kernels.planning.work import MAX_PIXELS
 from dbp_kernels.rules import UpdateRule
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 
 
-def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None = None) -> Tensor:
-    """S (groups, D, D), by the planner's choice unless one is given. At least one sample."""
+def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
+    """S (groups, D, D), by the algorithm chosen. At least one sample."""
     return _gram(x, geometry, choice)(x)
 
 
 @prepared
-def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice | None) -> Callable[[Tensor], Tensor]:
+def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Callable[[Tensor], Tensor]:
     """What computes S of an input that looks like x."""
-    if x.dtype == torch.float64:
-        return partial(eager.patch_gram, geometry=geometry)
-    choice = choice or gram_choices(geometry, x.device.type, x.dtype, "triton")[0]
     own = _OWN.get(choice.name)
     if own is None:
         return partial(eager.patch_gram, geometry=geometry, choice=choice)
-    if geometry.input_numel // geometry.channels > MAX_PIXELS:  # pixels are numbered in 32 bits
-        return partial(eager.patch_gram, geometry=geometry)
     return own(x, geometry)
 
 
@@ -57,15 +50,16 @@ def _shift(x: Tensor, geometry: ConvGeometry) -> Gram:
 _OWN = {"triton_shift": _shift, "triton_direct": direct_gram}
 
 
-def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """C (groups, D, D) with zero diagonal and V (groups, D). At least one sample."""
+def decor_stats(
+    x: Tensor, R: Tensor, geometry: ConvGeometry, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """C (groups, D, D) with zero diagonal and V (groups, D), by the way chosen. At least one sample."""
     if R.dtype != torch.float32:
-        return eager.decor_stats(x, R, geometry)
-    choice = _stats_choice(x, geometry)
+        return eager.decor_stats(x, R, geometry, choice)
     if choice.name == "fused":
         return stats.decor_stats(x, R, geometry)[:2]
     if choice.name == "gram":
-        P, Q, scale = torch.bmm(R, patch_gram(x, geometry, choice.gram)), R, 1.0
+        P, Q, scale = torch.bmm(R, patch_gram(x, geometry, choice.algorithm)), R, 1.0
     else:
         P = Q = torch.bmm(R, rows(x, geometry, R.dtype).mT)
         scale = 1 / geometry.samples
@@ -77,11 +71,9 @@ def decor_stats(x: Tensor, R: Tensor, geometry: ConvGeometry) -> tuple[Tensor, T
     return M, V
 
 
-@prepared
-def _stats_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
-    fused = stats.fits(geometry, target(x.device), dot_precision(torch.float32))
-    offered = stats_choices(geometry, x.device.type, x.dtype, "triton")
-    return next(c for c in offered if fused or c.name != "fused")
+def fuses_stats(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether one kernel makes C and V of x."""
+    return stats.fits(geometry, target(x.device), dot_precision(torch.float32))
 
 
 def decor_update(
@@ -92,28 +84,20 @@ def decor_update(
     kappa: float,
     rule: str,
     demean: bool,
-    choice: Choice | None = None,
-) -> tuple[Tensor, Tensor]:
-    """R_new (groups, D, D) and loss (groups,), by the planner's choice of plan unless given."""
+    choice: Choice,
+) -> tuple[rules.Update | Tensor, Tensor]:
+    """As ``eager.decor_update``; what R is due may be R_new itself."""
     if R.dtype != torch.float32:
-        return eager.decor_update(x, R, geometry, lr, kappa, rule, demean)
-    choice = choice or _update_choice(x, geometry)
+        return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
     if choice.name == "gram":
-        S = patch_gram(x, geometry, choice.gram)
+        S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
     Z = eager.patches(x, geometry, R.dtype, demean)
-    if choice.name == "direct":
-        return update_direct(Z, R, lr, kappa, rule)
-    due, loss = low_rank_update(Z, R, lr, kappa, rule)
-    return due.new(R), loss
-
-
-@prepared
-def _update_choice(x: Tensor, geometry: ConvGeometry) -> Choice:
-    return update_choices(geometry, x.device.type, x.dtype, "triton")[0]
+    plan = update_direct if choice.name == "direct" else low_rank_update
+    return plan(Z, R, lr, kappa, rule)
 
 
 def update_from_gram(
@@ -124,7 +108,7 @@ def update_from_gram(
     rule: str = "standard",
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As ``plans.update_from_gram``; all matrices of the batch in the same launches."""
+    """As ``rules.update_from_gram``; all matrices of the batch in the same launches."""
     own = R.dtype == torch.float32
     call = update.update_from_gram if own else rules.update_from_gram
     return call(S, R, lr, kappa, rule, overwrite)
@@ -133,7 +117,7 @@ def update_from_gram(
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
-    """As ``plans.update_direct``; all matrices of the batch in the same launches."""
+    """As ``rules.update_direct``; all matrices of the batch in the same launches."""
     call = update.update_direct if R.dtype == torch.float32 else rules.update_direct
     return call(Z, R, lr, kappa, rule)
 
@@ -141,7 +125,7 @@ def update_direct(
 def low_rank_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[rules.LowRankUpdate, Tensor]:
-    """As ``plans.low_rank_update``."""
+    """As ``rules.low_rank_update``."""
     if R.dtype != torch.float32:
         return rules.low_rank_update(Z, R, lr, kappa, rule)
     return rules.low_rank_update(Z, R, lr, kappa, rule, product)

@@ -107,7 +107,7 @@ class Launch:
         count = len(names) - len(constants)
         self._tensors = names[: count - len(fixed)]
         self._fixed = (*fixed, *[constants[name] for name in names[count:]])
-        self._compiled: dict[tuple, Callable[..., None]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, **tensors: Any) -> None:
         """Starts the kernel. A tensor may be None where the kernel says so, or a descriptor."""

@@ -127,7 +127,7 @@ def choose_config(
 
 def _tiles(dim: int, config: Config) -> int:
     """Tiles on and above the diagonal."""
-    side = triton.cdiv(dim, config.block_m)
+    side: int = triton.cdiv(dim, config.block_m)
     return side * (side + 1) // 2
 
 

@@ -16,7 +16,7 @@ from helpers import LAYOUTS, case, error, moment_error, random, rows
 import dbp_kernels as dbp
 from dbp_kernels import reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning.choice import Choice
 
 _PROBLEM = library.unusable("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))]

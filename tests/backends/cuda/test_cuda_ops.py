@@ -17,6 +17,7 @@ from helpers import (
     random,
     rows,
     strided,
+    updated,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,10 +26,10 @@ from stand_in import array, emulated
 import dbp_kernels as dbp
 from dbp_kernels import backends, precision, reference, rules
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
+from dbp_kernels.choose import gram_choices
 from dbp_kernels.planning import planner
 from dbp_kernels.planning.boxes import shift_program
-from dbp_kernels.planning.choices import gram_choices
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning.choice import Choice
 
 pytestmark = pytest.mark.emulation
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -387,7 +388,7 @@ def test_decor_update(c, dtype, demean, plan):
     plain = reference.decor_update(x.float(), R, *c.arguments, *rest)
     with emulated() as launched:
         gram = gram_choices(c.geometry, "cpu", dtype)[0]
-        R_new, loss = ops.decor_update(x, R, c.geometry, *rest, Choice(plan, 0.0, 0.0, gram=gram))
+        R_new, loss = updated(ops, x, R, c.geometry, *rest, Choice(plan, 0.0, 0.0, gram=gram))
     assert ("update" in launched) == (plan != "samples")
     for result, oracle, rival in zip((R_new, loss.mean()), exact, plain):
         assert error(result, oracle) <= bound(error(rival, oracle))

@@ -19,19 +19,22 @@ from helpers import (
     moment_error,
     random,
     rows,
+    updated,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dbp_kernels as dbp
 from dbp_kernels import reference, rules
-from dbp_kernels.backends.eager import matmul, onednn, rows_times, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager import self_wgrad, unfold
 from dbp_kernels.backends.eager import shift as shift_form
 from dbp_kernels.planning import layout as planned
 from dbp_kernels.planning.calibration import machine
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import make_geometry
-from dbp_kernels.planning.planner import Choice, gram_choices, update_choices
+from dbp_kernels.planning.planner import gram_choices, update_choices
+from dbp_kernels.products import matmul, onednn, rows_times
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -416,7 +419,7 @@ def test_every_plan_is_the_same_update(c, layout, rule, kappa, demean, seed):
     expected, loss = reference.decor_update(x, R, *c.arguments, *rest)
     scale = 1 + reference.decor_stats(x, R, *c.arguments)[1].abs().max().item() ** 2
     for choice in forced(c):
-        R_new, losses = eager.decor_update(x, R, c.geometry, *rest, choice)
+        R_new, losses = updated(eager, x, R, c.geometry, *rest, choice)
         assert error(R_new, expected) <= 1e-10, str(choice)
         assert abs(losses.mean().item() - loss.item()) <= 1e-10 * scale, str(choice)
     flat = R[0] if c.groups == 1 else R
@@ -438,7 +441,7 @@ def test_update_in_low_precision(c, dtype, demean):
     expected, loss = reference.decor_update(x.double(), R.double(), *c.arguments, *rest)
     plain, plain_loss = reference.decor_update(x.float(), R, *c.arguments, *rest)
     for choice in update_choices(c.geometry):
-        R_new, losses = eager.decor_update(x, R, c.geometry, *rest, choice)
+        R_new, losses = updated(eager, x, R, c.geometry, *rest, choice)
         assert R_new.dtype == torch.float32
         assert error(R_new, expected) <= 2 * error(plain, expected) + 1e-6
         relative = abs(losses.mean().item() / loss.item() - 1)
@@ -835,7 +838,7 @@ def test_matmul_precision_is_left_alone(precision):
         torch.set_float32_matmul_precision(precision)
         c = case(2, 4, (6, 6), 3, padding=1)
         for choice in forced(c):
-            eager.decor_update(c.input(), c.R(), c.geometry, 0.1, 0.5, "standard", True, choice)
+            updated(eager, c.input(), c.R(), c.geometry, 0.1, 0.5, "standard", True, choice)
         dbp.patch_gram(c.input(), 3, padding=1)
         assert torch.get_float32_matmul_precision() == precision
     finally:

@@ -12,7 +12,7 @@ from helpers import case, error, rows
 import dbp_kernels as dbp
 from dbp_kernels import reference
 from dbp_kernels.backends.triton import ops
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning.choice import Choice
 
 pytestmark = pytest.mark.ptx
 
@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def gram(target, seed, precision, name, x, geometry):
     torch.set_float32_matmul_precision(precision)
     with simulator.simulated(target, seed):
-        return ops.patch_gram(x, geometry, Choice(name, 0.0, 0.0) if name else None)
+        return ops.patch_gram(x, geometry, Choice(name, 0.0, 0.0))
 
 
 def update(target, seed, precision, x, R, arguments, options):

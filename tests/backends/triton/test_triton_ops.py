@@ -5,20 +5,31 @@ import weakref
 
 import pytest
 import torch
-from helpers import DEVICE, LAYOUTS, Case, case, cases, error, moment_error, random, rows, strided
+from helpers import (
+    DEVICE,
+    LAYOUTS,
+    Case,
+    case,
+    cases,
+    error,
+    moment_error,
+    random,
+    rows,
+    strided,
+    updated,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import dbp_kernels as dbp
-from dbp_kernels import backends, reference, rules
+from dbp_kernels import backends, choose, reference, rules
 from dbp_kernels import nn as dnn
-from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.prepared import forget
 from dbp_kernels.backends.triton import ops, runtime
-from dbp_kernels.planning import choices
-from dbp_kernels.planning.planner import Choice
+from dbp_kernels.planning import planner
+from dbp_kernels.planning.choice import Choice
 
 OPAQUE = ("patch_gram", "patch_mean", "decor_stats", "decor_update")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,10 +148,10 @@ def test_one_shape_in_many_layouts(name):
 def test_every_plan(choice, demean):
     c = case(2, 4, (5, 4), 3, padding=1)
     x, R = c.input(torch.float32).to(DEVICE), c.R(torch.float32).to(DEVICE)
-    best = choices.gram_choices(c.geometry, DEVICE.type, x.dtype)[0]
+    best = choose.gram_choices(c.geometry, DEVICE.type, x.dtype)[0]
     plan = Choice(choice, 0.0, 0.0, gram=best if choice == "gram" else None)
     rule = 0.1, 0.3, "normalized", demean
-    R_new, loss = ops.decor_update(x, R, c.geometry, *rule, choice=plan)
+    R_new, loss = updated(ops, x, R, c.geometry, *rule, plan)
     expected = reference.decor_update(x.double(), R.double(), *c.arguments, *rule)
     assert error(R_new, expected[0].reshape(R_new.shape)) < 1e-5
     assert error(loss.mean(), expected[1]) < 1e-5
@@ -200,12 +211,19 @@ def test_float64_is_left_to_the_eager_backend(name):
 
 
 def test_inputs_too_large_for_32_bit_pixel_numbers_are_left_to_the_eager_backend(monkeypatch):
-    monkeypatch.setattr(ops, "MAX_PIXELS", 39)
-    monkeypatch.setattr(ops, "_OWN", {"triton_shift": None, "triton_direct": None})
-    c = CASES["2d"]
-    x = c.input(torch.float32).to(DEVICE)
-    S = ops.patch_gram(x, c.geometry, Choice("triton_shift", 0.0, 0.0))
-    assert torch.equal(S, eager.patch_gram(x, c.geometry))
+    monkeypatch.setattr(planner, "MAX_PIXELS", 39)
+    monkeypatch.setattr(ops, "_OWN", {})
+    planner.reset()
+    try:
+        c = CASES["2d"]
+        x = c.input(torch.float32).to(DEVICE)
+        names = {choice.name for choice in choose.gram_choices(c.geometry, x.device.type, x.dtype)}
+        assert names
+        assert not [name for name in names if name.startswith("triton")]
+        S = torch.ops.dbp.patch_gram(x, *c.arguments)
+        assert moment_error(S, reference.patch_gram(x.double(), *c.arguments)) < 1e-5
+    finally:
+        planner.reset()
 
 
 @pytest.mark.parametrize("name", OPAQUE)

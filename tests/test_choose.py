@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import case, rows
 
-from dbp_kernels import precision
-from dbp_kernels.backends.eager import ops as eager
-from dbp_kernels.planning import choices, planner
+import dbp_kernels as dbp
+from dbp_kernels import choose, precision
+from dbp_kernels.planning import planner
 
 CONV, LINEAR = case(32, 64, (14, 14), 3, padding=1).geometry, rows((26, 512)).geometry
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -32,17 +32,17 @@ def tf32():
 def test_eager_on_cuda_is_planned_in_its_operands_precision(dtype, operands, geometry, tf32):
     asked = geometry, "cuda", dtype, "eager"
     where = geometry, "cuda", 4, "eager", operands, "ieee"
-    assert choices.gram_choices(*asked) == planner.gram_choices(*where)
-    assert choices.update_choices(*asked) == planner.update_choices(*where)
+    assert choose.gram_choices(*asked) == planner.gram_choices(*where)
+    assert choose.update_choices(*asked) == planner.update_choices(*where)
     with precision.update_precision(None, True):
         products = "ieee", "tf32"
-        assert choices.update_choices(*asked) == planner.update_choices(*where, products)
+        assert choose.update_choices(*asked) == planner.update_choices(*where, products)
     with precision.update_precision("high", True):
         operands = "tf32" if operands == "ieee" else operands
         where = geometry, "cuda", 4, "eager", operands, "tf32"
-        assert choices.update_choices(*asked) == planner.update_choices(*where)
+        assert choose.update_choices(*asked) == planner.update_choices(*where)
     tf32()
-    assert choices.gram_choices(*asked) == planner.gram_choices(*where)
+    assert choose.gram_choices(*asked) == planner.gram_choices(*where)
 
 
 @every_geometry
@@ -51,7 +51,7 @@ def test_eager_on_cuda_is_planned_in_its_operands_precision(dtype, operands, geo
 )
 def test_a_default_update_is_planned_in_what_its_backend_multiplies_in(backend, form, geometry):
     with precision.update_precision(None, True):
-        found = choices.update_choices(geometry, "cuda", torch.float32, backend)
+        found = choose.update_choices(geometry, "cuda", torch.float32, backend)
     where = geometry, "cuda", 4, backend, "ieee", "ieee"
     assert found == planner.update_choices(*where, (form, "tf32"))
 
@@ -59,7 +59,7 @@ def test_a_default_update_is_planned_in_what_its_backend_multiplies_in(backend, 
 @every_geometry
 def test_float64_knows_no_precision(geometry, tf32):
     tf32()
-    found = choices.update_choices(geometry, "cuda", torch.float64, "eager")
+    found = choose.update_choices(geometry, "cuda", torch.float64, "eager")
     assert found == planner.update_choices(geometry, "cuda", 8)
 
 
@@ -89,25 +89,41 @@ def test_a_cpu_knows_no_precision(geometry, dtype, tf32):
     tf32()
     with precision.update_precision(None, False):
         for question in ("gram_choices", "update_choices", "stats_choices"):
-            found = getattr(choices, question)(geometry, "cpu", dtype)
+            found = getattr(choose, question)(geometry, "cpu", dtype)
             assert found == getattr(planner, question)(geometry, "cpu", max(4, dtype.itemsize))
 
 
-def test_the_eager_backend_asks_for_itself(monkeypatch):
-    """Also where another backend, which is the selected one, leaves an input to it."""
+@pytest.mark.parametrize(
+    ("name", "questions"),
+    [
+        ("patch_gram", ["gram_choices"]),
+        ("decor_stats", ["stats_choices"]),
+        ("decor_update", ["update_choices"]),
+    ],
+)
+def test_an_op_chooses_once(name, questions, monkeypatch):
+    """And the backend, which is given the choice, not at all."""
+    planner.reset()
     asked = []
-    for name in ("gram_choices", "update_choices"):
-        real = getattr(choices, name)
+    for question in ("gram_choices", "update_choices", "stats_choices"):
+        real = getattr(planner, question)
 
-        def spy(*arguments, real=real):
-            asked.append(arguments[1:])
+        def spy(*arguments, question=question, real=real):
+            asked.append(question)
             return real(*arguments)
 
-        monkeypatch.setattr(eager, name, spy)
+        monkeypatch.setattr(planner, question, spy)
     c = case(2, 3, (5, 5), 3)
     x, R = c.input(torch.bfloat16), c.R(torch.float32)
-    eager.patch_gram(x, c.geometry)
-    eager.decor_stats(x, R, c.geometry)
-    eager.decor_update(x, R, c.geometry, 0.1, 0.5, "standard", False)
-    assert len(asked) >= 3
-    assert set(asked) == {("cpu", torch.bfloat16, "eager")}
+    operands = (x,) if name == "patch_gram" else (x, R)
+    options = (0.1, 0.5) if name == "decor_update" else ()
+    getattr(torch.ops.dbp, name)(*operands, *c.arguments, *options)
+    # plans and ways with S count in what it costs, by the planner itself
+    assert [q for q in asked if q != "gram_choices" or questions == ["gram_choices"]] == questions
+
+
+def test_eager_pointwise_needs_no_question(monkeypatch):
+    monkeypatch.setattr(planner, "gram_choices", None)
+    x = rows((6, 4)).input(torch.float32)
+    S = dbp.patch_gram(x, ())
+    torch.testing.assert_close(S[0], x.T @ x / 6)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager import onednn
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import tf32_products
+from dbp_kernels.products import onednn
 
 # BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
 # Parts of the inner dimension, of this size each, occupy them.
@@ -23,7 +25,8 @@ def rows_times(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
     few = rows <= _THREADED_ROWS
     # few rows of more terms than that go faster in parts, both ways
     if (dim <= onednn.TERMS or not few) and _by_onednn(X, R):
-        return _ByOneDNN.apply(X, R)
+        product: Tensor = _ByOneDNN.apply(X, R)  # type: ignore[no-untyped-call]
+        return product
     precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
     if not (few and dim >= _LARGE and dim % _PART == 0 and precise):
         return X @ R
@@ -38,7 +41,8 @@ def times(X: Tensor, Y: Tensor, rounded: bool) -> Tensor:
     to: its setting cannot be changed within what they trace.
     """
     if rounded and X.dtype == Y.dtype == torch.float32 and plain(X, Y):
-        return _InTF32.apply(X, Y)
+        product: Tensor = _InTF32.apply(X, Y)  # type: ignore[no-untyped-call]
+        return product
     return X @ Y
 
 
@@ -46,14 +50,14 @@ class _InTF32(torch.autograd.Function):
     """X Y, whose derivatives, not rounded to half precision everywhere, are as torch is set."""
 
     @staticmethod
-    def forward(ctx, X: Tensor, Y: Tensor) -> Tensor:
+    def forward(ctx: Any, X: Tensor, Y: Tensor) -> Tensor:
         of_X, of_Y = ctx.needs_input_grad
         ctx.save_for_backward(Y if of_X else None, X if of_Y else None)
         with tf32_products():
             return torch.matmul(X, Y)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         Y, X = ctx.saved_tensors
         return (
             None if Y is None else gradient @ Y.mT,
@@ -69,13 +73,13 @@ class _ByOneDNN(torch.autograd.Function):
     """X R, where reverse-mode autograd is all that may follow. It keeps what torch.mm keeps."""
 
     @staticmethod
-    def forward(ctx, X: Tensor, R: Tensor) -> Tensor:
+    def forward(ctx: Any, X: Tensor, R: Tensor) -> Tensor:
         of_X, of_R = ctx.needs_input_grad
         ctx.save_for_backward(R if of_X else None, X if of_R else None)
         return onednn.product(X, R)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         R, X = ctx.saved_tensors
         return (
             None if R is None else rows_times_transposed(gradient, R),

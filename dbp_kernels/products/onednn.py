@@ -54,7 +54,7 @@ def multiplies(X: Tensor, Y: Tensor) -> bool:
         and X.dtype == Y.dtype == torch.float32
         and _AVAILABLE
         and machine("cpu").onednn_pays
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -88,4 +88,5 @@ def _part(X: Tensor, Y: Tensor) -> Tensor:
     # oneDNN has kernels for matrices without gaps only, however few gaps there are
     if not (W.is_contiguous() or Y.is_contiguous()):
         W = W.contiguous() if Y.stride(0) == 1 else Y.contiguous().mT
-    return torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
+    return product

@@ -1,42 +1,71 @@
-"""The planner asked on behalf of a backend, the selected one unless named, for tensors of a dtype."""
+"""Which algorithm, plan or way a call takes: the planner asked on behalf of a backend, for tensors.
+
+The one place where it is. A `Choice` is made here once, by an op that is called or by the step that
+learns R, and handed down: backends receive it. ``*_choices`` give all answers, for estimates.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from dbp_kernels import backends
 from dbp_kernels.backends.cuda import library
 from dbp_kernels.planning import planner
+from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.precision import statistics_dtype, tf32, update_products
 
 _HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_UNFOLD = Choice("unfold", 0.0, 0.0)
+
+
+def gram(x: Tensor, geometry: ConvGeometry, backend: str) -> Choice:
+    """The algorithm for S of x, by the backend of this name."""
+    if geometry.pointwise and backend == "eager":
+        return _UNFOLD  # it has no other: not worth a small layer's time
+    return gram_choices(geometry, x.device.type, x.dtype, backend)[0]
+
+
+def update(x: Tensor, geometry: ConvGeometry, backend: str) -> Choice:
+    """The plan for an update from samples x, by the backend of this name."""
+    return update_choices(geometry, x.device.type, x.dtype, backend)[0]
+
+
+def stats(x: Tensor, geometry: ConvGeometry, backend: str) -> Choice:
+    """The way to C and V of x, by the backend of this name, which knows what its kernel holds."""
+    for choice in stats_choices(geometry, x.device.type, x.dtype, backend):
+        if choice.name != "fused" or backends.module(backend).fuses_stats(x, geometry):
+            return choice
+    raise AssertionError("the planner always offers a way without a fused kernel")
 
 
 def gram_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
-) -> tuple[planner.Choice, ...]:
-    """The algorithms for S of an input of this dtype, cheapest first."""
+) -> tuple[Choice, ...]:
+    """The algorithms for S of an input of this dtype, cheapest first; on the selected backend if None."""
     where = _where(device_type, dtype, backend)
     return planner.gram_choices(geometry, *where[:5], *where[6:])
 
 
 def update_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
-) -> tuple[planner.Choice, ...]:
+) -> tuple[Choice, ...]:
     """The plans for one update from samples of this dtype, cheapest first."""
     return planner.update_choices(geometry, *_where(device_type, dtype, backend))
 
 
 def stats_choices(
     geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str | None = None
-) -> tuple[planner.Choice, ...]:
+) -> tuple[Choice, ...]:
     """The ways to C and V from samples of this dtype, cheapest first."""
     where = _where(device_type, dtype, backend)
     return planner.stats_choices(geometry, *where[:5], *where[6:])
 
 
-def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple:
+def _where(device_type: str, dtype: torch.dtype, backend: str | None = None) -> tuple[Any, ...]:
     """The planner's arguments, after the geometry; the sixth is for updates only."""
     itemsize = statistics_dtype(dtype).itemsize
     backend = backend or backends.selected(device_type)
