@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from dbp_kernels import distributed
 from dbp_kernels.optim.budget import ScheduleReport
-from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
+from dbp_kernels.optim.rounds import Rounds
 from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.step import Job, plan_of
 from dbp_kernels.optim.swap import Swap, form, some
@@ -33,7 +34,7 @@ class Attached:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         sites: Sequence[Site],
-        engine: DecorUpdate,
+        engine: Engine,
         left_alone: Mapping[str, str],
         waiting: Mapping[str, nn.Module],
     ) -> None:
@@ -50,9 +51,7 @@ class Attached:
             Swap(optimizer, own, self._stepped, functools.partial(self._join, own))
             for optimizer, own in by_optimizer.values()
         ]
-        self._waiting_to_learn: list[Swap] = []  # that have made their step since R last learnt
-        self._resting: list[Swap] = []  # that have not, and are not waited for
-        self._taken: dict[Site, Any] = {}  # the gradient that each weight has last made a step by
+        self._rounds = Rounds(self._swaps)
         self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
         self._hooks = [model.register_forward_pre_hook(_Recovery(self))]
         for site in sites:
@@ -91,39 +90,16 @@ class Attached:
             checkpoint.mark()
 
     def _stepped(self, swap: Swap) -> None:
-        """The weights of one optimiser have made their step.
-
-        R learns once those of all have that have gradients, which must become those of W by the R
-        they were taken with. One that lets another step twice is not waited for until it steps.
-        """
-        self._resting = [other for other in self._resting if other is not swap]
-        waited = self._yet_to_step(swap) if len(self._swaps) > 1 else []
-        if waited and swap not in self._waiting_to_learn:
-            self._waiting_to_learn.append(swap)
+        """The weights of one optimiser have made their step."""
+        stepped = self._rounds.over_with(swap)
+        if not stepped:
             form(swap.sites)
             return
-        stepped = [*self._waiting_to_learn, swap]
-        self._resting += waited
-        self._waiting_to_learn = []
         self._tell_of_unseen()
         self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
             site.formed()
-
-    def _yet_to_step(self, swap: Swap) -> list[Swap]:
-        """The other optimisers that have gradients they have not made a step by, but for resting ones."""
-        self._taken.update({site: site._gradient() for site in swap.sites})
-        return [
-            other
-            for other in self._swaps
-            if other is not swap and other not in self._resting
-            if any(self._is_new(site) for site in other.sites)
-        ]
-
-    def _is_new(self, site: Site) -> bool:
-        gradient = site._gradient()
-        return gradient is not None and gradient != self._taken.get(site)
 
     def _tell_of_unseen(self) -> None:
         """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""
@@ -132,7 +108,8 @@ class Attached:
         unseen = [
             site.name
             for place, site, recorder in self._engine._places()
-            if recorder.dtype is None
+            if isinstance(site, Site)
+            and recorder.dtype is None
             and site.weight.grad is not None
             and site.training
             and self._engine._sampling_options(*place) is not None
@@ -224,8 +201,10 @@ class Attached:
         """
         for swap in self._swaps:
             swap.remove()
-        for handle in (*self._hooks, *self._checkpoints):
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for checkpoint in self._checkpoints:
+            checkpoint.remove()
         self._engine.detach()
         self._attached = False
 

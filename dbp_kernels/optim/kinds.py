@@ -136,7 +136,8 @@ def patches_of(module: nn.Module) -> Patches | str | None:
 def _changed(module: nn.Module) -> str | None:
     """Why a module is left alone whose type torch has made another; None if it has not."""
     if is_parametrized(module):
-        return f"its {', '.join(module.parametrizations)} is parametrised"
+        names = ", ".join(dict(module.get_submodule("parametrizations").named_children()))
+        return f"its {names} is parametrised"
     for name, parameter in module._parameters.items():
         if parameter is not None and _is_dtensor(parameter) and parameter.dim() > 1:
             return _sharded(name)
