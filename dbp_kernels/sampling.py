@@ -116,7 +116,7 @@ class Recorder:
     @property
     def memory(self) -> list[Tensor]:
         """The samples, or, after they have been dropped, what the last of them looked like."""
-        return self.samples or [memory for _, memory in self._buffers]
+        return self.samples or [held[1] for held in self._buffers if held]
 
     def clear(self) -> None:
         """Drop the samples; the next forward passes write to their memory."""

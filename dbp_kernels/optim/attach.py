@@ -59,14 +59,18 @@ def attach(
     Layers whose weights ``optimizer.add_param_group()`` brings later, as when a network is unfrozen
     part by part, are attached then, with the options given here, not those of ``groups``.
 
-    ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them.
+    ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them; so do the
+    state dicts of torch.distributed.checkpoint (which repeats all R for every parameter of a group
+    if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
+    from the weights A; with those of the handle, made in one go, they are an attached pair.
 
     Args:
         model: any module; layers of the kinds that ``dbp.register`` knows are attached: Linear,
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
-        optimizer: the optimiser of the model's weights, or several.
+        optimizer: the optimiser of the model's weights, or several, which may step in any order: R
+            learns once all have that have gradients.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, stagger: as for `DecorUpdate`.
+            process_group, stagger: as for `DecorUpdate`. A tensor counts with the value it has now.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
         include, exclude: layers, as for `decorrelate_model`.
