@@ -136,7 +136,13 @@ def _reporting(model: nn.Module, sample: float | int, reports: list[LayerReport]
     for name, module in model.named_modules():
         if decorrelated_class(module) is not None:
 
-            def hook(module, arguments, keywords, output, name=name):
+            def hook(
+                module: nn.Module,
+                arguments: tuple[Any, ...],
+                keywords: dict[str, Any],
+                output: Tensor,
+                name: str = name,
+            ) -> None:
                 input = arguments[0] if arguments else keywords["input"]
                 reports.append(
                     _report(name or type(module).__name__, module, input, output, sample)
@@ -165,6 +171,7 @@ def _report(
     name: str, module: nn.Module, input: Tensor, output: Tensor, sample: float | int
 ) -> LayerReport:
     cls = decorrelated_class(module)
+    assert cls is not None  # other modules do not report
     layer = cls.__new__(cls)  # a plain layer as its decorrelated class sees it, nothing copied
     layer.__dict__ = module.__dict__
     images = layer._as_images(input)

@@ -141,7 +141,7 @@ class _Decorrelated(nn.Module):
 
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
-        return _condensed(self.weight, self.R, self._patch_size()[0], self._transposed)
+        return _condensed(self.weight, self.R, self._patch_size()[0], bool(self._transposed))
 
     def _passed(self, input: Tensor, output: Tensor) -> None:
         """Called after a forward pass: hands its input to the optimiser, if there is one."""

@@ -275,6 +275,7 @@ class Budget:
         if distributed.active(process_group):
             self.agree(process_group)
         if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
+            assert self.schedule.base is not None  # since it was calibrated
             warnings.warn(
                 f"budget={self.share:g} pays for no update: a step without any takes "
                 f"{1e3 * self.schedule.base:.3g} ms, and choosing none already "
@@ -376,7 +377,8 @@ def sample_sizes(
         gram_only: several processes: they add up second moments.
     """
     patches = sum(geometry.samples for geometry in geometries)
-    sizes, part = [], 1.0
+    sizes: list[tuple[float, float]] = []
+    part = 1.0
     while not sizes or (images * part >= 1 and patches * part >= MIN_PATCHES):
         seconds = sum(
             _update_seconds(g, max(1, round(g.batch * part)), device, dtype, gram_only)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbp_kernels import backends, choose, distributed, rules
 from dbp_kernels.backends.eager import ops as eager
@@ -17,6 +17,7 @@ from dbp_kernels.ops import check_update, patch_gram, patch_mean
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.sampling import Layer
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -29,7 +30,7 @@ _SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
 class Job:
     """One layer's update in one step."""
 
-    layer: nn.Module
+    layer: Layer
     samples: list[Tensor]
     options: dict[str, Any]
     index: int = 0  # of the layer, among all of its optimiser's
@@ -46,7 +47,8 @@ class Job:
 
     @property
     def demean(self) -> bool:
-        return self.options["demean"]
+        demean: bool = self.options["demean"]
+        return demean
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -137,6 +139,14 @@ def _task(job: Job, backend: str) -> _Task | None:
     return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
 
 
+def plan_of(job: Job) -> str:
+    """The plan by which ``local_updates`` works out the job's update."""
+    task = _task(job, backends.selected(job.R.device))
+    if task is None:
+        return "gram"  # from moments
+    return "the operator's" if task.choice is None else task.choice.name
+
+
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
     """The planner's; None as in `_Task`."""
     if (
@@ -150,7 +160,7 @@ def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choic
     return choose.update(x, geometry, backend)
 
 
-def _bucket(task: _Task) -> tuple | None:
+def _bucket(task: _Task) -> Hashable | None:
     """The plan, and all that layers must share to be updated together; None: each by itself."""
     R, geometry, choice = task.R, task.input.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
