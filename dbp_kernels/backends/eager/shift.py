@@ -134,8 +134,6 @@ def _only_main(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) ->
 
 # (phases, column ranges) -> those columns of that phase's buffer, contiguous
 _Copies = dict[tuple[Phases, tuple[Window, ...]], Tensor]
-
-
 _Side = tuple[Phases, tuple[Window, ...]]  # an operand's inner phases and column ranges
 
 
