@@ -17,7 +17,7 @@ from bench.rivals import NotApplicable, Rival
 
 def algorithms(device: torch.device, dtype: torch.dtype) -> dict[str, Rival]:
     """{name: its method} of all algorithms that a backend has kernels for, usable here or not."""
-    from dbp_kernels.planning.choice import ALGORITHMS, KERNEL_BACKENDS
+    from dbp_kernels.planning.planner import ALGORITHMS, KERNEL_BACKENDS
 
     names = [name for name in ALGORITHMS if name.partition("_")[0] in KERNEL_BACKENDS]
     return {name: _method(name, device, dtype) for name in names}
