@@ -15,10 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 # The README's ways into the package, with the type that a reader expects of each.
 USER = """
-from typing import TYPE_CHECKING, Any, assert_type
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import dbp_kernels as dbp
 
