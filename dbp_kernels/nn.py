@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
+from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import Recorder, record
@@ -124,6 +125,10 @@ class _Decorrelated(nn.Module):
     def _as_images(self, input: Tensor) -> Tensor:
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]:
+        """Such images as the statistics take them."""
+        return op_inputs(samples, self._patch_geometry())
 
     @property
     def _learns(self) -> bool:

@@ -77,10 +77,10 @@ class Rules:
         self.rules: list[Rule]
         if given is None:
             self.rules = []
-        elif isinstance(given, (str, type, nn.Module)) or not isinstance(given, Iterable):
-            self.rules = [given]
-        else:
+        elif isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module)):
             self.rules = list(given)
+        else:
+            self.rules = [given]
         for rule in self.rules:
             if not isinstance(rule, (str, type)) and not callable(rule):
                 raise TypeError(

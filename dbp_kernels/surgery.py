@@ -76,7 +76,8 @@ def decorrelate_model(
     """
     check_model(model)
     selection = Selection(unwrap(model), include, exclude)
-    chosen, left_alone = {}, {}
+    chosen: dict[str, nn.Module] = {}
+    left_alone: dict[str, str] = {}
     for module, names in selection.names.items():
         reason = why_not(module) or selection.why_not(module)
         if reason is None:
@@ -123,7 +124,7 @@ def make_decorrelated(R: Mapping[nn.Module, Tensor]) -> None:
 
 def make_plain(modules: Iterable[nn.Module]) -> None:
     """Decorrelated layers become plain ones, without R; ``settle`` is to follow."""
-    for module in modules:
+    for module in filter(dbp_nn.is_decorrelated, modules):
         recorder = recorder_of(module)
         if recorder is not None:
             recorder.release()
@@ -192,7 +193,7 @@ def fuse_model(model: nn.Module) -> nn.Module:
             replaced on the instance; remove those first. Nothing is changed.
     """
     check_model(model)
-    weights: dict[dbp_nn._Decorrelated, nn.Parameter] = {}
+    weights: dict[nn.Module, nn.Parameter] = {}
     for name, module in unwrap(model).named_modules():
         if not dbp_nn.is_decorrelated(module) or isinstance(module, dbp_nn.Decorrelate):
             continue
@@ -201,7 +202,8 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: {type(module).__name__} is a subclass of a "
                 "decorrelated layer; expected the layer itself (remove parametrisations first)"
             )
-        if module._parameters.get("weight") is None:
+        weight = module._parameters.get("weight")
+        if weight is None:
             raise ValueError(
                 f"cannot fuse layer {name!r}: its weight is not a plain parameter; remove "
                 "weight_norm, spectral_norm or pruning first"
@@ -211,10 +213,10 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: its forward has been replaced on the instance; "
                 "remove what has done so (a hook, an adapter) first"
             )
-        weights[module] = _fused_parameter(module)
+        weights[module] = _fused(weight, module)
 
-    for module, weight in weights.items():
-        module._parameters["weight"] = weight
+    for layer, fused in weights.items():
+        layer._parameters["weight"] = fused
     make_plain(weights)
     settle(model)
     return model
@@ -232,8 +234,7 @@ def _identity(module: Any) -> Tensor:
     return dbp_nn.identity_R(groups, size, module.weight.device, module.weight.dtype)
 
 
-def _fused_parameter(module: dbp_nn._Decorrelated) -> nn.Parameter:
-    weight = module.get_parameter("weight")
+def _fused(weight: nn.Parameter, module: dbp_nn._Decorrelated) -> nn.Parameter:
     A = dbp_nn.fused_weight(weight, module.R, bool(module._transposed))
     if A is weight:
         return weight

@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,9 @@ from dbp_kernels import distributed
 from dbp_kernels.choose import update_choices
 from dbp_kernels.clock import Mark, mark, seconds, wait
 from dbp_kernels.optim.schedule import CALIBRATIONS, WARM_UP, Schedule, Sizes
+from dbp_kernels.optim.step import Job
 from dbp_kernels.planning import planner
 from dbp_kernels.planning.geometry import ConvGeometry
-
-if TYPE_CHECKING:
-    from dbp_kernels.optim.step import Job
 
 # A sample is not made smaller than this, which keeps the largest eigenvalue of a sampled second
 # moment, about D / n, in bounds. GUESS, not measured.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.nn import identity_R, set_identity_
+from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.products.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.sampling import Recorder, record, recorder_of
 
 
@@ -106,6 +107,10 @@ class Site:
 
     def _patch_geometry(self) -> dict[str, Any]:
         return self.patches.window
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]:
+        """Such images as the statistics take them."""
+        return op_inputs(samples, self.patches.window)
 
     def _patch_size(self) -> tuple[int, int]:
         return self.patches.groups, self.patches.size
