@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbp_kernels.optim.budget import ScheduleReport
-from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.optimizer_state import Checkpoint
 from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.optim.swap import Swap, form
@@ -27,7 +28,7 @@ class Attached:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         sites: Sequence[Site],
-        engine: DecorUpdate,
+        engine: Engine,
         left_alone: Mapping[str, str],
     ) -> None:
         self._model, self._optimizers = model, list(optimizers)
@@ -41,7 +42,7 @@ class Attached:
             by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
         # R is updated with the last of several optimisers that the model has
         *rest, last = by_optimizer.values()
-        self._swaps = [Swap(o, own, lambda own=own: form(own)) for o, own in rest]
+        self._swaps = [Swap(o, own, partial(form, own)) for o, own in rest]
         self._swaps.append(Swap(*last, after=self._learn))
         self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
         self._hooks = [
@@ -110,8 +111,10 @@ class Attached:
         """Stop, for good: the optimiser goes on from the weights A as they are, as without us."""
         for swap in self._swaps:
             swap.remove()
-        for handle in (*self._hooks, *self._checkpoints):
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for checkpoint in self._checkpoints:
+            checkpoint.remove()
         self._engine.detach()
         self._attached = False
 
