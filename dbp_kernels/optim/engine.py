@@ -30,6 +30,11 @@ class Engine(DecorUpdate):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sites": self._sites, "_counts": None}
 
+    def join(self, sites: Sequence[Site]) -> None:
+        """Learn the R of further sites, with the default options."""
+        self.add_param_group({"modules": [(site.name, site) for site in sites]})
+        self._sites += sites
+
     def gate(self, found_inf: Sequence[Tensor]) -> None:
         """Have the coming ``step()`` change no R where a GradScaler found Inf, without waiting for it.
 

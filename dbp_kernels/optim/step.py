@@ -139,6 +139,14 @@ def _task(job: Job, backend: str) -> _Task | None:
     return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
 
 
+def plan_of(job: Job) -> str:
+    """The plan by which ``local_updates`` works out the job's update."""
+    task = _task(job, backends.selected(job.R.device))
+    if task is None:
+        return "gram"  # from moments
+    return "the operator's" if task.choice is None else task.choice.name
+
+
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
     """The planner's; None as in `_Task`."""
     if (
