@@ -186,11 +186,8 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
 def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
     R = torch.cat([task.R for task in tasks])
-    job, choices = (
-        tasks[0].job,
-        [t.choice for t in tasks if t.choice is not None],
-    )  # as in `_bucket`
-    plan = choices[0].name
+    choices = [t.choice for t in tasks if t.choice is not None]  # all have one: see `_bucket`
+    job, plan = tasks[0].job, choices[0].name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
         inputs = [(t.input.x, t.input.geometry) for t in tasks]
