@@ -108,7 +108,7 @@ def test_names():
         ({"lr": -1e-3}, "lr"),
         ({"lr": float("nan")}, "lr"),
         ({"lr": float("inf")}, "lr"),
-        ({"lr": torch.tensor(0.1)}, "lr"),
+        ({"lr": torch.tensor([0.1])}, "lr"),
         ({"lr": "0.1"}, "lr"),
         ({"kappa": 1.5}, "kappa"),
         ({"kappa": None}, "kappa"),
