@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
-from bench.timing import cpu_time, time_once
+from bench.core import machine
+from bench.core.timing import cpu_time, time_once
 from dbp_kernels.precision import matmul_precision, products_in
 
 FOLDER = machine.ROOT / "dbp_kernels" / "planning" / "calibrations"

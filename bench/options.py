@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import DEFAULT_PAIRS
-from bench.steps import COMPILE_MODES
-from bench.suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES
+from bench.core.suite import DTYPES, QUICK_BATCH, QUICK_PAIRS
+from bench.suites import RUN
+from bench.suites.kernels import DEFAULT_PAIRS
+from bench.suites.steps import COMPILE_MODES
 
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
@@ -50,12 +51,12 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--suite",
-        choices=(*SUITES, "all"),
+        choices=(*RUN, "all"),
         default="kernels",
         help="kernels: patch_gram on layer shapes (default); update: DecorUpdate.step() of whole "
-        "networks; step: whole training steps; accumulation: steps of several micro-steps; memory: "
-        "the peak of a step; scaling: patch_gram against "
-        "one size of a layer; regret: the planner's choices against the best it could choose; "
+        "networks; step: whole training steps; accumulation: steps of several micro-steps; passes: "
+        "forward and backward passes, and step() by itself; memory: the peak of a step; scaling: "
+        "patch_gram against one size of a layer; regret: the planner's choices against the best it could choose; "
         "budget: shares of the step under budgets, on a CPU (all: without it)",
     )
     out.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")

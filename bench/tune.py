@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from bench import check, machine, registry
-from bench.algorithms import geometry_of
-from bench.kernels import Settings, make_input
-from bench.timing import time_interleaved, time_replayed
+from bench.core import check, machine, registry
+from bench.core.timing import time_interleaved, time_replayed
+from bench.rivals.algorithms import geometry_of
+from bench.suites.kernels import Settings, make_input
 from dbp_kernels.precision import products_in
 
 FOLDER = machine.ROOT / "dbp_kernels" / "backends" / "triton" / "configs"

@@ -21,7 +21,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bench import bars, machine
+from bench.core import bars, machine
 from bench.device import groups, pack
 from bench.device.describe import DESCRIBE, FOUND
 from bench.device.result import Result

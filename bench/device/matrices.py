@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import check
+from bench.core import check
+from bench.core.timing import time_interleaved, time_replayed
 from bench.device.stage import RESULT, Setting, Stage
-from bench.timing import time_interleaved, time_replayed
 from dbp_kernels.precision import products_in
 from dbp_kernels.verify.workers import Case
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench import registry, tune
+from bench import tune
+from bench.core import registry
 from bench.device.stage import RESULT, SKIPPED, Setting, Stage, before_colon
 from dbp_kernels.verify.workers import Case
 

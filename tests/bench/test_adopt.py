@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import adopt, calibrate, cli, hardware, machine, registry
-from bench.adopt import CALIBRATIONS, CONFIGS, RESULTS, Refused
+from bench import calibrate, cli
+from bench.core import adopt, machine, registry, results
+from bench.core.adopt import CALIBRATIONS, CONFIGS, RESULTS, Refused
 from bench.device import calibration, correctness, layers
 from bench.device import tuning as tuning_stage
 from bench.device.result import Result
@@ -86,7 +87,7 @@ def clone(tmp_path) -> Path:
     for name in (CALIBRATIONS, CONFIGS):
         shutil.copytree(machine.ROOT / name, tmp_path / "clone" / name)
     (tmp_path / "clone" / RESULTS).mkdir(parents=True)
-    text = hardware.insert((machine.ROOT / "README.md").read_text(), hardware.table({}))
+    text = adopt.insert((machine.ROOT / "README.md").read_text(), adopt.hardware_table({}))
     (tmp_path / "clone" / "README.md").write_text(text)
     return tmp_path / "clone"
 
@@ -157,7 +158,7 @@ def test_the_readme_has_a_row(result, clone):
     (row,) = [line for line in (clone / "README.md").read_text().splitlines() if GPU in line]
     assert "sm_90" in row
     assert f"(bench/results/{STEM}-0123456789.json)" in row
-    cases = len(list(hardware.cases(result)))
+    cases = len(list(adopt.cases(result)))
     assert f"{cases} of {cases}" in row
     later = copy.deepcopy(result)
     later["started"] = "2026-12-01T10:00:00+00:00"
@@ -173,13 +174,13 @@ def test_the_readme_has_a_row(result, clone):
 
 def test_the_committed_readme_is_as_the_results_say():
     text = (machine.ROOT / "README.md").read_text()
-    assert hardware.insert(text, hardware.table(hardware.committed(cli.RESULTS))) == text
+    assert adopt.insert(text, adopt.hardware_table(adopt.committed(results.RESULTS))) == text
 
 
 @pytest.mark.parametrize("text", ["none", "{0} {0} {1}", "{1} {0}", "{0} {1} {1}"])
 def test_markers_out_of_order_are_refused(text):
     with pytest.raises(ValueError, match="hardware:begin"):
-        hardware.insert(text.format(hardware.BEGIN, hardware.END), "table")
+        adopt.insert(text.format(adopt.BEGIN, adopt.END), "table")
 
 
 def refused(result: dict, clone: Path, capsys) -> str:

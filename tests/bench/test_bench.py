@@ -13,25 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import (
-    bars,
-    check,
-    cli,
-    kernel_tables,
-    kernels,
-    memory,
-    more_rivals,
-    plots,
-    registry,
-    regret,
-    report,
-    rivals,
-    steps,
-    suites,
-    timing,
-)
-from bench.published import PublishedConv2d, publish_model, publish_update
-from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
+from bench import cli, rivals, suites
+from bench.core import bars, check, memory, registry, report, results, suite, timing
+from bench.rivals import GPU_RIVALS, RIVALS, Rival, dense, rivals_on
+from bench.rivals.published import PublishedConv2d, publish_model, publish_update
+from bench.suites import kernels, regret, steps
 from dbp_kernels.backends.triton import runtime
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
@@ -169,16 +155,16 @@ def test_rival_equals_the_definition(rival, case):
 
 
 def test_rivals_by_device(monkeypatch):
-    monkeypatch.setattr(more_rivals, "installed", lambda package: False)
+    monkeypatch.setattr(rivals, "installed", lambda package: False)
     on_gpu = {*RIVALS, *GPU_RIVALS, "compiled"}
     assert set(rivals_on(torch.device("cpu"))) == set(RIVALS)
     assert set(rivals_on(torch.device("cuda"))) == on_gpu
-    monkeypatch.setattr(more_rivals, "installed", lambda package: True)
+    monkeypatch.setattr(rivals, "installed", lambda package: True)
     assert set(rivals_on(torch.device("cpu"))) == {*RIVALS, "einconv"}
     assert set(rivals_on(torch.device("cuda"))) == {*on_gpu, "einconv", "quack"}
 
 
-@pytest.mark.skipif(not more_rivals.installed("einconv"), reason="einconv is not installed")
+@pytest.mark.skipif(not rivals.installed("einconv"), reason="einconv is not installed")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_einconv_equals_the_definition(case):
     method = rivals.OPTIONAL["einconv"]
@@ -287,7 +273,7 @@ def always(label: str, compute) -> Rival:
 
 def test_a_wrong_method_gets_no_number():
     def wrong(x, case):
-        return rivals.unfold_matmul(x, case) * 1.001
+        return dense.unfold_matmul(x, case) * 1.001
 
     def raising(x, case):
         raise RuntimeError("no")
@@ -317,7 +303,7 @@ def test_a_method_may_say_that_an_input_is_not_for_it():
 
 def test_our_own_kernels_are_held_to_their_own_bound():
     def slightly_off(x, case):
-        return rivals.unfold_matmul(x, case) * (1 + 5e-6)
+        return dense.unfold_matmul(x, case) * (1 + 5e-6)
 
     methods = {
         "unfold": RIVALS["unfold"],
@@ -422,7 +408,7 @@ def test_replays_on_a_cpu_are_calls():
 
 def test_a_wrong_plain_method_does_not_widen_the_bound():
     def wrong(x, case):
-        return rivals.unfold_matmul(x, case) * 1.1
+        return dense.unfold_matmul(x, case) * 1.1
 
     methods = {"dbp": always("wrong", wrong), "unfold": always("wrong", wrong)}
     record = kernels.run_case(TINY, FAST, methods)
@@ -518,7 +504,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     for record in result["kernels"] + result["step"]:
         for name, measured in record["methods"].items():
             assert measured["status"] == "ok", (name, measured)
-            assert measured["seconds"]["samples"] == suites.QUICK_PAIRS
+            assert measured["seconds"]["samples"] == suite.QUICK_PAIRS
             assert measured["seconds"]["median"] > 0
     assert set(result["step"][0]["methods"]) == {"bp", "dbp", "dbp layers", "published"}
     assert result["complete"]
@@ -536,7 +522,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     assert target.with_suffix(".png").stat().st_size > 1000
 
 
-RESULTS = sorted(cli.RESULTS.glob("*.json"))
+RESULTS = sorted(results.RESULTS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -551,8 +537,8 @@ def test_committed_results_can_be_reported(path, tmp_path):
     for record in report.judged_records({**result, "regret": []}):
         assert f"| {record.get('sweep', record['name'])}" in text
     undrawn = ("regret", "host_time")
-    drawn = any(result.get(suite) for suite in report._SUITES if suite not in undrawn)
-    assert plots.plot(result, tmp_path / "plot.png") == drawn
+    drawn = any(result.get(suite) for suite in suites.SUITES if suite not in undrawn)
+    assert report.plot(result, tmp_path / "plot.png") == drawn
 
 
 def test_an_existing_result_is_never_overwritten(tmp_path, capsys):
@@ -562,7 +548,7 @@ def test_an_existing_result_is_never_overwritten(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
     assert target.read_text() == "mine"
     with pytest.raises(FileExistsError):
-        cli.save({"a": 1}, target)
+        results.save({"a": 1}, target)
 
 
 def test_default_result_path_names_device_and_commit():
@@ -643,7 +629,7 @@ def test_a_single_algorithm_is_no_rival():
     for name in ours:
         record["methods"][name]["seconds"]["median"] = 1e-9
     assert bars._fastest_rival(record["methods"], but="") == "unfold"
-    means = kernel_tables.geometric_means([record])
+    means = kernels.geometric_means([record])
     assert means["best rival, all cases"] == means["unfold, all cases"]
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from bench_results import predicted, statuses, synthetic
 
-from bench import bars, calibrate, cli, kernels, registry, regret, report, timing
-from bench.regret_tables import regret_table
+from bench import calibrate, cli
+from bench.core import bars, registry, report, timing
+from bench.suites import kernels, regret
+from bench.suites.regret import regret_table
 from dbp_kernels.planning import calibration
 from dbp_kernels.planning.choice import Choice
 

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import registry, tune
+from bench import tune
+from bench.core import registry
 from dbp_kernels.backends import prepared
 from dbp_kernels.backends.triton import configs, product, runtime
 from dbp_kernels.backends.triton.configs import Config, precision_key
