@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dbp_kernels.clock import mark
+from dbp_kernels.op_input import OpInput
 from dbp_kernels.precision import computed_dtype
 
 # Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
@@ -66,6 +68,8 @@ class Layer(Protocol):
     def _patch_size(self) -> tuple[int, int]: ...
 
     def _as_images(self, input: Tensor) -> Tensor: ...
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]: ...
 
     def _gradient(self) -> object: ...
 
@@ -228,7 +232,7 @@ class Recorder:
             )
 
 
-def recorder_of(layer: Layer) -> Recorder | None:
+def recorder_of(layer: Layer | nn.Module) -> Recorder | None:
     """The live recorder attached to a layer, if any."""
     reference = getattr(layer, "_recorder", None)  # a fused layer has lost the attribute
     return None if reference is None else reference()
