@@ -15,18 +15,17 @@ from pathlib import Path
 import torch
 
 from bench import suites
-from bench.core import bars, machine, report, results, timing
+from bench.core import bars, machine, report, results
 from bench.core.suite import DTYPES, Job
 from bench.options import inconsistency, parser
+from dbp_kernels.tools import timing
 
 # {command: the module that runs it}, imported on demand
 COMMANDS = {
-    "calibrate": "bench.calibrate",
     "check": "bench.core.regress",
     "device-check": "bench.device.command",
     "host-time": "bench.suites.host_time",
     "precision": "bench.suites.precision",
-    "tune": "bench.tune",
 }
 
 

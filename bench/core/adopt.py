@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import calibrate
 from bench.core import bars, machine, report
 from bench.core.results import to_text
 from bench.core.table import format_table
@@ -24,6 +23,8 @@ from bench.device.correctness import CHECKS, CONFIGURATIONS, kernel_of
 from bench.device.stage import SKIPPED
 from dbp_kernels import version
 from dbp_kernels.planning import calibration
+from dbp_kernels.tools import calibrate
+from dbp_kernels.tools.origin import slug
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
 
 CALIBRATIONS = "dbp_kernels/planning/calibrations"
@@ -113,7 +114,7 @@ def _calibration(result: dict, adoption: Adoption) -> None:
     if missing:
         adoption.said.append(f"no calibration: not measured: {', '.join(missing)}")
         return
-    name, text = calibrate.default_path(content).name, calibrate.to_text(content)
+    name, text = calibrate.file_name(content), calibrate.to_text(content)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_text(text)
@@ -131,7 +132,7 @@ def _calibration(result: dict, adoption: Adoption) -> None:
 
 def _pins(result: dict, before: list[dict], root: Path, adoption: Adoption) -> None:
     """Pins what the GPU's file lacks, and replaces what it has of the same problems."""
-    name = f"{machine.slug(result['machine']['gpu'])}.json"
+    name = f"{slug(result['machine']['gpu'])}.json"
     entries = [*_trusted(result, before, adoption)]
     if not entries:
         adoption.said.append("no tile shapes are pinned")
@@ -219,7 +220,7 @@ def _name(result: dict, before: dict[str, dict]) -> str:
         if to_text(there) == to_text(result):
             return name.removesuffix(".json")
     commit = (result["machine"]["commit"] or "unknown")[:10]
-    stem = f"{machine.slug(result['machine']['gpu'])}-{commit}"
+    stem = f"{slug(result['machine']['gpu'])}-{commit}"
     names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
     return next(name for name in names if f"{name}.json" not in before)
 

@@ -10,30 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.core.registry import Case
-from dbp_kernels import reference
-
-_CHUNK_BYTES = 2**29
-
-
-def oracle(x: Tensor, case: Case) -> Tensor:
-    """S in float64, (groups, D, D), by the library's definition, in chunks of images."""
-    per_image = max(1, 8 * case.n // case.N * case.groups * case.D)
-    images = max(1, _CHUNK_BYTES // per_image)
-    geometry = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    total = x.new_zeros((case.groups, case.D, case.D), dtype=torch.float64)
-    for chunk in x.split(images):
-        total += reference.patch_gram(chunk.double(), *geometry) * chunk.shape[0]
-    return total / x.shape[0]
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    """Largest deviation over the largest entry; infinite for a wrong shape or non-finite ones."""
-    if result.shape != exact.shape:
-        return float("inf")
-    worst = (result.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
-    return float(torch.nan_to_num(worst, nan=float("inf"), posinf=float("inf")))
-
 
 def plain_cap(x: Tensor) -> float:
     """The most that plain torch may err itself: above it, unfold + matmul counts as wrong too."""

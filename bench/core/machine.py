@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-from bench.core.timing import time_once
 from dbp_kernels.planning.calibration import cpu_name
+from dbp_kernels.tools import origin
+from dbp_kernels.tools.timing import time_once
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "packed.json"  # of a packed folder, which is no clone: says what it was made from
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _packed() -> dict | None:
@@ -37,7 +26,7 @@ def _packed() -> dict | None:
 def commit() -> str | None:
     """The commit of the clone, or of the packed folder; None outside of one."""
     packed = _packed()
-    return packed["commit"] if packed else _git("rev-parse", "HEAD")
+    return packed["commit"] if packed else origin.commit(ROOT)
 
 
 def dirty() -> bool | None:
@@ -45,16 +34,7 @@ def dirty() -> bool | None:
     packed = _packed()
     if packed:
         return packed["dirty"]
-    status = _git(
-        *("status", "--porcelain", "--"),
-        *("dbp_kernels", "csrc", "bench", "experiments", ":!bench/results"),
-    )
-    return None if status is None else bool(status)
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file's, e.g. nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return origin.dirty(ROOT)
 
 
 def cache_bytes(device: torch.device) -> int:

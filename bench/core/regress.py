@@ -20,9 +20,9 @@ import torch
 from bench.core import bars, machine, registry
 from bench.core.results import RESULTS
 from bench.core.table import format_table
-from bench.options import device
 from bench.suites.kernels import Settings, run_case
 from bench.suites.steps import STEP_CASES, run_step_case
+from dbp_kernels.tools.arguments import device
 
 TOLERANCE = 0.7
 KERNEL_PAIRS, STEP_PAIRS = 3, 7

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.core import bars, timing
+from bench.core import bars
 from bench.core.registry import compile_filter
 from bench.core.suite import Job, Settings, Suite, batch_of
 from bench.core.table import format_table
 from bench.suites.steps import KAPPA, STEP_CASES, StepCase, plain_step
+from dbp_kernels.tools import timing
 
 DECOR_LR = 1e-3  # within the few steps here, the paper's 1e-5 would not show
 _BATCHES = 8

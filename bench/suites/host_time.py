@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.core import machine, registry, timing
+from bench.core import machine, registry
 from bench.core.results import save
 from bench.core.suite import Settings, Suite
 from bench.core.table import format_table
 from bench.suites.kernels import make_input
+from dbp_kernels.tools import timing
 
 BAR = 50  # us, of one patch_gram call
 BACKENDS = ("cuda", "triton", "triton jit")
@@ -172,7 +173,7 @@ def table(records: Sequence[dict]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (1: a call above the bar)."""
-    from bench.options import positive
+    from dbp_kernels.tools.arguments import positive
 
     out = argparse.ArgumentParser(prog="python -m bench host-time", description=__doc__)
     out.formatter_class = argparse.RawDescriptionHelpFormatter

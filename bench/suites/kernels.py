@@ -16,9 +16,10 @@ from bench.core.plots import COLOURS, LEGEND_ABOVE, OTHER
 from bench.core.registry import Case
 from bench.core.suite import CPU, Job, Panel, Settings, Suite, batch_of, failed
 from bench.core.table import format_table, milliseconds
-from bench.core.timing import time_interleaved, time_replayed
 from bench.rivals import RIVALS, NotApplicable, Rival, rivals_on
 from bench.rivals.algorithms import algorithms
+from dbp_kernels.tools.cases import error, oracle, random_input
+from dbp_kernels.tools.timing import time_interleaved, time_replayed
 
 OURS = "dbp"
 PLAIN = "unfold"  # what correctness bounds and most bars refer to
@@ -71,10 +72,10 @@ def run_case(
     """
     methods = default_methods(settings.device) if methods is None else methods
     x = make_input(case, settings)
-    exact = check.oracle(x, case)
+    exact = oracle(x, case)
     records: dict[str, dict] = {}
     plain = methods.get(PLAIN, RIVALS[PLAIN])
-    plain_error = check.error(plain.compute(x, case), exact)
+    plain_error = error(plain.compute(x, case), exact)
     for name, method in methods.items():
         records[name] = _judge(name, method, x, case, exact, plain_error)
     # S is float64 for float64 inputs and float32 for all others
@@ -122,13 +123,8 @@ def run_case(
 
 
 def make_input(case: Case, settings: Settings) -> Tensor:
-    """Random normal data, the same in every run on a type of device."""
-    generator = torch.Generator(settings.device).manual_seed(0)
-    x = torch.randn(case.input_shape, generator=generator, device=settings.device)
-    x = x.to(settings.dtype)
-    if settings.channels_last and x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x
+    """Random normal data, as the settings ask for it; the same in every run on a type of device."""
+    return random_input(case, settings.device, settings.dtype, settings.channels_last)
 
 
 def rotation(x: Tensor) -> list[Tensor]:
@@ -151,7 +147,7 @@ def _judge(
         return {"status": "n/a", "reason": reason}
     try:
         with torch.no_grad():
-            err = check.error(method.compute(x, case), exact)
+            err = error(method.compute(x, case), exact)
     except NotApplicable as reason:
         return {"status": "n/a", "reason": str(reason)}
     except Exception as failure:  # whatever it is, the other methods get their numbers

@@ -19,8 +19,8 @@ from bench.core.networks import SMALL, StepCase, jobs_on
 from bench.core.plots import ratio_panels, slowdown
 from bench.core.suite import Job, Settings, Suite, failed
 from bench.core.table import format_table, milliseconds
-from bench.core.timing import time_interleaved
 from bench.suites.steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, start, verdict
+from dbp_kernels.tools.timing import time_interleaved
 from experiments.models import resnet50
 
 NARROW = 16  # times fewer channels

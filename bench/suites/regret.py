@@ -20,8 +20,9 @@ from bench.core import bars, check, registry
 from bench.core.registry import Case, with_batch
 from bench.core.suite import Job, Settings, Suite, batch_of, failed
 from bench.core.table import format_table, short
-from bench.core.timing import time_interleaved, time_once
 from bench.suites.kernels import make_input, plans_for
+from dbp_kernels.tools.cases import error
+from dbp_kernels.tools.timing import time_interleaved, time_once
 
 QUESTIONS = ("gram", "update")
 DEFAULT_PAIRS = 7
@@ -123,7 +124,7 @@ def _single_runs(choices: Sequence, run: Callable, x: Tensor) -> dict[str, dict]
             result: list[Tensor] = []
             once = time_once(lambda c=choice, r=result: r.append(run(c)), x.device)
             expected = result[0].double() if expected is None else expected
-            difference = check.error(result.pop(), expected)
+            difference = error(result.pop(), expected)
             if once < _BRIEF:
                 once = min(once, time_once(lambda c=choice: run(c), x.device))
         except Exception as failure:  # whatever it is, the other candidates get their numbers

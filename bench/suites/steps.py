@@ -18,9 +18,9 @@ from bench.core.networks import SMALL, StepCase, at_224, jobs_on
 from bench.core.plots import ratio_panels, slowdown
 from bench.core.suite import Job, Settings, Suite, failed
 from bench.core.table import format_table, milliseconds
-from bench.core.timing import SHORTEST_SAMPLE, time_interleaved
 from bench.rivals.published import publish_model, publish_update
 from bench.suites.kernels import plan_for
+from dbp_kernels.tools.timing import SHORTEST_SAMPLE, time_interleaved
 
 BP, OURS, PUBLISHED = "bp", "dbp", "published"
 LAYERS = "dbp layers"  # the layer form; OURS is the optimiser form

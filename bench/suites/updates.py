@@ -22,9 +22,9 @@ from bench.core.networks import SMALL, StepCase, at_224, cases_on, jobs_on
 from bench.core.plots import ratio_panels
 from bench.core.suite import Job, Settings, Suite, failed
 from bench.core.table import format_table, milliseconds
-from bench.core.timing import time_interleaved
 from bench.rivals.published import publish_model, publish_update
 from bench.suites.steps import DECOR_LR, KAPPA, OURS, PUBLISHED, planned_updates, random_images
+from dbp_kernels.tools.timing import time_interleaved
 
 CHECK_LR = 1e-2  # so large that float32 shows what an update changed
 BOUND = 1e-3  # of the largest change of R: agreement of two independent float32 computations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bench.core import bars, registry, timing
+from bench.core import bars, registry
 from bench.suites import regret
+from dbp_kernels.tools import timing
 
 
 def seconds(median: float, samples: int = 9) -> dict:

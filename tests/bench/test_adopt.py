@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import calibrate, cli
+from bench import cli
 from bench.core import adopt, machine, registry, results
 from bench.core.adopt import CALIBRATIONS, CONFIGS, RESULTS, Refused
 from bench.device import calibration, correctness, layers
@@ -18,6 +18,7 @@ from bench.device.stage import Setting
 from dbp_kernels import version
 from dbp_kernels.backends.triton import configs, runtime
 from dbp_kernels.planning import calibration as planner_calibration
+from dbp_kernels.tools import calibrate
 
 GPU, COMMIT = "NVIDIA H100 80GB HBM3", "0123456789abcdef"
 CHECK = "triton gram_shift [64x64x128 w4 s3] bf16: 3x3 72@9x7"
@@ -367,4 +368,4 @@ def test_the_result_is_copied_whole(result, clone):
     run(result, clone)
     there = json.loads((clone / RESULTS / f"{STEM}-0123456789.json").read_text())
     assert there == json.loads(json.dumps(result))
-    assert calibrate.default_path(result["calibration"]).name == f"{STEM}.json"
+    assert calibrate.file_name(result["calibration"]) == f"{STEM}.json"

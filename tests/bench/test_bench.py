@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import cli, rivals, suites
-from bench.core import bars, check, memory, registry, report, results, suite, timing
+from bench.core import bars, check, memory, registry, report, results, suite
 from bench.rivals import GPU_RIVALS, RIVALS, Rival, dense, rivals_on
 from bench.rivals.published import PublishedConv2d, publish_model, publish_update
 from bench.suites import kernels, regret, steps
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.tools import cases, timing
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
 # --- registry -----------------------------------------------------------------------------------
@@ -145,13 +146,13 @@ def test_rival_equals_the_definition(rival, case):
         pytest.skip(method.why_not(case))
     x = torch.randn(case.input_shape, dtype=torch.float64)
     exact = definition(x, case)
-    assert check.error(method.compute(x, case), exact) < 1e-13
+    assert cases.error(method.compute(x, case), exact) < 1e-13
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
         low = x.to(dtype)
         result = method.compute(low, case)
         assert result.dtype == torch.float32
         loose = dtype == torch.bfloat16 and rival == "self_wgrad"  # sums in bfloat16 itself
-        assert check.error(result, definition(low, case)) < (3e-2 if loose else limit)
+        assert cases.error(result, definition(low, case)) < (3e-2 if loose else limit)
 
 
 def test_rivals_by_device(monkeypatch):
@@ -172,7 +173,7 @@ def test_einconv_equals_the_definition(case):
         pytest.skip(method.why_not(case))
     x = torch.randn(case.input_shape, dtype=torch.float64)
     assert (
-        check.error(method.compute(x, case), definition(x, case)) < 1e-7
+        cases.error(method.compute(x, case), definition(x, case)) < 1e-7
     )  # its scale is a float32
     assert method.compute(x.bfloat16(), case).dtype == torch.float32
 
@@ -184,7 +185,7 @@ def test_compiled_reference_equals_the_definition():
             x = torch.randn(case.input_shape, dtype=dtype)
             result = rivals.COMPILED.compute(x, case)
             assert result.dtype == (dtype if dtype == torch.float64 else torch.float32)
-            assert check.error(result, definition(x, case)) < limit
+            assert cases.error(result, definition(x, case)) < limit
 
 
 def test_padded_gemm_covers_the_cases_of_the_gpu_bars():
@@ -205,17 +206,17 @@ def test_self_wgrad_covers_what_it_should():
 
 
 def test_oracle_is_the_definition_also_in_chunks(monkeypatch):
-    monkeypatch.setattr(check, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cases, "_CHUNK_BYTES", 1)
     for case in SMALL:
         x = torch.randn(case.input_shape)
-        assert check.error(check.oracle(x, case), definition(x, case)) < 1e-13
+        assert cases.error(cases.oracle(x, case), definition(x, case)) < 1e-13
 
 
 def test_error_sees_shapes_and_non_finite_entries():
     exact = torch.eye(3, dtype=torch.float64)[None]
-    assert check.error(exact, exact) == 0
-    assert check.error(exact[0], exact) == float("inf")
-    assert check.error(exact.clone().fill_(float("nan")), exact) == float("inf")
+    assert cases.error(exact, exact) == 0
+    assert cases.error(exact[0], exact) == float("inf")
+    assert cases.error(exact.clone().fill_(float("nan")), exact) == float("inf")
 
 
 # --- timing and memory --------------------------------------------------------------------------
@@ -566,7 +567,6 @@ def test_default_result_path_names_device_and_commit():
         ["--sample", "0"],
         ["--suite", "step", "--dtype", "float64"],
         ["--cpu-time"],
-        ["calibrate", "--cpu-time", "--threads", "2"],
         ["report", "no-such-file.json"],
     ],
 )

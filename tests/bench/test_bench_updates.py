@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from bench import cli, suites
-from bench.core import networks, plots, suite, timing
+from bench.core import networks, plots, suite
 from bench.suites import accumulation, kernels, passes, updates
 from bench.suites.updates import update_table
+from dbp_kernels.tools import timing
 from experiments.models import resnet50
 
 FAST = kernels.Settings(pairs=2, warmup=1)

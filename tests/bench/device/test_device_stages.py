@@ -6,7 +6,7 @@ import time
 import pytest
 
 import dbp_kernels as dbp
-from bench import calibrate, cli
+from bench import cli
 from bench.core import bars, machine, registry
 from bench.core.networks import StepCase
 from bench.device import (
@@ -22,6 +22,7 @@ from bench.device import (
 )
 from bench.device.stage import Setting, Stage
 from dbp_kernels import backends, precision
+from dbp_kernels.tools import calibrate
 from dbp_kernels.verify.workers import Case
 
 NAMES = {

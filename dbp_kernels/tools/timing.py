@@ -88,7 +88,7 @@ def time_once(call: Callable[[], object], device: torch.device, calls: int = 1) 
             call()
         stop.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(stop) * 1e-3 / calls
+        return float(start.elapsed_time(stop)) * 1e-3 / calls
     begin = _clock()
     for _ in range(calls):
         call()

@@ -1,9 +1,8 @@
-"""``python -m bench calibrate``: measures what the planner knows of a device, as a JSON file.
+"""``python -m dbp_kernels calibrate``: measures what the planner knows of a device, as a JSON file.
 
 Every figure of ``dbp_kernels.planning.calibration.Machine`` comes from the operation it stands for, run by
-itself on a few sizes. The file says where and how it was measured. Saved under
-dbp_kernels/planning/calibrations/ it is used on that device and on similar ones; anywhere else, where
-DBP_CALIBRATION names it.
+itself on a few sizes. The file says where and how it was measured. It is used where DBP_CALIBRATION names
+it; in a clone it goes to the package's own calibrations, which serve that device and similar ones.
 """
 
 from __future__ import annotations
@@ -11,21 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.core import machine
-from bench.core.timing import cpu_time, time_once
+from dbp_kernels import version
+from dbp_kernels.planning import calibration
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.layout import make_program, shift_layout
 from dbp_kernels.precision import matmul_precision, products_in
+from dbp_kernels.tools import origin
+from dbp_kernels.tools.arguments import device, positive
+from dbp_kernels.tools.timing import cpu_time, time_once
 
-FOLDER = machine.ROOT / "dbp_kernels" / "planning" / "calibrations"
+Content = dict[str, Any]
+FOLDER = Path(calibration.__file__).parent / "calibrations"  # of the package
 # Result sides of products: the narrow ones matter most.
 SIDES = (1, 3, 8, 16, 21, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 GROUPS, GROUPED_SIDES = 32, (1, 4, 12, 16, 36, 64)
@@ -62,12 +68,14 @@ class Meter:
         return torch.randn(shape, device=self.device)
 
 
-def figures(meter: Meter, keep: Callable[[dict], object] = lambda found: None) -> dict:
+def figures(
+    meter: Meter, keep: Callable[[dict[str, Any]], object] = lambda found: None
+) -> dict[str, Any]:
     """All figures of a device, as in its file: the best of some passes.
 
     ``keep`` is given what there is after every part. KeyboardInterrupt passes through.
     """
-    measured: dict = {}
+    measured: dict[str, Any] = {}
     for number in range(meter.passes):
         for name, part in parts(meter.device.type).items():
             if number == 0 or name not in GPU_PARTS:
@@ -76,7 +84,7 @@ def figures(meter: Meter, keep: Callable[[dict], object] = lambda found: None) -
     return finished(measured)
 
 
-def finished(measured: dict) -> dict:
+def finished(measured: dict[str, Any]) -> dict[str, Any]:
     """As in a file: rounded, and what is raw put in relation."""
     from dbp_kernels.planning.calibration import cost_at
 
@@ -86,36 +94,38 @@ def finished(measured: dict) -> dict:
             max(1.0, p[1] / cost_at(plain, p[0])) for [p], plain in zip(raw, measured["pack"])
         ]
         measured = {**measured, "aliased": factors}
-    return _rounded(measured)
+    rounded: dict[str, Any] = _rounded(measured)
+    return rounded
 
 
-def parts(device_type: str) -> dict[str, Callable[[Meter], dict]]:
+def parts(device_type: str) -> dict[str, Callable[[Meter], dict[str, Any]]]:
     """{name: what measures some figures, by themselves}."""
     gpu = GPU_PARTS if device_type == "cuda" else {}
     return {**PARTS, **gpu}
 
 
-def part_figures(name: str, meter: Meter) -> dict:
+def part_figures(name: str, meter: Meter) -> dict[str, Any]:
     """The figures of one part, the best of some passes, as in a file."""
-    part, measured = parts(meter.device.type)[name], {}
+    part = parts(meter.device.type)[name]
+    measured: dict[str, Any] = {}
     for _ in range(1 if name in GPU_PARTS else meter.passes):
         measured = _better(measured, part(meter))
     return finished(measured)
 
 
-def _better(a: dict, b: dict) -> dict:
+def _better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Of each of b's figures the better one: rates up, costs down; a may lack some."""
     rates = ("product", "grouped", "narrow", "onednn", "wgrad", "gbytes")
     picks = {key: max if key in rates else min for key in b}
     return {key: _best_of(picks[key], a[key], b[key]) if key in a else b[key] for key in b}
 
 
-def _best_of(pick: Callable, a, b):
+def _best_of(pick: Callable[..., Any], a: Any, b: Any) -> Any:
     """Of each number in nested lists; the sizes of points are equal in both."""
     return [_best_of(pick, *pair) for pair in zip(a, b)] if isinstance(a, list) else pick(a, b)
 
 
-def _rounded(value):
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.3g}")
     if isinstance(value, dict):
@@ -123,7 +133,7 @@ def _rounded(value):
     return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
-def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
+def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list[Any]:
     """[side, GFLOP/s] of X^T Y between rows of one buffer, as the shift form multiplies."""
     from dbp_kernels.products.matmul import product
 
@@ -133,27 +143,25 @@ def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
         rows = max(64, int(rows / meter.shrink))
         X = meter.random(groups, rows + 33, side)
         out = torch.zeros(groups, side, side, device=meter.device)
-        seconds = meter.seconds(
-            lambda X=X, out=out: product(X[:, :-33], X[:, 33:], out, accumulate=True)
-        )
+        seconds = meter.seconds(partial(product, X[:, :-33], X[:, 33:], out, accumulate=True))
         points.append([side, 2 * groups * rows * side**2 / seconds / 1e9])
     return points
 
 
-def _narrow(meter: Meter, multiply: Callable) -> list:
+def _narrow(meter: Meter, multiply: Callable[..., Any]) -> list[Any]:
     """[n, GFLOP/s] of R (D, D) times n columns, and of n rows times R."""
     dim = max(32, NARROW_DIM // meter.shrink)
     R = meter.random(dim, dim)
     points = []
     for n in (n for n in NARROW if n <= dim):
         Z = meter.random(n, dim)
-        seconds = meter.seconds(lambda Z=Z: multiply(Z, R.mT))
-        seconds += meter.seconds(lambda Z=Z: multiply(Z, R))
+        seconds = meter.seconds(partial(multiply, Z, R.mT))
+        seconds += meter.seconds(partial(multiply, Z, R))
         points.append([n, 4 * n * dim**2 / seconds / 1e9])
     return points
 
 
-def _libraries(meter: Meter) -> dict:
+def _libraries(meter: Meter) -> dict[str, Any]:
     """The same by BLAS, and by oneDNN where torch has it for float32."""
     from dbp_kernels.products import onednn
 
@@ -163,20 +171,18 @@ def _libraries(meter: Meter) -> dict:
     return measured
 
 
-def _weight_gradients(meter: Meter) -> list:
+def _weight_gradients(meter: Meter) -> list[Any]:
     """[channels, GFLOP/s] of 5x5 weight gradients over as many positions as are summed at once."""
     from dbp_kernels.planning.layout import WGRAD_POSITIONS
 
-    points = []
+    points: list[list[float]] = []
     for channels in WGRAD_CHANNELS:
         channels = max(2, channels // meter.shrink) if meter.shrink > 1 else channels
         images, size = max(1, WGRAD_POSITIONS // 32**2), 32
         left = meter.random(images, channels, size, size)
         right = meter.random(images, channels, size + 4, size + 4)
         weight = (channels, channels, 5, 5)
-        seconds = meter.seconds(
-            lambda a=left, b=right, w=weight: torch.nn.grad.conv2d_weight(b, w, a)
-        )
+        seconds = meter.seconds(partial(torch.nn.grad.conv2d_weight, right, weight, left))
         if not points or channels > points[-1][0]:
             rate = 2 * 25 * channels**2 * images * size**2 / seconds / 1e9
             points.append([channels, rate])
@@ -189,7 +195,7 @@ def _small_weight_gradients(meter: Meter) -> float:
     from dbp_kernels.planning.layout import wgrad_convolutions
 
     x, geometry = _map(meter, 1, max(2, 64 // meter.shrink), 6)
-    weights = geometry.channels**2 * math.prod(2 * a.kernel - 1 for a in geometry.axes)
+    weights: int = geometry.channels**2 * math.prod(2 * a.kernel - 1 for a in geometry.axes)
     seconds = meter.seconds(lambda: self_wgrad.patch_gram_self_wgrad(x, geometry))
     return 1e9 * seconds / (wgrad_convolutions(geometry) * weights)
 
@@ -210,7 +216,7 @@ def _fresh(meter: Meter) -> float:
     return max(1e-3, 1e9 * (new - again) / elements)
 
 
-def _calls(meter: Meter) -> dict:
+def _calls(meter: Meter) -> dict[str, Any]:
     """Seconds of calls on next to nothing."""
     from dbp_kernels.backends.eager import ops, shift, unfold
     from dbp_kernels.planning.choice import PLANS
@@ -218,12 +224,11 @@ def _calls(meter: Meter) -> dict:
     from dbp_kernels.planning.planner import update_choices
 
     x, geometry = _map(meter, 1, 2, 6)
-    layouts = [shift.shift_layout(geometry, kind) for kind in _KINDS[:2]]
-    programs = [shift.make_program(layout.shifted) for layout in layouts]
+    layouts = [shift_layout(geometry, kind) for kind in _KINDS[:2]]
+    programs = [make_program(layout.shifted) for layout in layouts]
     many, few = (sum(len(band.products) for band in program.bands) for program in programs)
     slow, fast = (
-        meter.seconds(lambda kind=kind: shift.patch_gram_shift(x, geometry, kind))
-        for kind in _KINDS[:2]
+        meter.seconds(partial(shift.patch_gram_shift, x, geometry, kind)) for kind in _KINDS[:2]
     )
     product = max(1e-7, (slow - fast) / (many - few))
 
@@ -231,7 +236,7 @@ def _calls(meter: Meter) -> dict:
     linear = make_geometry(z.shape, (), (), (), (), 1)
     plans = {
         choice.name: meter.seconds(
-            lambda c=choice: ops.decor_update(z, R, linear, 1e-5, 0.5, "standard", False, c)
+            partial(ops.decor_update, z, R, linear, 1e-5, 0.5, "standard", False, choice)
         )
         for choice in update_choices(linear)
     }
@@ -248,7 +253,7 @@ def _calls(meter: Meter) -> dict:
 _KINDS = ((False, False), (False, True), (True, False))  # unfolded: no axis, the last, another
 
 
-def _three(meter: Meter, maps: Sequence, copied: Sequence[int], **window: int) -> list:
+def _three(meter: Meter, maps: Sequence[Any], copied: Sequence[int], **window: int) -> list[Any]:
     """Points of packing in each kind, of about so many elements; means over some maps."""
     return [
         [_point(partial(_packing, meter, kind, **window), maps, n) for n in copied]
@@ -256,7 +261,7 @@ def _three(meter: Meter, maps: Sequence, copied: Sequence[int], **window: int) -
     ]
 
 
-def _packs(meter: Meter) -> dict:
+def _packs(meter: Meter) -> dict[str, Any]:
     """Packing usual maps, and, to be put in relation to it, those of powers of two."""
     return {
         "pack": _three(meter, _MAPS, _COPIED),
@@ -264,12 +269,12 @@ def _packs(meter: Meter) -> dict:
     }
 
 
-def _patches(meter: Meter, **window: int) -> list:
+def _patches(meter: Meter, **window: int) -> list[Any]:
     """Points of im2col."""
     return [_point(partial(_im2col, meter, **window), _MAPS, n) for n in _COPIED]
 
 
-def _point(measure: Callable, maps: Sequence, copied: int) -> list:
+def _point(measure: Callable[..., Any], maps: Sequence[Any], copied: int) -> list[Any]:
     """[copied, the mean over some maps of what ``measure`` says of so large a copy]."""
     return [copied, _mean(measure(*shape, copied) for shape in maps)]
 
@@ -282,7 +287,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _map(
     meter: Meter, images: int, channels: int, size: int, kernel: int = 3, stride: int = 1
-) -> tuple:
+) -> tuple[torch.Tensor, ConvGeometry]:
     """(x, the geometry of a convolution of it)."""
     from dbp_kernels.planning.geometry import make_geometry
 
@@ -291,15 +296,17 @@ def _map(
     return x, make_geometry(x.shape, *window, 1)
 
 
-def _packing(meter: Meter, kind, channels: int, size: int, copied: int, **window: int) -> float:
+def _packing(
+    meter: Meter, kind: tuple[bool, bool], channels: int, size: int, copied: int, **window: int
+) -> float:
     """ns per element of packed buffers of about ``copied`` elements."""
     from dbp_kernels.backends.eager import shift
 
     _, one = _map(meter, 1, channels, size, **window)
-    image = one.input_numel * shift.shift_layout(one, kind).expansion
+    image = one.input_numel * shift_layout(one, kind).expansion
     x, geometry = _map(meter, max(1, round(copied / image)), channels, size, **window)
-    layout = shift.shift_layout(geometry, kind)
-    elements = geometry.input_numel * layout.expansion
+    layout = shift_layout(geometry, kind)
+    elements: float = geometry.input_numel * layout.expansion
     return 1e9 * meter.seconds(lambda: shift.pack(x, geometry, kind, layout.widths)) / elements
 
 
@@ -310,17 +317,17 @@ def _im2col(meter: Meter, channels: int, size: int, copied: int, **window: int) 
     _, one = _map(meter, 1, channels, size, **window)
     images = max(1, round(copied / (one.samples * one.dim)))
     x, geometry = _map(meter, images, channels, size, **window)
-    elements = geometry.samples * geometry.dim
+    elements: int = geometry.samples * geometry.dim
     return 1e9 * meter.seconds(lambda: unfold.rows(x, geometry)) / elements
 
 
-def _assembling(meter: Meter, channels: int, size: int, kind) -> float:
+def _assembling(meter: Meter, channels: int, size: int, kind: tuple[bool, bool]) -> float:
     """ns per element of S."""
     from dbp_kernels.backends.eager import shift
 
     _, geometry = _map(meter, 1, channels, size)
-    layout = shift.shift_layout(geometry, kind)
-    program = shift.make_program(layout.shifted)
+    layout = shift_layout(geometry, kind)
+    program = make_program(layout.shifted)
     sources = meter.random(len(program.sources), 1, layout.side, layout.side)
     seconds = meter.seconds(lambda: shift._assemble(sources, program, geometry, kind))
     return 1e9 * seconds / geometry.dim**2
@@ -329,7 +336,7 @@ def _assembling(meter: Meter, channels: int, size: int, kind) -> float:
 # --------------------------------------------------------------------------- GPUs; not run yet
 
 
-def _tensor_cores(meter: Meter) -> dict:
+def _tensor_cores(meter: Meter) -> dict[str, Any]:
     """GFLOP/s of a large product in each precision but ieee float32."""
     from dbp_kernels import backends
 
@@ -358,7 +365,7 @@ def _peak(meter: Meter, dtype: torch.dtype) -> float:
         return 2 * side**3 / meter.seconds(lambda: a @ a) / 1e9
 
 
-def _own_kernels(meter: Meter) -> dict:
+def _own_kernels(meter: Meter) -> dict[str, Any]:
     """What our kernels reach of the peaks: the shipped figures, as nothing here measures them well.
 
     Measured on an H100 by layers that wait for memory and launches, they made every choice worse than
@@ -369,7 +376,7 @@ def _own_kernels(meter: Meter) -> dict:
     return {key: shipped[key] for key in ("kernels", "gather", "sm90")}
 
 
-PARTS: dict[str, Callable[[Meter], dict]] = {
+PARTS: dict[str, Callable[[Meter], dict[str, Any]]] = {
     "product": lambda meter: {"product": _products(meter, 1, SIDES)},
     "grouped": lambda meter: {"grouped": _products(meter, GROUPS, GROUPED_SIDES)},
     "narrow": _libraries,
@@ -388,7 +395,7 @@ PARTS: dict[str, Callable[[Meter], dict]] = {
         "assemble": [_mean(_assembling(meter, *m, kind) for m in _MAPS) for kind in _KINDS]
     },
 }
-GPU_PARTS: dict[str, Callable[[Meter], dict]] = {
+GPU_PARTS: dict[str, Callable[[Meter], dict[str, Any]]] = {
     "tensor_cores": _tensor_cores,  # peaks of other precisions
     "kernels": _own_kernels,  # fractions of them that our kernels reach
 }
@@ -397,33 +404,37 @@ GPU_PARTS: dict[str, Callable[[Meter], dict]] = {
 # --------------------------------------------------------------------------- the command
 
 
-def header(device: torch.device, command: str) -> dict:
-    """The content of a calibration file for this device, but for its figures."""
-    described = machine.describe(device)
+def header(device: torch.device, command: str, commit: str | None, dirty: bool | None) -> Content:
+    """The content of a calibration file for this device, but for its figures.
+
+    ``commit`` and ``dirty`` are of the code: None where it is not known.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kind, name, capability, threads = calibration.present(device.type)
     return {
-        "device": described.get("gpu") or described["cpu"],
-        "type": device.type,
-        "capability": described.get("capability") or described["cpu_capability"],
-        "threads": torch.get_num_threads() if device.type == "cpu" else 1,
+        "device": name,
+        "type": kind,
+        "capability": capability,
+        "threads": threads,
         "measured": True,
         "origin": {
             "command": command,
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "torch": described["torch"],
-            "commit": described["commit"],
-            "dirty": described["dirty"],
+            "torch": torch.__version__,
+            "version": version.__version__,
+            "commit": commit,
+            "dirty": dirty,
         },
     }
 
 
-def default_path(content: dict) -> Path:
-    """E.g. dbp_kernels/planning/calibrations/amd-epyc-2-threads.json."""
-    name = machine.slug(content["device"])
+def file_name(content: Content) -> str:
+    """E.g. amd-epyc-2-threads.json."""
     threads = f"-{content['threads']}-threads" if content["type"] == "cpu" else ""
-    return FOLDER / f"{name}{threads}.json"
+    return f"{origin.slug(content['device'])}{threads}.json"
 
 
-def to_text(content: dict) -> str:
+def to_text(content: Content) -> str:
     """JSON, one figure a line."""
     lines = []
     for key, value in content.items():
@@ -435,53 +446,55 @@ def to_text(content: dict) -> str:
     return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    from bench.options import device, positive
-
-    out = argparse.ArgumentParser(prog="python -m bench calibrate", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
-    out.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
-    out.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="count CPU time, not wall-clock time: with --threads 1, on a machine that is not idle",
     )
-    out.add_argument(
+    parser.add_argument(
         "--save",
         nargs="?",
         const="",
+        default=None if origin.clone() else "",
         metavar="PATH",
-        help="write the file (default path: dbp_kernels/planning/calibrations/<device>.json)",
+        help="write the file; default path: <device>.json in the current folder, where it is written "
+        "without --save too, or, in a clone, in dbp_kernels/planning/calibrations/",
     )
-    out.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    out.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")
-    options = out.parse_args(arguments)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test, no figures")
+
+
+def main(options: argparse.Namespace, command: str) -> int:
+    """Runs the command, which files call ``command``; returns the exit status."""
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
         print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
         return 2
-    given = sys.argv[2:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "bench", "calibrate", *given])
     threads = torch.get_num_threads()
+    root = origin.clone()
     try:
         torch.set_num_threads(options.threads or threads)
+        content = header(options.device, command, origin.commit(root), origin.dirty(root))
         with cpu_time(options.cpu_time):
-            return _calibrate(options, header(options.device, command))
+            return _calibrate(options, content)
     finally:
         torch.set_num_threads(threads)
 
 
-def _calibrate(options: argparse.Namespace, content: dict) -> int:
+def _calibrate(options: argparse.Namespace, content: Content) -> int:
     """Measures and writes; an interrupted calibration is kept once every figure is there."""
-    path = Path(options.save) if options.save else default_path(content)
+    folder = FOLDER if origin.clone() else Path.cwd()
+    path = Path(options.save) if options.save else folder / file_name(content)
     if options.save is not None and path.exists() and not options.overwrite:
         print(f"{path} exists and is not overwritten without --overwrite", file=sys.stderr)
         return 2
     begin, needed = time.perf_counter(), len(parts(options.device.type))
     rounds, found = 0, {}
 
-    def keep(measured: dict) -> None:
+    def keep(measured: dict[str, Any]) -> None:
         nonlocal rounds
         rounds += 1
         found.update(measured)
@@ -505,4 +518,6 @@ def _calibrate(options: argparse.Namespace, content: dict) -> int:
     print(to_text(content), end="")
     if options.save is not None:
         print(f"saved {path}")
+        if path.parent.resolve() != FOLDER:
+            print(f"the planner uses it where {calibration.VARIABLE}={path.resolve()} is set")
     return 0

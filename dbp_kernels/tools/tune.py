@@ -1,9 +1,10 @@
-"""``python -m bench tune``: times every shipped tile shape on this GPU and pins the fastest.
+"""``python -m dbp_kernels tune``: times every shipped tile shape on this GPU and pins the fastest.
 
-Writes dbp_kernels/backends/triton/configs/<gpu>.json, which the package then uses on this GPU and
-on others of its compute capability. Nothing is ever tuned while the package is in use: in a CUDA
-graph, say, a search would be recorded. Only shipped shapes are candidates, so what is pinned is
-what the tests compile. The file is written anew after every problem.
+Writes backends/triton/configs/<gpu>.json within the package, which then uses it on this GPU and on
+others of its compute capability; of an installed package the next version's files replace it. Nothing
+is ever tuned while the package is in use: in a CUDA graph, say, a search would be recorded. Only
+shipped shapes are candidates, so what is pinned is what the tests compile. The file is written anew
+after every problem.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.core import check, machine, registry
-from bench.core.timing import time_interleaved, time_replayed
-from bench.rivals.algorithms import geometry_of
-from bench.suites.kernels import Settings, make_input
 from dbp_kernels.precision import products_in
+from dbp_kernels.tools import origin
+from dbp_kernels.tools.cases import Case, conv, error, oracle, random_input, resnets, with_batch
+from dbp_kernels.tools.timing import time_interleaved, time_replayed
 
-FOLDER = machine.ROOT / "dbp_kernels" / "backends" / "triton" / "configs"
+FOLDER = origin.PACKAGE / "backends" / "triton" / "configs"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Problem:
     kernel: str
     precision: str
     sizes: dict[str, int]
-    candidates: tuple
-    run: Callable[[object], torch.Tensor]
+    candidates: tuple[Any, ...]
+    run: Callable[[Any], torch.Tensor]
     exact: Callable[[], torch.Tensor]
 
 
@@ -69,8 +71,22 @@ _GRAMS = ("gram_shift", "gram_direct", "gram_shift_tma")  # modules of the Trito
 PAIRS = 5
 _DIMS, _GROUPS = (576, 1152, 2304, 256, 128, 64), (1, 4)
 # Of products: groups, rows, columns, inner dimension. R S, and samples Z R^T.
-_PRODUCTS = ((1, 2304, 2304, 2304), (1, 4608, 4608, 4608), (4, 1152, 1152, 1152))
-_PRODUCTS += ((1, 1274, 2048, 2048), (1, 1274, 4608, 4608))
+_PRODUCTS = (
+    (1, 2304, 2304, 2304),
+    (1, 4608, 4608, 4608),
+    (4, 1152, 1152, 1152),
+    (1, 1274, 2048, 2048),
+    (1, 1274, 4608, 4608),
+)
+
+
+# Layers whose patches are small enough for the fused statistics.
+_SMALL = (
+    conv(26, 3, 224, 7, stride=2),
+    conv(26, 64, 56, 1),
+    conv(26, 3, 224, 11, stride=4, padding=2),
+    conv(26, 3, 32, 3),
+)
 
 
 def shapes() -> list[Shape]:
@@ -80,7 +96,7 @@ def shapes() -> list[Shape]:
     """
     ranked: list[tuple[int, Shape]] = [(1, shape) for shape in _matrix_shapes()]
     for n in (26, 256):
-        cases = registry.select(registry.RESNETS, n)
+        cases = [with_batch(case, n) for case in resnets()]
         for case in sorted(cases, key=lambda case: case.kernel != (3, 3)):
             main = case.kernel == (7, 7) or (case.kernel == (3, 3) and case.stride == (1, 1))
             for precision in PRECISIONS:
@@ -90,7 +106,7 @@ def shapes() -> list[Shape]:
     return [shape for _, shape in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def gram_shapes(case: registry.Case, precision: str) -> Iterator[Shape]:
+def gram_shapes(case: Case, precision: str) -> Iterator[Shape]:
     """One for each kernel that may compute S of this case and has tiles to choose from."""
     pointwise = case.is_linear or case.kernel == (1, 1)
     for kernel in _GRAMS:
@@ -110,17 +126,18 @@ def _matrix_shapes() -> Iterator[Shape]:
     for precision in ("tf32x3", "tf32", "ieee"):
         for dim in _DIMS:
             for groups in _GROUPS:
-                make = partial(_update_problem, precision, groups, dim)
-                yield Shape("symmetric_update", precision, f"{groups} of D {dim}", make)
+                label, update = (
+                    f"{groups} of D {dim}",
+                    partial(_update_problem, precision, groups, dim),
+                )
+                yield Shape("symmetric_update", precision, label, update)
     for precision in ("tf32", "ieee"):
-        for case in registry.select("stem|3x3 3@|1x1 64@", 26):
-            make = partial(_stats_problem, precision, case)
-            yield Shape("decor_stats", precision, case.name, make)
+        for case in _SMALL:
+            stats = partial(_stats_problem, precision, case)
+            yield Shape("decor_stats", precision, case.name, stats)
 
 
-def _gram_problem(
-    kernel: str, precision: str, case: registry.Case, device: torch.device
-) -> Problem | None:
+def _gram_problem(kernel: str, precision: str, case: Case, device: torch.device) -> Problem | None:
     from dbp_kernels.backends.triton import (
         configs,
         gram_direct,
@@ -129,8 +146,10 @@ def _gram_problem(
         runtime,
     )
 
-    settings = Settings(device, PRECISIONS[precision], channels_last=True)
-    x, geometry = make_input(case, settings), geometry_of(case)
+    x, geometry = (
+        random_input(case, device, PRECISIONS[precision], channels_last=True),
+        case.geometry,
+    )
     compute = {
         gram_shift.KERNEL: gram_shift.patch_gram_shift,
         gram_direct.KERNEL: gram_direct.patch_gram_direct,
@@ -144,11 +163,11 @@ def _gram_problem(
         (gram_direct if kernel == gram_direct.KERNEL else gram_shift).sizes(geometry),
         configs.configs(kernel, precision, runtime.target(device)),
         _in(precision, lambda config: compute(x, geometry, config)),
-        lambda: check.oracle(x, case),
+        lambda: oracle(x, case),
     )
 
 
-def _in(precision: str, run: Callable) -> Callable:
+def _in(precision: str, run: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
     """``run`` with products of float32 in this precision."""
 
     def within(config: object) -> torch.Tensor:
@@ -158,27 +177,25 @@ def _in(precision: str, run: Callable) -> Callable:
     return within
 
 
-def _stats_problem(precision: str, case: registry.Case, device: torch.device) -> Problem | None:
+def _stats_problem(precision: str, case: Case, device: torch.device) -> Problem | None:
     """Of the fused statistics; None where D is too large for every tile."""
     from dbp_kernels import reference
     from dbp_kernels.backends.triton import configs, gram_direct, runtime, stats
 
-    settings = Settings(device, torch.bfloat16, channels_last=True)
-    x, geometry = make_input(case, settings), geometry_of(case)
+    x, geometry = random_input(case, device, torch.bfloat16, channels_last=True), case.geometry
     dim = geometry.dim
     every = configs.configs(stats.KERNEL, precision, runtime.target(device))
     fit = tuple(c for c in every if c.block_m >= dim)
     if not fit:
         return None
     R = torch.eye(dim, device=x.device).expand(geometry.groups, dim, dim).contiguous()
-    window = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
     return Problem(
         stats.KERNEL,
         precision,
         gram_direct.sizes(geometry),
         fit,
         _in(precision, lambda config: stats.decor_stats(x, R, geometry, config=config)[0]),
-        lambda: reference.decor_stats(x.double(), R.double(), *window)[0],
+        lambda: reference.decor_stats(x.double(), R.double(), *case.window)[0],
     )
 
 
@@ -236,7 +253,9 @@ def refuse() -> str | None:
     return backends.unusable("triton", "cuda")
 
 
-def fastest(problem: Problem, device: torch.device, pairs: int = PAIRS) -> tuple[object, dict]:
+def fastest(
+    problem: Problem, device: torch.device, pairs: int = PAIRS
+) -> tuple[Any, dict[str, float]]:
     """(the best candidate, seconds of each by its text); wrong or failing ones do not count.
 
     Raises RuntimeError if none is left.
@@ -253,24 +272,24 @@ def fastest(problem: Problem, device: torch.device, pairs: int = PAIRS) -> tuple
     return min(right, key=lambda config: seconds[config.text]), seconds
 
 
-def working(problem: Problem) -> tuple[list, list[str]]:
+def working(problem: Problem) -> tuple[list[Any], list[str]]:
     """(the candidates whose results are right, why the others are out)."""
     exact = problem.exact()
     right, reasons = [], []
     for config in problem.candidates:
         try:
-            error = check.error(problem.run(config), exact)
+            off = error(problem.run(config), exact)
         except Exception as failure:
             reasons.append(f"{config.text}: {type(failure).__name__}: {failure}"[:200])
             continue
-        if error > 1e-2:
-            reasons.append(f"{config.text}: error {error:.1e}")
+        if off > 1e-2:
+            reasons.append(f"{config.text}: error {off:.1e}")
             continue
         right.append(config)
     return right, reasons
 
 
-def entry(problem: Problem, device: torch.device, pairs: int = PAIRS) -> dict:
+def entry(problem: Problem, device: torch.device, pairs: int = PAIRS) -> dict[str, Any]:
     """What is pinned for a problem: {"sizes", "config", "seconds"}. Raises what ``fastest`` does."""
     best, seconds = fastest(problem, device, pairs)
     return {
@@ -283,13 +302,13 @@ def entry(problem: Problem, device: torch.device, pairs: int = PAIRS) -> dict:
 def tune(
     problems: Iterable[Problem],
     device: torch.device,
-    keep: Callable[[dict], object] = lambda table: None,
-) -> tuple[dict, list[str]]:
+    keep: Callable[[dict[str, Any]], object] = lambda table: None,
+) -> tuple[dict[str, Any], list[str]]:
     """The table to pin, {kernel: {precision: [entries]}}, and what failed.
 
     ``keep`` is given the table after every problem; Ctrl-C ends the search.
     """
-    table: dict = {}
+    table: dict[str, Any] = {}
     failures = []
     try:
         for problem in problems:
@@ -307,30 +326,36 @@ def tune(
     return table, failures
 
 
-def write(table: dict, device_name: str, capability: int, folder: Path = FOLDER) -> Path:
+def write(table: dict[str, Any], device_name: str, capability: int, folder: Path = FOLDER) -> Path:
     """Writes (or replaces) the GPU's file."""
+    root = origin.clone()
     content = {
         "capability": capability,
         "device": device_name,
         "origin": {
             "torch": torch.__version__,
-            "commit": machine.commit(),
-            "dirty": machine.dirty(),
+            "commit": origin.commit(root),
+            "dirty": origin.dirty(root),
         },
         "pinned": table,
     }
-    path = folder / f"{machine.slug(device_name)}.json"
+    path = folder / f"{origin.slug(device_name)}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    out = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
-    out.add_argument("--filter", default="", metavar="REGEX", help='on "kernel precision: shape"')
-    out.add_argument("--seconds", type=float, default=math.inf, help="begin no problem after them")
-    options = out.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--filter", default="", metavar="REGEX", help='on "kernel precision: shape"'
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no problem after them"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     reason = refuse()
     if reason:
         print(reason, file=sys.stderr)
@@ -339,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     end = time.monotonic() + options.seconds
-    wanted = registry.compile_filter(options.filter)
+    wanted = re.compile(options.filter)
     made = (s.make(device) for s in shapes() if wanted.search(s.name) and time.monotonic() < end)
     save = partial(
         write,
