@@ -70,7 +70,7 @@ def attach(
         optimizer: the optimiser of the model's weights, or several, which may step in any order: R
             learns once all have that have gradients.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, stagger: as for `DecorUpdate`. A tensor counts with the value it has now.
+            process_group, stagger: as for `DecorUpdate`.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
         include, exclude: layers, as for `decorrelate_model`.

@@ -113,6 +113,7 @@ def test_names():
         ({"lr": "0.1"}, "lr"),
         ({"kappa": 1.5}, "kappa"),
         ({"kappa": None}, "kappa"),
+        ({"kappa": torch.tensor(0.5)}, "kappa"),
         ({"sample": 0}, "sample"),
         ({"sample": 0.0}, "sample"),
         ({"sample": 1.5}, "sample"),
