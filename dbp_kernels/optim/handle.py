@@ -134,6 +134,10 @@ class Attached:
         """How many updates of every layer were left out as not finite, as ``DecorUpdate``."""
         return self._engine.skipped()
 
+    def clipped(self) -> dict[str, Tensor]:
+        """How many updates of every layer were made smaller or had rows held, as ``DecorUpdate``."""
+        return self._engine.clipped()
+
     def schedule(self) -> ScheduleReport:
         """What the budget has chosen, as ``DecorUpdate``. Raises RuntimeError without a budget."""
         if self._engine._budget is None:

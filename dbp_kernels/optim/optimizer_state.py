@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
 from dbp_kernels.optim.swap import some
 
@@ -58,7 +59,10 @@ class Checkpoint:
     # key is always there, and what changes its length is text.
 
     def _layer(self, site: Site) -> dict[str, Tensor]:
-        never = {"loss": site.R.new_full((), torch.nan), "skipped": torch.zeros(()).long()}
+        never = {
+            "loss": site.R.new_full((), torch.nan),
+            **dict.fromkeys((SKIPPED, CLIPPED), torch.zeros(()).long()),
+        }
         return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, never)}
 
     def _common(self) -> dict[str, Any]:
@@ -131,9 +135,9 @@ class Checkpoint:
             site.W.copy_(entry["W"])
             site.R.copy_(entry["R"])
             if entry["skipped"] or not entry["loss"].isnan():
-                state = self._engine._state_of(site.R)
-                state["loss"].copy_(entry["loss"])
-                state["skipped"].copy_(entry["skipped"])
+                for key, value in self._engine._state_of(site.R).items():
+                    # saved before there was a clip, nothing was clipped
+                    value.copy_(entry[key]) if key in entry else value.zero_()
         if loaded:
             self._restore(loaded[0])
         self._engine.discard()
