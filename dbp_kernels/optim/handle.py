@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels.optim.budget import ScheduleReport
-from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.optimizer_state import Checkpoint
+from dbp_kernels.optim.sharing import users
 from dbp_kernels.optim.site import Feed, Site
 from dbp_kernels.optim.swap import Swap, form
 
@@ -27,7 +28,7 @@ class Attached:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         sites: Sequence[Site],
-        engine: DecorUpdate,
+        engine: Engine,
         left_alone: Mapping[str, str],
     ) -> None:
         self._model, self._optimizers = model, list(optimizers)
@@ -73,6 +74,7 @@ class Attached:
     def R(self, name: str) -> Tensor:
         """The layer's R itself: (D, D), or (groups, D, D) with groups > 1. Not to be written to.
 
+        Layers that share R have the same tensor; where they are told apart, one gets another.
         Raises KeyError if no layer of this name is attached.
         """
         return self._site(name).R
@@ -87,11 +89,13 @@ class Attached:
         return self._sites[name]
 
     def decorrelated(self) -> dict[str, str]:
-        """{layer: its groups, size and what R takes}."""
-        return {
-            name: f"R {' x '.join(map(str, site.R.shape))}, {_mib(site.R)}"
-            for name, site in self._sites.items()
-        }
+        """{layer: its groups, size and what R takes, or with which layer it shares R}."""
+        told = {}
+        for first, *others in users(list(self._sites.values())):
+            size = f"R {' x '.join(map(str, first.R.shape))}"
+            told[first.name] = f"{size}, {_mib(first.R)}"
+            told.update((site.name, f"{size}, that of {first.name!r}") for site in others)
+        return {name: told[name] for name in self._sites}
 
     def left_alone(self) -> dict[str, str]:
         """{layer: why it is not decorrelated}."""
@@ -126,7 +130,7 @@ class Attached:
             self.detach()
 
     def __repr__(self) -> str:
-        total = sum(site.R.nbytes for site in self._sites.values())
+        total = sum(own[0].R.nbytes for own in users(list(self._sites.values())))
         title = f"{type(self).__name__} ({len(self._sites)} layers, R {total / 2**20:.1f} MiB"
         lines = [title + (")" if self._attached else ", detached)")]
         lines += [f"  {name}: {told}" for name, told in self.decorrelated().items()]

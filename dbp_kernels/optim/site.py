@@ -51,7 +51,9 @@ class Site:
         module, patches: the layer, and how it sees its input.
         weight: the parameter, which functional calls replace in the module.
         R: (D, D), or (groups, D, D) with groups > 1; at least float32.
+            The same tensor as that of other sites with which it is shared.
         W: as the weight. Within the step it is the memory that the parameter points to.
+        compared: whether sites that could share R have been looked for.
     """
 
     _recorder = None
@@ -63,6 +65,7 @@ class Site:
         weight = self.weight
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
+        self.compared = False
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
         self._transformed: Tensor | None = None  # a gradient that is W's already
@@ -231,3 +234,4 @@ class Site:
         if weight.device != self.W.device or weight.dtype != self.W.dtype:
             self.W = self.W.to(weight.device, weight.dtype)
             self.R = self.R.to(weight.device, statistics_dtype(weight.dtype))
+            self.compared = False
