@@ -125,7 +125,7 @@ def _rounded(value):
 
 def _products(meter: Meter, groups: int, sides: Sequence[int]) -> list:
     """[side, GFLOP/s] of X^T Y between rows of one buffer, as the shift form multiplies."""
-    from dbp_kernels.backends.eager.matmul import product
+    from dbp_kernels.products.matmul import product
 
     points = []
     for side in sides:
@@ -155,7 +155,7 @@ def _narrow(meter: Meter, multiply: Callable) -> list:
 
 def _libraries(meter: Meter) -> dict:
     """The same by BLAS, and by oneDNN where torch has it for float32."""
-    from dbp_kernels.backends.eager import onednn
+    from dbp_kernels.products import onednn
 
     measured = {"narrow": _narrow(meter, torch.mm)}
     if meter.device.type == "cpu" and onednn.available():

@@ -26,13 +26,13 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
 
 from dbp_kernels import nn, ops, reference  # noqa: E402
 from dbp_kernels.backends import backend  # noqa: E402
+from dbp_kernels.explanation import explain  # noqa: E402
 from dbp_kernels.functional import *  # noqa: E402, F403
 from dbp_kernels.functional import __all__ as _functional  # noqa: E402
 from dbp_kernels.optim.attach import attach  # noqa: E402
 from dbp_kernels.optim.decor_update import DecorUpdate  # noqa: E402
 from dbp_kernels.optim.handle import Attached  # noqa: E402
 from dbp_kernels.optim.kinds import Patches, register  # noqa: E402
-from dbp_kernels.planning.explain import explain  # noqa: E402
 from dbp_kernels.state_dicts import fuse_state_dict, load_decorrelated  # noqa: E402
 from dbp_kernels.surgery import decorrelate_model, fuse_model  # noqa: E402
 

@@ -133,11 +133,11 @@ def all_reduce(
         flat = torch.empty(sum(sizes[i][2] for i in bucket), device=device, dtype=dtype)
         for part in flat.split([sizes[i][2] for i in bucket]):
             pack(next(source), part)
-        with _told():
+        with _explained():
             work = dist.all_reduce(flat, group=process_group, async_op=True)
         pending.append((bucket, flat, work))
     for bucket, flat, work in pending:
-        with _told():
+        with _explained():
             work.wait()
         parts = flat.split([sizes[i][2] for i in bucket])
         for index, part in zip(bucket, parts):
@@ -147,22 +147,21 @@ def all_reduce(
 def broadcast(tensors: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Overwrite the tensors with those of the group's first rank."""
     source = _first_rank(process_group)
-    with _told():
-        started = [dist.broadcast(t, source, group=process_group, async_op=True) for t in tensors]
-        for work in started:
+    with _explained():
+        for work in [dist.broadcast(t, source, process_group, async_op=True) for t in tensors]:
             work.wait()
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Says what is most likely wrong where a collective fails: some rank is not in it."""
+def _explained() -> Iterator[None]:
+    """An error of the communication, such as its timeout, names what mostly causes it."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"ranks could not exchange samples or R in step() ({error}): expected all ranks of the "
-            "process group to call step() as often as each other, with the same layers and options, "
-            "and in the same place among their other collectives"
+            "the ranks' samples could not be added up: every rank must call step() equally often "
+            "(decor.step(), or that of an attached optimiser), also where it has no batch, and no "
+            f"rank may have stopped ({error})"
         ) from error
 
 

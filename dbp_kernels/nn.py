@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
+from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import Recorder, record
@@ -125,6 +126,10 @@ class _Decorrelated(nn.Module):
         """The input with a leading dimension to sample along."""
         raise NotImplementedError
 
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]:
+        """Such images as the statistics take them."""
+        return op_inputs(samples, self._patch_geometry())
+
     @property
     def _learns(self) -> bool:
         """Whether R may change: where the weight is frozen, the layer's function is to stay as it is."""
@@ -136,7 +141,7 @@ class _Decorrelated(nn.Module):
 
     def _condense(self) -> Tensor:
         """A = W R, the weight of the equal plain layer."""
-        return _condensed(self.weight, self.R, self._patch_size()[0], self._transposed)
+        return _condensed(self.weight, self.R, self._patch_size()[0], bool(self._transposed))
 
     def _passed(self, input: Tensor, output: Tensor) -> None:
         """Called after a forward pass: hands its input to the optimiser, if there is one."""

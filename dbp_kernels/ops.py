@@ -22,10 +22,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from dbp_kernels import backends, choose
-from dbp_kernels.backends.eager.rows_times import rows_times, times
 from dbp_kernels.plain_call import nothing_between, plain
 from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
 from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
+from dbp_kernels.products.rows_times import rows_times, times
 from dbp_kernels.rules import UpdateRule
 
 if TYPE_CHECKING:

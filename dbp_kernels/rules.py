@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import (
+from dbp_kernels.precision import products_of_change
+from dbp_kernels.products.matmul import (
     add_product_,
     matmul,
     symmetric_product,
     times_transposed,
 )
-from dbp_kernels.precision import products_of_change
 
 RULES = ("standard", "normalized")
 

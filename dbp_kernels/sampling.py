@@ -14,17 +14,18 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import count
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dbp_kernels.clock import mark
+from dbp_kernels.op_input import OpInput
 from dbp_kernels.precision import computed_dtype
 
 # Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
@@ -75,6 +76,8 @@ class Layer(Sees, Protocol):
     def _learns(self) -> bool: ...
 
     def _as_images(self, input: Tensor) -> Tensor: ...
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]: ...
 
     def _gradient(self) -> object: ...
 
@@ -331,7 +334,7 @@ class Recorder:
             )
 
 
-def recorder_of(layer: Layer) -> Recorder | None:
+def recorder_of(layer: Layer | nn.Module) -> Recorder | None:
     """The live recorder attached to a layer, if any."""
     reference = getattr(layer, "_recorder", None)  # a fused layer has lost the attribute
     return None if reference is None else reference()

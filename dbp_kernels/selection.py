@@ -74,8 +74,13 @@ class Rules:
 
     def __init__(self, argument: str, given: Filter) -> None:
         self.argument = argument
-        several = isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module))
-        self.rules = list(given) if several else [] if given is None else [given]
+        self.rules: list[Rule]
+        if given is None:
+            self.rules = []
+        elif isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module)):
+            self.rules = list(given)
+        else:
+            self.rules = [given]
         for rule in self.rules:
             if not isinstance(rule, (str, type)) and not callable(rule):
                 raise TypeError(

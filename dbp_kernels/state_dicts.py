@@ -6,12 +6,13 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dbp_kernels.nn import TRANSPOSED, fused_weight, is_decorrelated
+from dbp_kernels.selection import aliases_of
 from dbp_kernels.surgery import (
     check_model,
     decorrelated_class,
@@ -53,18 +54,12 @@ def load_decorrelated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Mod
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[nn.Module, str] = {}
     for key in _R_keys(state):
-        name = key[:-2]
-        module = modules.get(name)
-        if module is None:
-            raise ValueError(f"state_dict has {key!r}, but model has no layer {name!r}")
+        module = _module_of(key, modules)
         if is_decorrelated(module) or _has_R(module):
             continue
-        reason = why_not(module)
-        if reason is not None:
-            raise ValueError(
-                f"state_dict has {key!r}, but layer {name!r} cannot be decorrelated: {reason}"
-            )
-        layers.setdefault(module, name)
+        if why_not(module) is not None:
+            raise _unexpected(key, module)
+        layers.setdefault(module, key[:-2])
     R = identities({name: module for module, name in layers.items()})
     make_decorrelated(R)
     try:
@@ -156,16 +151,13 @@ def _tell_by(
 
 
 def _by_model(key: str, modules: Mapping[str, nn.Module]) -> bool | None:
-    name = key[:-2]
-    module = modules.get(name)
-    if module is None:
-        raise ValueError(f"state_dict has {key!r}, but model has no layer {name!r}")
+    module = _module_of(key, modules)
     decorrelated = decorrelated_class(module)
     if decorrelated is not None:
         return decorrelated._transposed
     if _has_R(module):
         return None
-    raise ValueError(f"state_dict has {key!r}, but layer {name!r} is {why_not(module)}")
+    raise _unexpected(key, module)
 
 
 def _by_shape(key: str, W: Tensor, R: Tensor) -> bool:
@@ -192,7 +184,20 @@ def _fits(W: Tensor, R: Tensor, transposed: bool) -> bool:
     return W.shape[0] % groups == 0 and W[0].numel() == size
 
 
-# Entries.
+# Entries, and the modules they are of.
+
+
+def _module_of(key: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    name = key[:-2]
+    if name not in modules:
+        raise ValueError(f"state_dict has {key!r}, but model has no layer {name!r}")
+    return modules[name]
+
+
+def _unexpected(key: str, module: nn.Module) -> ValueError:
+    return ValueError(
+        f"state_dict has {key!r}, but layer {key[:-2]!r} cannot be decorrelated: {why_not(module)}"
+    )
 
 
 def _check(state_dict: Any) -> None:
@@ -222,7 +227,8 @@ def _weight_of(state_dict: Mapping[str, Any], key: str) -> Tensor:
             "weight_norm, spectral_norm or pruning), or model= as well, if that weight is another "
             "layer's too or R belongs to a Decorrelate module"
         )
-    return state_dict[_weight_key(key)]
+    weight: Tensor = state_dict[_weight_key(key)]
+    return weight
 
 
 def _has_R(module: nn.Module) -> bool:
@@ -234,27 +240,29 @@ def _like(
     state_dict: Mapping[str, Any], change: Callable[[Tensor], Tensor] = lambda x: x
 ) -> OrderedDict[str, Any]:
     """A copy, with its notes, of changed tensors."""
-    copy = OrderedDict(
+    copy: Any = OrderedDict(  # with an attribute
         (key, change(value) if isinstance(value, Tensor) else value)
         for key, value in state_dict.items()
     )
     notes = getattr(state_dict, "_metadata", None)
     if notes is not None:
         copy._metadata = OrderedDict((name, dict(entry)) for name, entry in notes.items())
-    return copy
+    return cast("OrderedDict[str, Any]", copy)
 
 
 def _with_shared(state_dict: Mapping[str, Any], model: nn.Module) -> OrderedDict[str, Any]:
-    """With every name of parameters that the model shares: safetensors keeps one of them."""
+    """With every name of what the model shares: safetensors keeps one of them."""
+    shared: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(parameter, []).append(name)
+    for module, names in aliases_of(model).items():
+        for own in ("R", *module._buffers):
+            shared[module, own] = [f"{name}.{own}" if name else own for name in names]
     complete = _like(state_dict)
-    found: dict[nn.Parameter, Any] = {}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in named.items():
-        if name in state_dict:
-            found.setdefault(parameter, state_dict[name])
-    for name, parameter in named.items():
-        if name not in complete and parameter in found:
-            complete[name] = found[parameter]
+    for names in shared.values():
+        found = [name for name in names if name in state_dict]
+        if found:
+            complete.update((name, state_dict[found[0]]) for name in names if name not in found)
     return complete
 
 
@@ -276,18 +284,19 @@ def _warn_of_ties(state_dict: Mapping[str, Any], fused: Mapping[str, Any]) -> No
 @contextmanager
 def _without_memory(model: nn.Module) -> Iterator[None]:
     """Within it parameters and buffers are on the meta device; what is done to them is undone."""
-    kept = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(f"model has the lazy parameter {lazy[0]!r}: run a forward pass first")
+    holders: list[dict[str, Any]] = [
+        tensors for m in model.modules() for tensors in (m._parameters, m._buffers)
+    ]
+    kept = [dict(tensors) for tensors in holders]
     try:
-        for module, *_ in kept:
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    tensors[name] = None if x is None else x.detach().to("meta")
+        for tensors in holders:
+            for name, x in tensors.items():
+                tensors[name] = None if x is None else x.detach().to("meta")
         yield
     finally:
-        for module, parameters, buffers in kept:
-            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                tensors.clear()
-                tensors.update(before)
+        for tensors, before in zip(holders, kept):
+            tensors.clear()
+            tensors.update(before)

@@ -8,6 +8,7 @@ optimiser, by a tied embedding) therefore survive without any bookkeeping.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,19 @@ from dbp_kernels.distributed import ignore_in_ddp, unwrap
 from dbp_kernels.sampling import recorder_of
 from dbp_kernels.selection import Filter, Selection, multiplies, unusable
 
-_DECORRELATED: dict[type[nn.Module], type[nn.Module]] = {
+_DECORRELATED: dict[type[nn.Module], type[dbp_nn._Decorrelated]] = {
     nn.Linear: dbp_nn.DecorLinear,
     nn.Conv1d: dbp_nn.DecorConv1d,
     nn.Conv2d: dbp_nn.DecorConv2d,
     nn.Conv3d: dbp_nn.DecorConv3d,
     nn.ConvTranspose2d: dbp_nn.DecorConvTranspose2d,
 }
-_PLAIN = {decorrelated: plain for plain, decorrelated in _DECORRELATED.items()}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    decorrelated: plain for plain, decorrelated in _DECORRELATED.items()
+}
 
 
-def decorrelated_class(module: nn.Module) -> type[nn.Module] | None:
+def decorrelated_class(module: nn.Module) -> type[dbp_nn._Decorrelated] | None:
     """The decorrelated class of a layer, or the one a plain layer would get; None for others."""
     if dbp_nn.is_decorrelated(module):
         return type(module)
@@ -73,17 +76,19 @@ def decorrelate_model(
     """
     check_model(model)
     selection = Selection(unwrap(model), include, exclude)
-    chosen, left_alone = {}, {}
+    chosen: dict[str, nn.Module] = {}
+    left_alone: dict[str, str] = {}
     for module, names in selection.names.items():
         reason = why_not(module) or selection.why_not(module)
         if reason is None:
             chosen[names[0]] = module
         elif multiplies(module):
             left_alone[names[0]] = reason
-    make_decorrelated(identities(chosen))
+    R = identities(chosen)
+    make_decorrelated(R)
     settle(model)
     if report:
-        print(_table({name: module.R for name, module in chosen.items()}, left_alone))
+        print(_table({name: R[module] for name, module in chosen.items()}, left_alone))
     return model
 
 
@@ -119,7 +124,7 @@ def make_decorrelated(R: Mapping[nn.Module, Tensor]) -> None:
 
 def make_plain(modules: Iterable[nn.Module]) -> None:
     """Decorrelated layers become plain ones, without R; ``settle`` is to follow."""
-    for module in modules:
+    for module in filter(dbp_nn.is_decorrelated, modules):
         recorder = recorder_of(module)
         if recorder is not None:
             recorder.release()
@@ -197,7 +202,8 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: {type(module).__name__} is a subclass of a "
                 "decorrelated layer; expected the layer itself (remove parametrisations first)"
             )
-        if module._parameters.get("weight") is None:
+        weight = module._parameters.get("weight")
+        if weight is None:
             raise ValueError(
                 f"cannot fuse layer {name!r}: its weight is not a plain parameter; remove "
                 "weight_norm, spectral_norm or pruning first"
@@ -207,10 +213,10 @@ def fuse_model(model: nn.Module) -> nn.Module:
                 f"cannot fuse layer {name!r}: its forward has been replaced on the instance; "
                 "remove what has done so (a hook, an adapter) first"
             )
-        weights[module] = _fused_parameter(module)
+        weights[module] = _fused(weight, module)
 
-    for module, weight in weights.items():
-        module._parameters["weight"] = weight
+    for layer, fused in weights.items():
+        layer._parameters["weight"] = fused
     make_plain(weights)
     settle(model)
     return model
@@ -221,16 +227,15 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _identity(module: nn.Module) -> Tensor:
+def _identity(module: Any) -> Tensor:
     """The first R of a plain layer."""
     # The sizes come from attributes that the plain layer has too.
     groups, size = _DECORRELATED[type(module)]._patch_size(module)
     return dbp_nn.identity_R(groups, size, module.weight.device, module.weight.dtype)
 
 
-def _fused_parameter(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    A = dbp_nn.fused_weight(weight, module.R, module._transposed)
+def _fused(weight: nn.Parameter, module: dbp_nn._Decorrelated) -> nn.Parameter:
+    A = dbp_nn.fused_weight(weight, module.R, bool(module._transposed))
     if A is weight:
         return weight
     fused = nn.Parameter(A, weight.requires_grad)

@@ -276,4 +276,4 @@ def forgetful_main(rank: int, folder: str, steps: int) -> None:
 def test_a_rank_that_forgets_a_step_is_told_of_on_the_others(tmp_path, steps):
     """Where the process group gives up waiting for it: here because it is gone."""
     mp.spawn(forgetful_main, (str(tmp_path), steps), nprocs=2)
-    assert "all ranks of the process group to call step()" in (tmp_path / "told").read_text()
+    assert "every rank must call step() equally often" in (tmp_path / "told").read_text()

@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import dbp_kernels as dbp
 from dbp_kernels import reference
-from dbp_kernels.backends.eager import onednn, rows_times
+from dbp_kernels.products import onednn, rows_times
 
 F64 = torch.float64
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

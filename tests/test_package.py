@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -74,3 +75,13 @@ def test_info_reports_versions_devices_and_backends():
     text = info.report()
     assert torch.__version__ in text
     assert "eager on cpu" in text
+
+
+def test_hooks_run_what_make_lint_runs():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    files = r"(?: \.| \$\(CPP\))?"  # hooks are given those that have changed
+    lint = re.findall(rf"^\t\$\(BIN\)/(.*?){files}$", recipe, re.MULTILINE)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    entries = re.findall(r"^ +entry: (.*?)(?: --force-exclude)?$", hooks, re.MULTILINE)
+    assert entries == lint
+    assert len(lint) >= 4

@@ -282,6 +282,22 @@ def test_a_shared_weight_may_be_there_once(kept):
         torch.testing.assert_close(fused["head.weight"], model.head.weight @ model.head.R)
 
 
+@pytest.mark.parametrize("kept", ["0.", "2."])
+def test_a_shared_layer_may_be_there_once(kept):
+    def make():
+        shared = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        return nn.Sequential(shared, nn.ReLU(), shared)
+
+    model = trained(make)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(kept)}
+    other = dbp.load_decorrelated(make(), state)
+    assert other[0] is other[2]
+    assert torch.equal(other[0][0].R, model[0][0].R)
+    fused = dbp.fuse_state_dict(state, make())
+    assert fused.keys() == make().state_dict().keys()
+    assert fused["0.0.weight"] is fused["2.0.weight"]
+
+
 def without(key):
     return lambda state: state.pop(key)
 

@@ -128,7 +128,7 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
     kind = type(optimizer)
     if (kind.__module__, kind.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
-        return _innermost(optimizer.optimizer)
+        return _innermost(optimizer.optimizer)  # type: ignore[attr-defined]
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"optimizer is a {kind.__name__} without torch's step hooks: expected a "

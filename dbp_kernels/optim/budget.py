@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,9 @@ from dbp_kernels import distributed
 from dbp_kernels.choose import update_choices
 from dbp_kernels.clock import Mark, mark, seconds, wait
 from dbp_kernels.optim.schedule import CALIBRATIONS, WARM_UP, Schedule, Sizes
+from dbp_kernels.optim.step import Job
 from dbp_kernels.planning import planner
 from dbp_kernels.planning.geometry import ConvGeometry
-
-if TYPE_CHECKING:
-    from dbp_kernels.optim.step import Job
 
 # A sample is not made smaller than this, which keeps the largest eigenvalue of a sampled second
 # moment, about D / n, in bounds. GUESS, not measured.
@@ -277,6 +275,7 @@ class Budget:
         if distributed.active(process_group):
             self.agree(process_group)
         if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
+            assert self.schedule.base is not None  # since it was calibrated
             warnings.warn(
                 f"budget={self.share:g} pays for no update: a step without any takes "
                 f"{1e3 * self.schedule.base:.3g} ms, and choosing none already "
@@ -378,7 +377,8 @@ def sample_sizes(
         gram_only: several processes: they add up second moments.
     """
     patches = sum(geometry.samples for geometry in geometries)
-    sizes, part = [], 1.0
+    sizes: list[tuple[float, float]] = []
+    part = 1.0
     while not sizes or (images * part >= 1 and patches * part >= MIN_PATCHES):
         seconds = sum(
             _update_seconds(g, max(1, round(g.batch * part)), device, dtype, gram_only)

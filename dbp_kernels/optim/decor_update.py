@@ -23,7 +23,7 @@ from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
-from dbp_kernels.sampling import Inputs, Recorder, recorder_of
+from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
 from dbp_kernels.surgery import switch_fast_paths
 
 
@@ -161,7 +161,7 @@ class DecorUpdate(torch.optim.Optimizer):
         groups = as_groups(model)
         check_groups([parse_group(group, defaults) for group in groups])
         self.process_group = process_group
-        self._layers: list[list[nn.Module]] = []  # parallel to param_groups
+        self._layers: list[list[Layer]] = []  # parallel to param_groups
         self._recorders: list[list[Recorder]] = []
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         self._side = SideStreams()
@@ -202,7 +202,7 @@ class DecorUpdate(torch.optim.Optimizer):
         if self._budget is not None:
             self._budget.restart(sum(map(len, self._layers)))
 
-    def _named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def _named_layers(self) -> Iterator[tuple[str, Layer]]:
         for group, layers in zip(self.param_groups, self._layers):
             yield from zip(group["param_names"], layers)
 
@@ -243,7 +243,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
     def _due(self, options: dict[str, Any], layer: int) -> bool:
         phase = 0 if self._phases is None else self._phases[layer]
-        return (self._steps - phase) % options["update_every"] == 0 and options["lr"] != 0
+        return bool((self._steps - phase) % options["update_every"] == 0 and options["lr"] != 0)
 
     def _take_turns(self, jobs: list[Job], many: bool) -> None:
         """Choose when each layer is due from now on, by what its update costs."""
@@ -455,7 +455,7 @@ class DecorUpdate(torch.optim.Optimizer):
         """Statistics and updates run in their own precision wherever step() is called."""
         with ExitStack() as stack:
             for device_type in {job.R.device.type for job in jobs}:
-                if torch.amp.is_autocast_available(device_type):
+                if torch.amp.autocast_mode.is_autocast_available(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             cuda = any(precision.on_cuda(job.R) for job in jobs)
             stack.enter_context(precision.update_precision(self._matmul_precision, cuda))
@@ -468,6 +468,7 @@ class DecorUpdate(torch.optim.Optimizer):
     def _budget_step(self, begin: Mark, jobs: list[Job]) -> None:
         """Tell the budget what this step did, and have the next one's layers chosen."""
         groups = [group for group, layers in zip(self.param_groups, self._layers) for _ in layers]
+        assert self._budget is not None
         self._budget.finish(
             begin,
             self._device,
@@ -494,7 +495,7 @@ class DecorUpdate(torch.optim.Optimizer):
             if (options := self._sampling_options(*place)) is not None
         ]
 
-    def _places(self) -> Iterator[tuple[tuple[int, int], nn.Module, Recorder]]:
+    def _places(self) -> Iterator[tuple[tuple[int, int], Layer, Recorder]]:
         """(group, place in it), layer and recorder, of all layers in their order."""
         for group, (layers, recorders) in enumerate(zip(self._layers, self._recorders)):
             for index, (layer, recorder) in enumerate(zip(layers, recorders)):
@@ -511,7 +512,7 @@ class DecorUpdate(torch.optim.Optimizer):
             yield *update_from(job, total), some if self._gate is None else some & self._gate
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
-        state = self.state[R]
+        state: dict[str, Tensor] = self.state[R]
         if not state:
             state["loss"] = R.new_full((), math.nan)
             state["skipped"] = torch.zeros((), dtype=torch.int64, device=R.device)
@@ -651,11 +652,11 @@ class DecorUpdate(torch.optim.Optimizer):
         return "\n".join([*lines, ")"])
 
 
-def _make_recorders(layers: Iterable[nn.Module], owner: DecorUpdate, group: int) -> list[Recorder]:
+def _make_recorders(layers: Iterable[Layer], owner: DecorUpdate, group: int) -> list[Recorder]:
     return [Recorder(layer, owner, group, index) for index, layer in enumerate(layers)]
 
 
-def _why_lost(layer: nn.Module) -> str:
+def _why_lost(layer: Layer) -> str:
     """Why a layer that was ours is no longer."""
     if not hasattr(layer, "R"):
         return "it was fused, so that its weight is A = W R"

@@ -187,7 +187,11 @@ class Capture:
         """What does the ``work`` again, on the current stream. Now it is not done, only captured."""
         graph = torch.cuda.CUDAGraph()
         # other threads may do as they like meanwhile: one that pins batches calls CUDA all the time
-        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        options: dict[str, Any] = {
+            "pool": self._pool,
+            "stream": self._stream,
+            "capture_error_mode": "thread_local",
+        }
         # a capture that fails leaves its own stream current: the outer block leaves it
         with torch.cuda.stream(torch.cuda.current_stream(self._device)):
             try:

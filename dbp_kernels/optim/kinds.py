@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dbp_kernels.selection import unusable
 
 
 def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return arguments[0] if arguments else next(iter(named.values()))
+    input: Tensor = arguments[0] if arguments else next(iter(named.values()))
+    return input
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Patches:
 
     @property
     def groups(self) -> int:
-        return self.window.get("groups", 1)
+        groups: int = self.window.get("groups", 1)
+        return groups
 
     @property
     def dims(self) -> int:
@@ -48,7 +49,7 @@ class Patches:
         return len(self.window["kernel_size"])
 
 
-Describe = Callable[[nn.Module], Patches | str]
+Describe = Callable[[Any], Patches | str]  # of a module of a type that is registered with it
 
 
 def _linear(module: nn.Linear) -> Patches:
@@ -73,7 +74,7 @@ def _attention(module: nn.MultiheadAttention) -> Patches | str:
         return "its projections of query, key and value have weights of their own"
 
     def find(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
-        given = dict(zip(("query", "key", "value"), arguments)) | named
+        given: dict[str, Tensor] = dict(zip(("query", "key", "value"), arguments)) | named
         query, key, value = given["query"], given["key"], given["value"]
         if not (query is key is value):
             return None
@@ -131,7 +132,7 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     return unusable(module, patches.weight) or _unfit(patches, module._parameters[patches.weight])
 
 
-def _unfit(patches: Patches, weight: torch.Tensor) -> str | Patches:
+def _unfit(patches: Patches, weight: Tensor | None) -> str | Patches:
     if type(weight) is not nn.Parameter:
         return f"its {patches.weight} is a {type(weight).__name__}"
     rows = patches.groups * patches.size

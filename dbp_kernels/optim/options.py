@@ -13,11 +13,12 @@ from dbp_kernels import distributed, rules
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import MATMUL_PRECISIONS
+from dbp_kernels.sampling import Layer
 
 _SAMPLINGS = ("first", "random")
 COSTS = ("measured", "planned")  # where a budget's come from
 
-_Layers = dict[str, nn.Module]
+_Layers = dict[str, Layer]
 
 
 def as_groups(model: Any) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _
     return checked_options({**defaults, **options}), layers
 
 
-def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
+def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, Layer]]:
     """Names and layers of a module, or of an iterable of modules or (name, module) pairs."""
     if isinstance(modules, nn.Module):
         for name, module in distributed.unwrap(modules).named_modules():
@@ -79,7 +80,7 @@ def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_groups(groups: list[tuple[Any, _Layers]]) -> None:
-    seen: dict[nn.Module, str] = {}
+    seen: dict[Layer, str] = {}
     for _, layers in groups:
         for name, layer in layers.items():
             if layer in seen:

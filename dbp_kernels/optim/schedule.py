@@ -164,10 +164,10 @@ class Schedule:
                 taken = min(seconds, _OUTLIER * usual) - self.overhead
                 self.bank += self.allowance - paid - taken + sum(before[i] for i in layers)
         self.scale = [s * b / a if a else s for s, a, b in zip(self.scale, before, fitted)]
-        seconds = [
+        of_sizes = [
             [t * scale for _, t in sizes] or [0.0] for sizes, scale in zip(self.sizes, self.scale)
         ]
-        after = fit_samples(seconds, every, self.allowance)
+        after = fit_samples(of_sizes, every, self.allowance)
         for layer, (old, new) in enumerate(zip(self.size, after)):
             if old != new:
                 self.losses[layer].clear()  # a smaller sample's loss is larger: not comparable
@@ -217,7 +217,8 @@ class Schedule:
             age = self.step - self.last[layer]
             if age * allowance > patience:
                 return (False, -age, layer)
-            gain = unknown if gains[layer] is None else gains[layer]
+            gain = gains[layer]
+            gain = unknown if gain is None else gain
             return (True, -gain / costs[layer] * age, layer)
 
         taken = [layer for layer in possible if costs[layer] == 0]

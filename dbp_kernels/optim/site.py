@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels.backends.eager.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.nn import identity_R, set_identity_
+from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.precision import statistics_dtype
-from dbp_kernels.sampling import record, recorder_of
+from dbp_kernels.products.rows_times import rows_times, rows_times_transposed
+from dbp_kernels.sampling import Recorder, record, recorder_of
 
 
 class Feed:
@@ -56,12 +58,12 @@ class Site:
         compared: whether sites that could share R have been looked for.
     """
 
-    _recorder = None
-    _recorder_key = None
+    _recorder: weakref.ref[Recorder] | None = None
+    _recorder_key: Tensor | None = None
 
     def __init__(self, name: str, module: nn.Module, patches: Patches) -> None:
         self.name, self.module, self.patches = name, module, patches
-        self.weight: nn.Parameter = module._parameters[patches.weight]
+        self.weight = module.get_parameter(patches.weight)
         weight = self.weight
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
@@ -87,15 +89,14 @@ class Site:
 
         The weight may be there detached, or as torch.func wraps it.
         """
-        weight = module._parameters[self.patches.weight]
+        weight: Any = module._parameters[self.patches.weight]
         if weight is self.weight:
             return True
         functorch = torch._C._functorch
         while functorch.is_gradtrackingtensor(weight):
             weight = functorch.get_unwrapped(weight)
-        return not functorch.is_batchedtensor(weight) and (
-            weight.data_ptr() == self.weight.data_ptr()
-        )
+        batched: bool = functorch.is_batchedtensor(weight)
+        return not batched and weight.data_ptr() == self.weight.data_ptr()
 
     # What the engine that learns R asks a layer.
 
@@ -109,6 +110,10 @@ class Site:
 
     def _patch_geometry(self) -> dict[str, Any]:
         return self.patches.window
+
+    def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]:
+        """Such images as the statistics take them."""
+        return op_inputs(samples, self.patches.window)
 
     def _patch_size(self) -> tuple[int, int]:
         return self.patches.groups, self.patches.size

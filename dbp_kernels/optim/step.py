@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dbp_kernels import backends, choose, distributed, functional, rules
+from dbp_kernels import backends, choose, distributed, rules
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
-from dbp_kernels.ops import check_update, geometry_of, patch_gram, patch_mean
+from dbp_kernels.op_input import OpInput, op_inputs
+from dbp_kernels.ops import check_update, patch_gram, patch_mean
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.sampling import Layer
 
 # Layers of equal shape share their products up to this D, by plan. Measured on a CPU: at D = 192 and
 # above, plan "gram" loses more by stacking D x D matrices than it saves in calls.
@@ -30,7 +30,7 @@ _SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
 class Job:
     """One layer's update in one step."""
 
-    layer: nn.Module
+    layer: Layer
     samples: list[Tensor]
     options: dict[str, Any]
     index: int = 0  # of the layer, among all of its optimiser's
@@ -47,7 +47,8 @@ class Job:
 
     @property
     def demean(self) -> bool:
-        return self.options["demean"]
+        demean: bool = self.options["demean"]
+        return demean
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -61,57 +62,12 @@ class Job:
     def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
         """Those of the samples, batch by batch, and where and as what these are."""
         inputs = self.inputs()
-        x = inputs[0][0]
-        return [seen.geometry for _, seen in inputs], x.device, x.dtype
+        return [input.geometry for input in inputs], inputs[0].x.device, inputs[0].x.dtype
 
-    def inputs(self) -> list[tuple[Tensor, _Seen]]:
+    def inputs(self) -> list[OpInput]:
         """The samples in as few batches as their shapes allow, on R's device, as the ops see them."""
-        arguments = self.layer._patch_geometry()
         device = self.R.device
-        samples = [sample.to(device) for sample in self.samples]
-        if not arguments["kernel_size"]:
-            samples = [sample.reshape(-1, sample.shape[-1]) for sample in samples]
-        if len(samples) > 1:
-            alike: dict[Any, list[Tensor]] = {}
-            for sample in samples:
-                alike.setdefault((sample.shape[1:], sample.dtype), []).append(sample)
-            samples = [torch.cat(batch) for batch in alike.values()]
-        result = []
-        for batch in samples:
-            seen = _seen(batch.shape, batch.dtype, *map(_hashable, arguments.items()))
-            if any(seen.pad):
-                batch = F.pad(batch, seen.pad, mode=seen.pad_mode)
-            result.append((batch, seen))
-        return result
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """How ops see a batch of samples: padded like this, with these arguments after the input."""
-
-    pad: tuple[int, ...]
-    pad_mode: str
-    arguments: tuple
-    geometry: ConvGeometry
-
-
-@lru_cache(maxsize=4096)
-def _seen(shape: torch.Size, dtype: torch.dtype, *layer: tuple[str, Any]) -> _Seen:
-    """Kept: to work it out anew for every layer takes a good part of a step's time on the host."""
-    arguments = {**_NO_WINDOW, **dict(layer)}
-    pad, mode, op_arguments, _ = functional.resolved(shape, **arguments)
-    # nothing but the shape of the padded batch counts
-    padded = F.pad(torch.empty(shape, dtype=dtype, device="meta"), pad)
-    return _Seen(pad, mode, op_arguments, geometry_of(padded, *op_arguments))
-
-
-_NO_WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
-
-
-def _hashable(item: tuple[str, Any]) -> tuple[str, Any]:
-    """A layer's argument, which may have been set by hand to a list."""
-    name, value = item
-    return (name, tuple(value)) if isinstance(value, list) else item
+        return self.layer._op_inputs([sample.to(device) for sample in self.samples])
 
 
 # R_new, or what is to be done to R: either way, R itself has not changed yet.
@@ -149,23 +105,22 @@ class _Task:
 
     Attributes:
         R: (groups, D, D).
-        x: the input.
-        seen: how the op sees it.
+        input: the input.
         backend: the name of the one to run on.
         choice: the planner's; None: what is unusual is the op's to check and to compute.
     """
 
     job: Job
     R: Tensor
-    x: Tensor
-    seen: _Seen
+    input: OpInput
     backend: str
     choice: Choice | None
 
     @property
     def patches(self) -> Tensor:
         """Z (groups, n, D) in R's dtype."""
-        return eager.patches(self.x, self.seen.geometry, self.R.dtype, self.job.demean)
+        x, geometry = self.input.x, self.input.geometry
+        return eager.patches(x, geometry, self.R.dtype, self.job.demean)
 
 
 def _task(job: Job, backend: str) -> _Task | None:
@@ -174,15 +129,14 @@ def _task(job: Job, backend: str) -> _Task | None:
     Few patches from inputs of several shapes become rows, so that the planner has its choice.
     """
     R, inputs = job.grouped_R, job.inputs()
-    if len(inputs) == 1:
-        ((x, seen),) = inputs
-    else:
-        if sum(seen.geometry.samples for _, seen in inputs) > R.shape[1]:
+    if len(inputs) > 1:
+        if sum(input.geometry.samples for input in inputs) > R.shape[1]:
             return None
-        Z = torch.cat([rows(x, seen.geometry, R.dtype) for x, seen in inputs], 1)
-        x = Z.transpose(0, 1).flatten(1)
-        seen = _seen(x.shape, x.dtype, ("kernel_size", ()), ("groups", R.shape[0]))
-    return _Task(job, R, x, seen, backend, _choice(x, R, seen.geometry, backend))
+        Z = torch.cat([rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
+        window = {"kernel_size": (), "groups": R.shape[0]}
+        inputs = op_inputs([Z.transpose(0, 1).flatten(1)], window)
+    (input,) = inputs
+    return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
 
 
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
@@ -198,9 +152,9 @@ def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choic
     return choose.update(x, geometry, backend)
 
 
-def _bucket(task: _Task) -> tuple | None:
+def _bucket(task: _Task) -> Hashable | None:
     """The plan, and all that layers must share to be updated together; None: each by itself."""
-    R, geometry, choice = task.R, task.seen.geometry, task.choice
+    R, geometry, choice = task.R, task.input.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
     if choice is None or geometry.dim > small[choice.name]:
         return None
@@ -210,13 +164,13 @@ def _bucket(task: _Task) -> tuple | None:
 
 
 def _update_alone(task: _Task) -> tuple[Update, Tensor]:
-    job, choice, geometry = task.job, task.choice, task.seen.geometry
+    job, choice, input = task.job, task.choice, task.input
     if choice is None:
-        operands = task.x, job.R, *task.seen.arguments
+        operands = input.x, job.R, *input.arguments
         return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
     options = {**job.rule, "demean": job.demean, "choice": choice}
     work_out = backends.module(task.backend).decor_update
-    update, loss = work_out(task.x, task.R, geometry, **options)
+    update, loss = work_out(input.x, task.R, input.geometry, **options)
     return update, _means(loss, 1)[0]
 
 
@@ -226,9 +180,11 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     job, plan = tasks[0].job, tasks[0].choice.name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        S = torch.cat([backend.patch_gram(t.x, t.seen.geometry, t.choice.algorithm) for t in tasks])
+        S = torch.cat(
+            [backend.patch_gram(t.input.x, t.input.geometry, t.choice.algorithm) for t in tasks]
+        )
         if job.demean:
-            m = torch.cat([backend.patch_mean(t.x, t.seen.geometry) for t in tasks])
+            m = torch.cat([backend.patch_mean(t.input.x, t.input.geometry) for t in tasks])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
@@ -252,11 +208,11 @@ def moments_of(job: Job) -> distributed.Moments:
     total = distributed.Moments(
         torch.zeros_like(R), R.new_zeros(R.shape[:2]) if job.demean else None, R.new_zeros(())
     )
-    for x, seen in job.inputs():
-        n = seen.geometry.samples
-        total.second.add_(patch_gram(x, *seen.arguments).to(R.dtype), alpha=n)
+    for input in job.inputs():
+        n = input.geometry.samples
+        total.second.add_(patch_gram(input.x, *input.arguments).to(R.dtype), alpha=n)
         if job.demean:
-            total.first.add_(patch_mean(x, *seen.arguments).to(R.dtype), alpha=n)
+            total.first.add_(patch_mean(input.x, *input.arguments).to(R.dtype), alpha=n)
         total.count.add_(n)
     return total
 

@@ -28,7 +28,7 @@ def in_own_precision(sites: Sequence[Site]) -> Iterator[None]:
         if all(site.W.is_cuda and site.rounded for site in sites):
             stack.enter_context(tf32_products())
         for device_type in {site.W.device.type for site in sites}:
-            if torch.amp.is_autocast_available(device_type):
+            if torch.amp.autocast_mode.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
@@ -110,7 +110,9 @@ class Swap:
 
     # The hooks.
 
-    def _before_step(self, optimizer: Any, arguments: tuple, named: dict[str, Any]) -> Any:
+    def _before_step(
+        self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
         self._depth += 1
         if self._depth > 1:
             return None
@@ -127,7 +129,9 @@ class Swap:
         given[1] = self._on_A(closure)
         return tuple(given), named
 
-    def _after_step(self, optimizer: Any, arguments: tuple, named: dict[str, Any]) -> None:
+    def _after_step(
+        self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         self._depth -= 1
         if self._depth > 0:
             return
@@ -236,5 +240,5 @@ class Swap:
                     recorder.drop_spent()
             return zero(*arguments, **named)
 
-        optimizer.step = types.MethodType(step, optimizer)
-        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)  # type: ignore[method-assign]

@@ -12,7 +12,8 @@ import itertools
 import math
 from functools import lru_cache
 
-from dbp_kernels.planning.calibration import Machine, calibration, cost_at, machine
+from dbp_kernels.planning.calibration import Machine, calibration, cost_at
+from dbp_kernels.planning.calibration import machine as machine
 from dbp_kernels.planning.choice import KERNEL_BACKENDS, PLANS, Choice
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
 from dbp_kernels.planning.layout import (

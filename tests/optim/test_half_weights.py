@@ -10,7 +10,7 @@ from torch import nn
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
 from dbp_kernels import precision
-from dbp_kernels.backends.eager import rows_times
+from dbp_kernels.products import rows_times
 
 LAYERS = {
     "linear": (lambda: dnn.DecorLinear(6, 4), (3, 6)),

@@ -12,11 +12,11 @@ from dbp_kernels import rules
 from dbp_kernels.backends.cuda import gram, stats
 from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
 from dbp_kernels.backends.eager import ops as eager
-from dbp_kernels.backends.eager.matmul import symmetric_product
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import prepared
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.products.matmul import symmetric_product
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 low_rank_update = eager.low_rank_update  # products only

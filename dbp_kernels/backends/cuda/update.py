@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dbp_kernels import rules
 from dbp_kernels.backends.cuda import library
-from dbp_kernels.backends.eager.matmul import symmetric_product
 from dbp_kernels.precision import products_of_change
+from dbp_kernels.products.matmul import symmetric_product
 
 _CHUNK = 4096  # elements that leave one partial sum of the loss: update::kChunk
 

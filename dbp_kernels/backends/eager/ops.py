@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dbp_kernels import rules
-from dbp_kernels.backends.eager.matmul import matmul
 from dbp_kernels.backends.eager.self_wgrad import patch_gram_self_wgrad
 from dbp_kernels.backends.eager.shift import patch_gram_shift
 from dbp_kernels.backends.eager.unfold import patch_gram_unfold, rows, windows
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.precision import statistics_dtype
+from dbp_kernels.products.matmul import matmul
 
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:

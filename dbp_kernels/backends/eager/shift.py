@@ -31,18 +31,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, product, upper_product
 from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
 from dbp_kernels.planning.geometry import ConvGeometry, PairClass, Window
 from dbp_kernels.planning.layout import (
     Band,
     Product,
+    ShiftLayout,
     ShiftProgram,
     make_program,
     panels,
     shift_layout,
 )
 from dbp_kernels.precision import product_dtype, statistics_dtype
+from dbp_kernels.products.matmul import mirror, product, upper_product
 
 Phases = tuple[int, ...]
 
@@ -164,6 +165,10 @@ def _operand(band: Band, right: bool) -> tuple[Phases, tuple[Window, ...]]:
 # --------------------------------------------------------------------------- products
 
 
+# X, Y (G, n, side), and what X^T Y belongs to.
+_Operands = tuple[Tensor, Tensor, Product]
+
+
 class _Blocks:
     """The distinct blocks, (blocks, G, side, side), whatever is in them at first."""
 
@@ -172,36 +177,49 @@ class _Blocks:
         self._scratch = torch.empty_like(tensor[0])
         self._written: set[int] = set()  # first blocks of class combinations
 
-    def add(self, X: Tensor, Y: Tensor, p: Product) -> None:
-        """Adds X^T Y, for X, Y (G, n, side), to the blocks of a product."""
+    def target(self, p: Product) -> tuple[Tensor, bool]:
+        """Where a product is to be written (G, side, side), and whether added to what is there."""
+        if math.prod(p.windows) > 1:
+            return self._scratch, False
         written = p.block in self._written
         self._written.add(p.block)
+        return self.tensor[p.block], written
+
+    def spread(self, p: Product) -> None:
+        """Adds what is in the target to all blocks that the product belongs to."""
         count, covered = math.prod(p.windows), math.prod(b - a for a, b in p.covering)
         if count == 1:
-            _multiply(X, Y, self.tensor[p.block], accumulate=written)
-            return
+            return  # it is in its block
+        written = p.block in self._written
+        self._written.add(p.block)
         blocks = self.tensor[p.block : p.block + count]
         if covered < count:
             if not written:
                 blocks.zero_()
                 written = True
             blocks = blocks.unflatten(0, p.windows)[tuple(slice(*c) for c in p.covering)]
-        _multiply(X, Y, self._scratch, accumulate=False)
         blocks.add_(self._scratch) if written else blocks.copy_(self._scratch)
 
 
-def _multiply(X: Tensor, Y: Tensor, out: Tensor, accumulate: bool) -> None:
-    if X.data_ptr() == Y.data_ptr() and X.shape == Y.shape:
-        count = panels(X.shape[-1], X.shape[1], X.is_cuda)
-        upper_product(X, X, out, accumulate, count)
-        mirror(out, count)  # what lies below the diagonal is overwritten, accumulated or not
-    else:
-        product(X, Y, out, accumulate)
+def _operands(
+    program: ShiftProgram, layout: ShiftLayout, buffers: dict[Phases, Tensor]
+) -> Iterator[_Operands]:
+    """Those of all products. A main band's are the buffers, which must stay as they are meanwhile."""
+    rows = {phases: buffer.flatten(1, -2) for phases, buffer in buffers.items()}
+    images = next(iter(buffers.values())).shape[-2]
+    copies: _Copies = {}
+    for band in program.bands:
+        if band.main and layout.zero_columns:
+            with _only_main(buffers, band.inner):
+                yield from _main_operands(band, rows, layout.widths, images)
+        else:
+            copies = _copy_columns(band, buffers, copies)
+            yield from _column_operands(band, copies)
 
 
-def _multiply_main(
-    band: Band, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int, blocks: _Blocks
-) -> None:
+def _main_operands(
+    band: Band, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int
+) -> Iterator[_Operands]:
     """A main band on the whole buffers, as rows of channels: a shift is an offset in rows."""
     (left_phases, _), (right_phases, _) = _operand(band, False), _operand(band, True)
     row_length = math.prod(widths) * images
@@ -216,10 +234,10 @@ def _multiply_main(
         # only zero columns are lost at either end of the buffer
         start = max(p.segment[0] * row_length, -offset)
         stop = min(p.segment[1] * row_length, Y.shape[1] - offset)
-        blocks.add(X[:, start:stop], Y[:, start + offset : stop + offset], p)
+        yield X[:, start:stop], Y[:, start + offset : stop + offset], p
 
 
-def _multiply_columns(band: Band, copies: _Copies, blocks: _Blocks) -> None:
+def _column_operands(band: Band, copies: _Copies) -> Iterator[_Operands]:
     """A band on copied columns: only the rows are left to slice."""
     (left_phases, left_columns), (right_phases, right_columns) = (
         _operand(band, False),
@@ -231,7 +249,7 @@ def _multiply_columns(band: Band, copies: _Copies, blocks: _Blocks) -> None:
         start, stop = p.segment
         X = left[:, start:stop].flatten(1, -2)
         Y = right[:, start + p.row.shift : stop + p.row.shift].flatten(1, -2)
-        blocks.add(X, Y, p)
+        yield X, Y, p
 
 
 def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> Tensor:
@@ -249,17 +267,16 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     blocks = _Blocks(sources[: program.blocks])
     for part, part_geometry in chunks(x, geometry, layout.expansion, 2):
         buffers = pack(part, part_geometry, unfolded, layout.widths)
-        rows = {phases: buffer.flatten(1, -2) for phases, buffer in buffers.items()}
-        images = next(iter(buffers.values())).shape[-2]
-        copies: _Copies = {}
-        for band in program.bands:
-            if band.main and layout.zero_columns:
-                with _only_main(buffers, band.inner):
-                    _multiply_main(band, rows, layout.widths, images, blocks)
+        for X, Y, p in _operands(program, layout, buffers):
+            out, accumulate = blocks.target(p)
+            if X.data_ptr() == Y.data_ptr() and X.shape == Y.shape:
+                count = panels(X.shape[-1], X.shape[1], X.is_cuda)
+                upper_product(X, X, out, accumulate, count)
+                mirror(out, count)  # what is below the diagonal is overwritten, added to or not
             else:
-                copies = _copy_columns(band, buffers, copies)
-                _multiply_columns(band, copies, blocks)
-        del buffers, rows, copies
+                product(X, Y, out, accumulate)
+            blocks.spread(p)
+        del buffers, X, Y
     blocks.tensor.mul_(1 / geometry.samples)
     for index, source in enumerate(program.sources[program.blocks :], start=program.blocks):
         if source is None:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbp_kernels.backends.eager.matmul import mirror, upper_product
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.layout import images_per_chunk, panels
 from dbp_kernels.precision import product_dtype, statistics_dtype
+from dbp_kernels.products.matmul import mirror, upper_product
 
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512

@@ -26,14 +26,15 @@ from hypothesis import strategies as st
 
 import dbp_kernels as dbp
 from dbp_kernels import reference, rules
-from dbp_kernels.backends.eager import matmul, onednn, rows_times, self_wgrad, unfold
 from dbp_kernels.backends.eager import ops as eager
+from dbp_kernels.backends.eager import self_wgrad, unfold
 from dbp_kernels.backends.eager import shift as shift_form
 from dbp_kernels.planning import layout as planned
 from dbp_kernels.planning.calibration import machine
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import make_geometry
 from dbp_kernels.planning.planner import gram_choices, update_choices
+from dbp_kernels.products import matmul, onednn, rows_times
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -53,7 +53,7 @@ def test_plans_are_those_of_an_update_of_the_default_precision(monkeypatch):
         asked.append((dtype, precision.update_products()))
         return update_choices(geometry, device_type, 4)
 
-    module = importlib.import_module("dbp_kernels.planning.explain")  # dbp.explain is the function
+    module = importlib.import_module("dbp_kernels.explanation")  # dbp.explain is the function
     monkeypatch.setattr(module, "update_choices", choices)
     model, x = nn.Conv2d(3, 8, 3), torch.randn(2, 3, 16, 16)
     dbp.explain(model, x)

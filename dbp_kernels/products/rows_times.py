@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager import onednn
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import tf32_products
+from dbp_kernels.products import onednn
 
 # BLAS leaves threads idle where it multiplies up to so many rows by a matrix of at least this side.
 # Parts of the inner dimension, of this size each, occupy them.

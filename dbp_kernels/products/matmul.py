@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.eager import onednn
 from dbp_kernels.planning import layout
+from dbp_kernels.products import onednn
 
 # Libraries sum thin products over a long inner dimension one after the other, and lose digits.
 _THIN, _LONG = 16, 1024

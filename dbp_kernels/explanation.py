@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels.choose import gram_choices, update_choices
-from dbp_kernels.functional import op_arguments
-from dbp_kernels.ops import geometry_of
 from dbp_kernels.optim.options import checked_options
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -138,7 +136,13 @@ def _reporting(model: nn.Module, sample: float | int, reports: list[LayerReport]
     for name, module in model.named_modules():
         if decorrelated_class(module) is not None:
 
-            def hook(module, arguments, keywords, output, name=name):
+            def hook(
+                module: nn.Module,
+                arguments: tuple[Any, ...],
+                keywords: dict[str, Any],
+                output: Tensor,
+                name: str = name,
+            ) -> None:
                 input = arguments[0] if arguments else keywords["input"]
                 reports.append(
                     _report(name or type(module).__name__, module, input, output, sample)
@@ -167,13 +171,12 @@ def _report(
     name: str, module: nn.Module, input: Tensor, output: Tensor, sample: float | int
 ) -> LayerReport:
     cls = decorrelated_class(module)
+    assert cls is not None  # other modules do not report
     layer = cls.__new__(cls)  # a plain layer as its decorrelated class sees it, nothing copied
     layer.__dict__ = module.__dict__
     images = layer._as_images(input)
-    images = images[: sample_size(sample, images.shape[0])]
-    arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
-    x, op_args, _ = op_arguments(images, **{**arguments, **layer._patch_geometry()})
-    geometry = geometry_of(x, *op_args)
+    (seen,) = layer._op_inputs([images[: sample_size(sample, images.shape[0])]])
+    geometry = seen.geometry
     if geometry.samples == 0:
         raise ValueError(
             f"input reaches layer {name!r} with shape {tuple(input.shape)}: expected a batch with at "
