@@ -43,7 +43,8 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Learning-rate schedulers and parameter groups work as with any optimiser. Several forward passes
     before one ``step()`` (gradient accumulation, layers used twice) count together, patch by patch;
-    recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
+    recomputations by activation checkpointing do not count. Eval mode and
+    passes without gradients (but a reentrant checkpoint's first) copy nothing. Where a
     ``step()`` is to be left out, call ``discard()`` to drop the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
 

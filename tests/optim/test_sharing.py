@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from attach_forms import OPTIMIZERS, OPTIONS
 from torch import nn
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
 from dbp_kernels import sampling
+from dbp_kernels.optim import decor_update
 from dbp_kernels.sampling import Inputs
 
 
@@ -54,7 +57,7 @@ class Form:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(images, 7, 5, generator=generator, dtype=torch.float64)
         y = torch.randint(4, (images,), generator=generator)
-        loss = F.cross_entropy(self.model(x), y)
+        loss = F.cross_entropy(self.model(x.to(self.model.q.weight.dtype)), y)
         loss.backward()
         return loss.detach()
 
@@ -298,6 +301,23 @@ def test_random_samples_are_drawn_once_for_layers_that_share():
     for n in range(2):
         form.step(n)
     assert form.shared("q", "k", "v")
+    x = torch.randn(20, 7, 8, dtype=torch.float64)
+    for _ in range(2):
+        form.model.q(x)
+        form.model.k(x)
+    assert not torch.equal(*form.recorder("q").samples)
+    assert all(a is b for a, b in zip(form.recorder("q").samples, form.recorder("k").samples))
+
+
+def test_layers_that_share_take_the_turn_of_the_first(monkeypatch):
+    """Whose cost is that of all."""
+    monkeypatch.setattr(decor_update, "phases", lambda costs, periods: [*range(len(costs))])
+    form = Form(update_every=7)
+    form.step(0)
+    names = [name for name, _ in form.decor._engine._named_layers()]
+    turns = dict(zip(names, form.decor._engine._phases, strict=True))
+    assert turns["q"] == turns["k"] == turns["v"] == names.index("q")
+    assert turns["up"] == turns["gate"] == names.index("gate")
 
 
 def test_with_a_budget_every_layer_is_by_itself():
@@ -492,10 +512,13 @@ def test_moving_the_model_keeps_sharing():
     form.step(0)
     losses = form.decor.losses()
     form.model.float()
-    form.model.double()
     form.step(1)
+    assert form.decor.R("q").dtype == torch.float32
     assert form.shared("q", "k", "v")
     assert form.decor.losses().keys() == losses.keys()
+    form.model.double()
+    form.step(2)
+    assert form.shared("q", "k", "v")
     form.model.k.float()
     form.model.key_input = torch.Tensor.float
     form.model.k.register_forward_hook(lambda m, x, y: y.double())
@@ -519,3 +542,26 @@ def test_inputs_are_known_by_memory_layout_and_version():
     assert Inputs.key(x.to_sparse()) is None
     with torch.inference_mode():
         assert Inputs.key(torch.ones(2, 2)) is None
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    form = Form()
+    if rank:
+        form.model.key_input = lambda x: x + 1  # only this rank would tell k apart
+    form.step(rank)
+    form.step(2 + rank)
+    torch.save({name: form.decor.R(name) for name in LAYERS}, f"{folder}/{rank}.pt")
+    assert not form.shared("q", "v")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_with_several_ranks_every_layer_is_by_itself(tmp_path):
+    mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name in LAYERS:
+        assert torch.equal(first[name], second[name])
+    torch.testing.assert_close(first["q"], first["v"], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(first["q"], first["k"])
