@@ -3,7 +3,7 @@
 # make bench-check   in three minutes: has anything become slower than the committed results?
 # make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
 # make device-check   on a machine with a GPU: everything about every kernel, in under ten minutes
-# make lint   what is wrong with the code's style and types; make format mends what it can
+# make lint   style, types, and what imports what; make format mends what it can
 # Each sets up the environment in .venv first. To use one of yours: make test VENV=path
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,6 +47,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -60,4 +61,4 @@ $(READY): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf build dbp_kernels/backends/cuda/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dbp_kernels/backends/cuda/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

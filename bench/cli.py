@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -13,42 +14,29 @@ from pathlib import Path
 
 import torch
 
-from bench import bars, machine, peaks, plots, report, suites, timing
+from bench import suites
+from bench.core import bars, machine, report, results
+from bench.core.suite import DTYPES, Job
 from bench.options import inconsistency, parser
-from bench.suites import DTYPES, SUITES, Job
+from dbp_kernels.tools import timing
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# {command: the module that runs it}, imported on demand
+COMMANDS = {
+    "check": "bench.core.regress",
+    "device-check": "bench.device.command",
+    "host-time": "bench.suites.host_time",
+    "precision": "bench.suites.precision",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (1: some method of ours was wrong)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own = COMMANDS.get(arguments[0]) if arguments else None
+    if own is not None:
+        return importlib.import_module(own).main(arguments[1:])
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
-    if arguments[:1] == ["device-check"]:
-        from bench.device import command
-
-        return command.main(arguments[1:])
-    if arguments[:1] == ["check"]:
-        from bench import regress
-
-        return regress.main(arguments[1:])
-    if arguments[:1] == ["tune"]:
-        from bench import tune
-
-        return tune.main(arguments[1:])
-    if arguments[:1] == ["host-time"]:
-        from bench import host_time
-
-        return host_time.main(arguments[1:])
-    if arguments[:1] == ["calibrate"]:
-        from bench import calibrate
-
-        return calibrate.main(arguments[1:])
-    if arguments[:1] == ["precision"]:
-        from bench import precision
-
-        return precision.main(arguments[1:])
     options = parser().parse_args(arguments)
     target = _target(options)
     if target is not None and target.exists():
@@ -81,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.text_report(result))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save(result, target)
+        results.save(result, target)
         print(f"\nsaved {target}")
     right = not report.problems(result["regret"]) and all(
         record["methods"][bars.OURS]["status"] == "ok"
@@ -97,7 +85,7 @@ def _target(options: argparse.Namespace) -> Path | None:
     if options.save:
         return Path(options.save)
     commit = machine.commit()
-    return RESULTS / f"{options.device.type}-{commit[:10] if commit else 'unknown'}.json"
+    return results.RESULTS / f"{options.device.type}-{commit[:10] if commit else 'unknown'}.json"
 
 
 def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequence[Job]) -> dict:
@@ -121,10 +109,10 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
             "clock": "CPU time" if options.cpu_time else "wall clock",
             "whole_registry": whole and options.suite in ("kernels", "regret", "all"),
         },
-        **{suite: [] for suite in SUITES},
+        **{suite: [] for suite in suites.RUN},
     }
     if any(job.suite in ("kernels", "scaling") for job in jobs):
-        result["peaks"] = peaks.measure(options.device, DTYPES[options.dtype])
+        result["peaks"] = machine.peaks(options.device, DTYPES[options.dtype])
     with tqdm(total=sum(job.rounds for job in jobs), unit="round", leave=False) as progress:
         try:
             for suite, name, run, rounds in jobs:
@@ -132,7 +120,7 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
                 done = progress.n
                 record = run(progress.update)
                 if suite in ("kernels", "scaling"):
-                    peaks.add_fractions(record, result["peaks"])
+                    machine.add_fractions(record, result["peaks"])
                 result[suite].append(record)
                 progress.update(done + rounds - progress.n)
             result["complete"] = True
@@ -141,24 +129,6 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str], jobs: Sequen
     result["took_seconds"] = round(time.perf_counter() - begin)
     result["bars"] = bars.as_records(bars.evaluate(result))
     return result
-
-
-def save(result: dict, path: Path) -> None:
-    """Writes a result as JSON; raises FileExistsError rather than overwrite."""
-    with path.open("x") as file:
-        file.write(to_text(result))
-
-
-def to_text(result: dict) -> str:
-    """A result as JSON, one case a line."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, list):
-            items = ",\n  ".join(json.dumps(item) for item in value)
-            lines.append(f'"{key}": [\n  {items}\n]' if value else f'"{key}": []')
-        else:
-            lines.append(f'"{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -171,7 +141,7 @@ def _report(arguments: Sequence[str]) -> int:
     out.add_argument("--plot", type=Path, metavar="PNG", help="default: beside FILE")
     options = out.parse_args(arguments)
     if options.adopt:
-        from bench import adopt
+        from bench.core import adopt
 
         return adopt.main(options.file, options.force)
     try:
@@ -182,6 +152,6 @@ def _report(arguments: Sequence[str]) -> int:
         return 2
     print(text)
     picture = options.plot or options.file.with_suffix(".png")
-    if plots.plot(result, picture):
+    if report.plot(result, picture):
         print(f"\ndrew {picture}")
     return 0

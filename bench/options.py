@@ -7,37 +7,20 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import DEFAULT_PAIRS
-from bench.steps import COMPILE_MODES
-from bench.suites import DTYPES, QUICK_BATCH, QUICK_PAIRS, SUITES
+from bench.core.suite import DTYPES, QUICK_BATCH, QUICK_PAIRS
+from bench.suites import RUN
+from bench.suites.kernels import DEFAULT_PAIRS
+from bench.suites.steps import COMPILE_MODES
+from dbp_kernels.tools.arguments import device, positive
 
 _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
 python -m bench report --adopt FILE        puts what a device check found into this clone
 python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
-python -m bench tune                       finds the GPU's fastest tile shapes and pins them
-python -m bench calibrate                  measures the figures that the planner reckons with
 python -m bench host-time                  what Python takes for one call, with every launch stubbed
 python -m bench precision                  what tensor cores' roundings would do to the update
 """
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is not usable here: {first}") from None
-    return device
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,12 +33,12 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--suite",
-        choices=(*SUITES, "all"),
+        choices=(*RUN, "all"),
         default="kernels",
         help="kernels: patch_gram on layer shapes (default); update: DecorUpdate.step() of whole "
-        "networks; step: whole training steps; accumulation: steps of several micro-steps; memory: "
-        "the peak of a step; scaling: patch_gram against "
-        "one size of a layer; regret: the planner's choices against the best it could choose; "
+        "networks; step: whole training steps; accumulation: steps of several micro-steps; passes: "
+        "forward and backward passes, and step() by itself; memory: the peak of a step; scaling: "
+        "patch_gram against one size of a layer; regret: the planner's choices against the best it could choose; "
         "budget: shares of the step under budgets, on a CPU (all: without it)",
     )
     out.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")

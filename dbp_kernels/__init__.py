@@ -24,11 +24,10 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
         f"dbp-kernels needs PyTorch 2.11 or newer, and {torch.__version__} is installed"
     )
 
-from dbp_kernels import nn, ops, reference  # noqa: E402
+from dbp_kernels import functional, nn, ops, reference  # noqa: E402
 from dbp_kernels.backends import backend  # noqa: E402
 from dbp_kernels.explanation import explain  # noqa: E402
 from dbp_kernels.functional import *  # noqa: E402, F403
-from dbp_kernels.functional import __all__ as _functional  # noqa: E402
 from dbp_kernels.optim.attach import attach  # noqa: E402
 from dbp_kernels.optim.decor_update import DecorUpdate  # noqa: E402
 from dbp_kernels.optim.handle import Attached  # noqa: E402
@@ -52,5 +51,5 @@ __all__ = [
     "ops",
     "reference",
     "register",
-    *_functional,
 ]
+__all__ += functional.__all__  # in words that type checkers know

@@ -21,7 +21,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of operands: CUDA multiplies half precision into float32, CPU libraries do not."""
-    return x.dtype if x.is_cuda else statistics_dtype(x.dtype)
+    return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
 
 
 def _autocast(x: Tensor) -> bool:

@@ -167,6 +167,11 @@ class Recorder:
         """How many images the samples were taken from."""
         return sum(self._images)
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The samples, or, after they have been dropped, what the last of them looked like."""
+        return self.samples or [held[1] for held in self._buffers if held]
+
     def clear(self) -> None:
         """Drop the samples; the next forward passes write to their memory.
 

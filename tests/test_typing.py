@@ -15,10 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 # The README's ways into the package, with the type that a reader expects of each.
 USER = """
-from typing import TYPE_CHECKING, Any, assert_type
+from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import dbp_kernels as dbp
 
@@ -39,6 +41,8 @@ layer = dbp.nn.DecorConv2d(3, 4, 3)
 assert_type(layer.R, Tensor)
 assert_type(layer(x), Any)  # torch's own layers say no more
 assert_type(dbp.fuse_model(model), nn.Module)
+assert_type(dbp.load_decorrelated(model, model.state_dict()), nn.Module)
+assert_type(dbp.fuse_state_dict(model.state_dict()), OrderedDict[str, Any])
 
 R = torch.eye(27)
 assert_type(dbp.patch_gram(x, 3, padding="same"), Tensor)

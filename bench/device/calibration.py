@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bench import calibrate
+from bench.core import machine
 from bench.device.stage import RESULT, Setting, Stage
+from dbp_kernels.tools import calibrate
 from dbp_kernels.verify.workers import Case
 
 _LIMIT = 30.0
@@ -23,7 +24,12 @@ def run(name: str, setting: Setting) -> dict:
     meter.passes = 1  # a GPU that does nothing else has no busy moments
     meter.shortest = min(meter.shortest, 2e-3)  # between events that is enough
     figures = calibrate.part_figures(name, meter)
-    content = calibrate.header(setting.torch_device, "python -m bench device-check")
+    content = calibrate.header(
+        setting.torch_device,
+        "python -m bench device-check",
+        machine.commit(),
+        machine.dirty(),
+    )
     return {RESULT: {"calibration": {**content, "figures": figures}}}
 
 

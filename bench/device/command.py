@@ -21,13 +21,14 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bench import bars, machine
+from bench.core import bars, machine
 from bench.device import groups, pack
 from bench.device.describe import DESCRIBE, FOUND
 from bench.device.result import Result
 from bench.device.runner import run_groups, run_stage
 from bench.device.stage import DTYPE, RESULT, Setting
 from bench.device.summary import summary
+from dbp_kernels.tools.origin import slug
 from dbp_kernels.verify.workers import PASSED
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -151,7 +152,7 @@ def _header(options: argparse.Namespace, arguments: Sequence[str]) -> dict:
 
 def _free(folder: Path, described: dict) -> Path:
     """<gpu>-<commit>.json, with a number if there is one already: nothing is overwritten."""
-    gpu = machine.slug(str(described.get("gpu", "cpu")))
+    gpu = slug(str(described.get("gpu", "cpu")))
     commit = described.get("commit")
     stem = f"{gpu}-{str(commit)[:10] if commit else 'unknown'}"
     names = [f"{stem}.json", *(f"{stem}-{n}.json" for n in range(2, 1000))]

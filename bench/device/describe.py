@@ -29,7 +29,7 @@ def _machine(setting: Setting) -> dict:
     if setting.device != "cpu" and not torch.cuda.is_available():
         return {"status": "failed", "no_device": True, "reason": "no CUDA device is available"}
     import dbp_kernels
-    from bench import machine
+    from bench.core import machine
     from dbp_kernels import info
 
     package = {"version": dbp_kernels.__version__, "path": dbp_kernels.__file__}

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench import kernels, registry
+from bench.core import registry
 from bench.device.stage import Setting
 from bench.rivals import Rival
+from bench.suites import kernels
 from dbp_kernels.verify.workers import Case
 
 _FAULT = "fault "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench import kernels, peaks, registry
-from bench.bars import GPU_BATCHES
+from bench.core import machine, registry
+from bench.core.bars import GPU_BATCHES
 from bench.device.methods import kernel_method
 from bench.device.stage import DTYPE, RESULT, SKIPPED, Setting, Stage
 from bench.rivals import RIVALS
+from bench.suites import kernels
 from dbp_kernels.verify.workers import Case
 
 _LIMIT, _PAIRS = 25.0, 9
@@ -54,7 +55,7 @@ def run(name: str, setting: Setting) -> dict:
     """One method on one layer."""
     device = setting.torch_device
     if name == _PEAKS:
-        return {RESULT: {"peaks": peaks.measure(device, DTYPE)}}
+        return {RESULT: {"peaks": machine.peaks(device, DTYPE)}}
     method, _, layer = name.partition(": ")
     case = next(c for c in all_layers(setting) if c.name == layer)
     settings = kernels.Settings(device, DTYPE, _PAIRS, channels_last=True, replay=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import check
 from bench.device.stage import RESULT, Setting, Stage
-from bench.timing import time_interleaved, time_replayed
 from dbp_kernels.precision import products_in
+from dbp_kernels.tools.cases import error
+from dbp_kernels.tools.timing import time_interleaved, time_replayed
 from dbp_kernels.verify.workers import Case
 
 _LIMIT, _PAIRS = 20.0, 9
@@ -76,7 +76,7 @@ def run(name: str, setting: Setting) -> dict:
     calls = {family: by(family), _RIVAL: by(_RIVAL)}
     oracle = exact()
     errors = {
-        key: max(check.error(a.reshape(b.shape), b) for a, b in zip(compute(), oracle))
+        key: max(error(a.reshape(b.shape), b) for a, b in zip(compute(), oracle))
         for key, compute in calls.items()
     }
     bound = 2 * errors[_RIVAL] + 1e-5

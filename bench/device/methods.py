@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
-from bench.algorithms import algorithms, geometry_of
-from bench.registry import Case
+from bench.core.registry import Case
 from bench.rivals import Rival
+from bench.rivals.algorithms import algorithms, geometry_of
 
 
 def kernel_method(family: str, device: torch.device, dtype: torch.dtype) -> Rival:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench.core import machine
 
 LIMIT = 60e6  # bytes in all
 SOURCES = ("bench", "tests", "experiments", "examples", "csrc", "pyproject.toml")

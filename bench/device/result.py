@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from bench import cli, peaks
+from bench.core import machine, results
 from bench.device.stage import RESULT, SKIPPED
 from dbp_kernels.verify.workers import NOT_RUN, PASSED
 
@@ -85,9 +85,9 @@ class Result:
         """Replaces the file in one step: a reader never sees half of it."""
         measured = self.content.get("peaks")
         for record in self.content["kernels"] if measured else ():
-            peaks.add_fractions(record, measured)
+            machine.add_fractions(record, measured)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(cli.to_text(self.content))
+        partial.write_text(results.to_text(self.content))
         partial.replace(self.path)
 
 

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from bench.core.networks import SMALL
 from bench.device.layers import judged
 from bench.device.stage import DTYPE, RESULT, Setting, Stage
-from bench.kernels import Settings
-from bench.networks import SMALL
-from bench.steps import (
+from bench.suites.kernels import Settings
+from bench.suites.steps import (
     BP,
     GPU_STEP_CASES,
     OURS,

@@ -13,7 +13,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench import machine
+from bench.core import machine
 from bench.device.stage import SKIPPED, Setting, Stage
 from dbp_kernels.verify.workers import Case
 
@@ -45,7 +45,15 @@ def run(name: str, setting: Setting) -> dict:
     if missing:
         return {"status": SKIPPED, "reason": f"not installed: {', '.join(missing)}"}
     log = setting.beside("-tests.jsonl")
-    options = ["-q", "-m", "gpu and not slow", "-p", "bench.pytest_log", "-p", "no:cacheprovider"]
+    options = [
+        "-q",
+        "-m",
+        "gpu and not slow",
+        "-p",
+        "bench.device.pytest_log",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, name],
         cwd=machine.ROOT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import report, table
+from bench.core import report, table
 from bench.device.describe import FOUND
 from bench.device.stage import SKIPPED
 from dbp_kernels.verify.workers import NOT_RUN, PASSED

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from bench import machine
+from bench.core import machine
 from bench.device import training
 from bench.device.stage import RESULT, SKIPPED, Setting, Stage
 from bench.device.training import BP, DBP, EAGER, METHODS, Images, Recipe

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench import registry, tune
+from bench.core import registry
 from bench.device.stage import RESULT, SKIPPED, Setting, Stage, before_colon
+from dbp_kernels.tools import tune
 from dbp_kernels.verify.workers import Case
 
 _LIMIT = 30.0
@@ -56,7 +57,7 @@ def compile_all(name: str, setting: Setting) -> dict:
 
 
 def time_all(name: str, setting: Setting) -> dict:
-    """The fastest candidate; "tuned" of the result is what ``python -m bench tune`` would write."""
+    """The fastest candidate; "tuned" of the result is what ``python -m dbp_kernels tune`` would write."""
     problem = _problem(name, setting)
     if problem is None:
         return _NOT_FOR_IT

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dbp_kernels.distributed import unwrap
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
-from dbp_kernels.optim.site import Feed, Site
+from dbp_kernels.optim.site import Site, is_fed
 from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
 
@@ -55,7 +56,13 @@ def attach(
     section 2.2): weight decay acts on W. Gradients that are clipped before ``step()`` are
     those of A, unless ``decor.transform_gradients()`` was called.
 
-    ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them.
+    Layers whose weights ``optimizer.add_param_group()`` brings later, as when a network is unfrozen
+    part by part, are attached then, with the options given here, not those of ``groups``.
+
+    ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them; so do the
+    state dicts of torch.distributed.checkpoint (which repeats all R for every parameter of a group
+    if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
+    from the weights A; with those of the handle, made in one go, they are an attached pair.
 
     Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
     and one update from their first step on, as long as they see the same and have the same options;
@@ -71,7 +78,8 @@ def attach(
     Args:
         model: any module; layers of the kinds that ``dbp.register`` knows are attached: Linear,
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
-        optimizer: the optimiser of the model's weights, or several.
+        optimizer: the optimiser of the model's weights, or several, which may step in any order: R
+            learns once all have that have gradients.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
             process_group, stagger: as for `DecorUpdate`.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
@@ -99,7 +107,7 @@ def attach(
             f"model has the decorrelated layer {already[0]!r}: expected a plain model "
             "(dbp.fuse_model makes it one), or a DecorUpdate"
         )
-    sites, left_alone = _find(inner, optimizers, include, exclude, max_size)
+    sites, left_alone, waiting = _find(inner, optimizers, include, exclude, max_size)
     if not sites:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
         raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
@@ -120,7 +128,7 @@ def attach(
         stagger=stagger,
         cuda_graph=budget is None if cuda_graph is None else cuda_graph,
     )
-    return Attached(inner, optimizers, sites, engine, left_alone)
+    return Attached(inner, optimizers, sites, engine, left_alone, waiting)
 
 
 def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
@@ -133,17 +141,21 @@ def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     return several
 
 
+# whose wrappers pass step() on to the optimiser that they hold; known without importing them
+_WRAPPING = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+
+
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser that steps, within accelerate's wrapper (known without importing it)."""
+    """The optimiser that steps, within a trainer's wrapper."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
     kind = type(optimizer)
-    if (kind.__module__, kind.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
-        return _innermost(optimizer.optimizer)  # type: ignore[attr-defined]
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if kind.__module__.split(".")[0] in _WRAPPING and hasattr(optimizer, "optimizer"):
+        return _innermost(optimizer.optimizer)
+    if not getattr(kind.step, "hooked", False):  # torch's __init__ sees to it
         raise TypeError(
-            f"optimizer is a {kind.__name__} without torch's step hooks: expected a "
-            "torch.optim.Optimizer whose __init__ has run, such as one that it wraps"
+            f"optimizer is a {kind.__name__}, whose step() does not run torch's step hooks: expected "
+            "a torch.optim.Optimizer whose __init__ has run, such as the one that it wraps"
         )
     return optimizer
 
@@ -154,17 +166,17 @@ def _find(
     include: Filter,
     exclude: Filter,
     max_size: int | None,
-) -> tuple[list[Site], dict[str, str]]:
-    """(sites, {layer: why it is none})."""
+) -> tuple[list[Site], dict[str, str], dict[str, nn.Module]]:
+    """(sites, {layer: why it is none}, {layer: its module, which only lacks an optimiser})."""
     selection = Selection(model, include, exclude)
     optimised = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     owners = _owners(model)
-    sites, left_alone = [], {}
+    sites, left_alone, waiting = [], {}, {}
     for module, aliases in selection.names.items():
         name = aliases[0] or type(module).__name__
         patches = patches_of(module)
         if patches is None:
-            if multiplies(module):
+            if not isinstance(module, ParametrizationList) and multiplies(module):
                 left_alone[name] = f"{type(module).__name__} is no kind that dbp.register knows"
             continue
         if isinstance(patches, str):
@@ -176,23 +188,19 @@ def _find(
             left_alone[name] = reason
         elif others:
             left_alone[name] = f"its {patches.weight} is that of {others[0]!r} too"
-        elif id(weight) not in optimised:
-            left_alone[name] = f"its {patches.weight} is not in the optimiser"
         elif max_size is not None and patches.size > max_size:
             mib = 4 * patches.groups * patches.size**2 / 2**20
             left_alone[name] = (
                 f"its R would have {patches.size} > max_size={max_size} rows, {mib:.0f} MiB"
             )
-        elif _is_fed(module):
+        elif id(weight) not in optimised:
+            left_alone[name] = f"its {patches.weight} is not in the optimiser"
+            waiting[name] = module
+        elif is_fed(module):
             raise ValueError(f"layer {name!r} is attached already: expected detach() before")
         else:
             sites.append(Site(name, module, patches))
-    return sites, left_alone
-
-
-def _is_fed(module: nn.Module) -> bool:
-    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
-    return any(hook.site is not None for hook in hooks)
+    return sites, left_alone, waiting
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

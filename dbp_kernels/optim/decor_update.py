@@ -77,7 +77,8 @@ class DecorUpdate(torch.optim.Optimizer):
         model: a model; or an iterable of modules, or of (name, module) pairs; or a list of
             parameter groups ``{"modules": <any of these>, "lr": ..., ...}`` with values of their
             own for any of lr, kappa, sample, rule, update_every, demean and sampling.
-        lr: epsilon, the step size, >= 0. At 0 a layer is frozen and copies nothing.
+        lr: epsilon, the step size, >= 0. At 0 a layer is frozen and copies nothing. Of a tensor the
+            value counts that it has now.
         kappa: from 0 (decorrelate only) to 1 (normalise variances only).
         sample: images taken from a batch: a float in (0, 1] is a fraction, at least one image; an
             int is a number of images. An image is an entry of the input's first dimension.

@@ -66,6 +66,11 @@ class Engine(DecorUpdate):
             first.setdefault(id(site.R), phase)
         self._phases = [first[id(site.R)] for site in self._in_order]
 
+    def join(self, sites: Sequence[Site]) -> None:
+        """Learn the R of further sites, with the default options."""
+        self.add_param_group({"modules": [(site.name, site) for site in sites]})
+        self._sites += sites
+
     def gate(self, found_inf: Sequence[Tensor]) -> None:
         """Have the coming ``step()`` change no R where a GradScaler found Inf, without waiting for it.
 

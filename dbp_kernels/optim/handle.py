@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbp_kernels import distributed
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.engine import Engine
+from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
+from dbp_kernels.optim.rounds import Rounds
 from dbp_kernels.optim.sharing import users
-from dbp_kernels.optim.site import Feed, Site
-from dbp_kernels.optim.swap import Swap, form
+from dbp_kernels.optim.site import Feed, Site, is_fed
+from dbp_kernels.optim.step import Job, plan_of
+from dbp_kernels.optim.swap import Swap, form, some
+from dbp_kernels.sampling import recorder_of
 
 
 class Attached:
@@ -30,32 +37,93 @@ class Attached:
         sites: Sequence[Site],
         engine: Engine,
         left_alone: Mapping[str, str],
+        waiting: Mapping[str, nn.Module],
     ) -> None:
         self._model, self._optimizers = model, list(optimizers)
         self._sites = {site.name: site for site in sites}
         self._engine = engine
-        self._left_alone = dict(left_alone)
+        self._left_alone, self._waiting = dict(left_alone), dict(waiting)
         of = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
         by_optimizer: dict[int, tuple[torch.optim.Optimizer, list[Site]]] = {}
         for site in sites:
             optimizer = of[id(site.weight)]
             by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
-        # R is updated with the last of several optimisers that the model has
-        *rest, last = by_optimizer.values()
-        self._swaps = [Swap(o, own, lambda own=own: form(own)) for o, own in rest]
-        self._swaps.append(Swap(*last, after=self._learn))
-        self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
-        self._hooks = [
-            site.module.register_forward_hook(Feed(site), with_kwargs=True) for site in sites
+        self._swaps = [
+            Swap(optimizer, own, self._stepped, functools.partial(self._join, own))
+            for optimizer, own in by_optimizer.values()
         ]
-        self._hooks.append(model.register_forward_pre_hook(_Recovery(self)))
+        self._rounds = Rounds(self._swaps)
+        self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
+        self._hooks = [model.register_forward_pre_hook(_Recovery(self))]
+        for site in sites:
+            self._feed(site)
         self._attached = True
+        self._told_of_unseen = False
 
-    def _learn(self) -> None:
-        self._engine.gate([s.found_inf for s in self._swaps if s.found_inf is not None])
+    def _feed(self, site: Site) -> None:
+        hook = site.module.register_forward_hook(Feed(site), with_kwargs=True)
+        self._hooks.append(hook)
+
+    def _join(self, own: list[Site], group: dict[str, Any]) -> None:
+        """Attach to layers that have lacked but an optimiser, if a new group of its has their weights.
+
+        Args:
+            own: the optimiser's sites, which its swap and checkpoint see too.
+            group: the new one.
+        """
+        held = {id(p) for p in group["params"]}
+        sites = []
+        for name, module in self._waiting.items() if self._attached else ():
+            patches = patches_of(module)
+            if not isinstance(patches, Patches) or is_fed(module):
+                continue  # what it has become meanwhile
+            if id(module._parameters[patches.weight]) in held:
+                sites.append(Site(name, module, patches))
+        if not sites:
+            return
+        self._engine.join(sites)
+        own += sites
+        for site in sites:
+            del self._waiting[site.name], self._left_alone[site.name]
+            self._sites[site.name] = site
+            self._feed(site)
+        for checkpoint in self._checkpoints:
+            checkpoint.mark()
+
+    def _stepped(self, swap: Swap) -> None:
+        """The weights of one optimiser have made their step."""
+        stepped = self._rounds.over_with(swap)
+        if not stepped:
+            form(swap.sites)
+            return
+        self._tell_of_unseen()
+        self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
             site.formed()
+
+    def _tell_of_unseen(self) -> None:
+        """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""
+        if self._told_of_unseen:
+            return
+        unseen = [
+            site.name
+            for place, site, recorder in self._engine._places()
+            if isinstance(site, Site)
+            and recorder.dtype is None
+            and site.weight.grad is not None
+            and site.training
+            and self._engine._sampling_options(*place) is not None
+        ]
+        if unseen:
+            self._told_of_unseen = True
+            warnings.warn(
+                f"{some(unseen)} got a gradient, but attach() never saw an input of theirs: their R "
+                "learns nothing. Either the model was compiled and called before: torch.compile does "
+                "not notice hooks that come after the first call, so call torch.compiler.reset(), or "
+                "attach() before it. Or their weight is used without calling the layer: exclude them",
+                stacklevel=6,
+            )
 
     # What it tells.
 
@@ -69,6 +137,8 @@ class Attached:
 
     def schedule(self) -> ScheduleReport:
         """What the budget has chosen, as ``DecorUpdate``. Raises RuntimeError without a budget."""
+        if self._engine._budget is None:
+            raise RuntimeError("there is no budget: expected dbp.attach(budget=...)")
         return self._engine.schedule()
 
     def R(self, name: str) -> Tensor:
@@ -89,13 +159,24 @@ class Attached:
         return self._sites[name]
 
     def decorrelated(self) -> dict[str, str]:
-        """{layer: its groups, size and what R takes, or with which layer it shares R}."""
+        """{layer: R's size, what it takes or whose it is, and by which plan it was updated}.
+
+        The plan is that of the last step's samples, or none before the first; see ``dbp.explain``.
+        """
         told = {}
         for first, *others in users(list(self._sites.values())):
-            size = f"R {' x '.join(map(str, first.R.shape))}"
-            told[first.name] = f"{size}, {_mib(first.R)}"
-            told.update((site.name, f"{size}, that of {first.name!r}") for site in others)
+            told[first.name] = ", ".join(filter(None, (_size(first.R), self._plan(first))))
+            told.update({site.name: f"R is that of {first.name!r}" for site in others})
         return {name: told[name] for name in self._sites}
+
+    def _plan(self, site: Site) -> str | None:
+        recorder = recorder_of(site)
+        samples = [] if recorder is None else recorder.memory
+        if not samples:
+            return None
+        if distributed.active(self._engine.process_group):
+            return "plan gram, of all ranks' samples"
+        return f"plan {plan_of(Job(site, samples, self._engine.defaults))}"
 
     def left_alone(self) -> dict[str, str]:
         """{layer: why it is not decorrelated}."""
@@ -106,23 +187,35 @@ class Attached:
 
         ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
         clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends it.
+
+        Raises RuntimeError after ``detach()``.
         """
+        if not self._attached:
+            raise RuntimeError(
+                "transform_gradients() after detach(): the gradients are the weights'"
+            )
         for swap in self._swaps:
             swap.transform_gradients()
 
     def detach(self) -> None:
-        """Stop, for good: the optimiser goes on from the weights A as they are, as without us."""
+        """Stop, for good: the optimiser goes on from the weights A as they are, as without us.
+
+        The handle then tells how things were.
+        """
         for swap in self._swaps:
             swap.remove()
-        for handle in (*self._hooks, *self._checkpoints):
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for checkpoint in self._checkpoints:
+            checkpoint.remove()
         self._engine.detach()
         self._attached = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy that comes with copies of model and optimisers is attached to those."""
-        sites, left_alone = list(self._sites.values()), self._left_alone
-        arguments = self._model, self._optimizers, sites, self._engine, left_alone
+        told = self._left_alone, self._waiting
+        sites = list(self._sites.values())
+        arguments = self._model, self._optimizers, sites, self._engine, *told
         return type(self), arguments, self._attached
 
     def __setstate__(self, attached: bool) -> None:
@@ -133,6 +226,7 @@ class Attached:
         total = sum(own[0].R.nbytes for own in users(list(self._sites.values())))
         title = f"{type(self).__name__} ({len(self._sites)} layers, R {total / 2**20:.1f} MiB"
         lines = [title + (")" if self._attached else ", detached)")]
+        lines += repr(self._engine).splitlines()[1:-1]  # the options
         lines += [f"  {name}: {told}" for name, told in self.decorrelated().items()]
         if self._left_alone:
             lines.append("left alone:")
@@ -161,5 +255,5 @@ class _Recovery:
         return _Recovery, (None,)
 
 
-def _mib(x: Tensor) -> str:
-    return f"{x.nbytes / 2**20:.2f} MiB"
+def _size(R: Tensor) -> str:
+    return f"R {' x '.join(map(str, R.shape))}, {R.nbytes / 2**20:.2f} MiB"

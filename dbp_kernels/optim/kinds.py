@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dbp_kernels.selection import unusable
 
@@ -125,19 +126,42 @@ def patches_of(module: nn.Module) -> Patches | str | None:
     """What the module sees; a reason to leave it alone; None if its type is not a known one."""
     describe = _kinds.get(type(module)) or _optional(type(module))
     if describe is None:
-        return None
+        return _changed(module)
     patches = describe(module)
     if isinstance(patches, str):
         return patches
     return unusable(module, patches.weight) or _unfit(patches, module._parameters[patches.weight])
 
 
+def _changed(module: nn.Module) -> str | None:
+    """Why a module is left alone whose type torch has made another; None if it has not."""
+    if is_parametrized(module):
+        names = ", ".join(dict(module.get_submodule("parametrizations").named_children()))
+        return f"its {names} is parametrised"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and _is_dtensor(parameter) and parameter.dim() > 1:
+            return _sharded(name)
+    return None
+
+
+def _is_dtensor(parameter: Tensor) -> bool:
+    return type(parameter).__name__ == "DTensor"  # known without importing it
+
+
+def _sharded(name: str) -> str:
+    return f"its {name} is a DTensor, sharded beforehand"
+
+
 def _unfit(patches: Patches, weight: Tensor | None) -> str | Patches:
+    if weight is not None and _is_dtensor(weight):
+        return _sharded(patches.weight)
     if type(weight) is not nn.Parameter:
         return f"its {patches.weight} is a {type(weight).__name__}"
+    if weight.numel() == 0:
+        return f"its {patches.weight} is empty: sharded beforehand?"
     rows = patches.groups * patches.size
     fits = weight.shape[0] == rows if patches.transposed else weight[0].numel() == patches.size
-    if not fits or patches.size == 0 or weight.numel() == 0:
+    if not fits or patches.size == 0:
         return (
             f"its {patches.weight} of shape {tuple(weight.shape)} does not have patches of {rows}"
         )

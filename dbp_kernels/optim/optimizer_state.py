@@ -94,9 +94,10 @@ class Checkpoint:
             self._check(found)
             self._loaded = found
             self._load(self._optimizer)
-        self._mark()
+        self.mark()
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """Put the key into the live groups."""
         for group in self._optimizer.param_groups:
             if self._held(group):
                 group[KEY] = None
@@ -136,7 +137,7 @@ class Checkpoint:
         if loaded:
             self._restore(loaded[0])
         self._engine.discard()
-        self._mark()
+        self.mark()
 
     def _restore(self, common: dict[str, Any]) -> None:
         engine = self._engine

@@ -139,7 +139,7 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
             continue
         convert, valid, expected = _OPTIONS[name]
         given = options[name]
-        if isinstance(given, Tensor) and given.dim() == 0:
+        if name == "lr" and isinstance(given, Tensor) and given.dim() == 0:
             given = given.item()  # the value it has now
         if not valid(given):
             raise ValueError(f"{name}={options[name]!r}: expected {expected}")

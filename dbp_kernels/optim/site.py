@@ -57,6 +57,30 @@ class Feed:
         return Feed, (None,)
 
 
+class GradientSeen:
+    """A gradient as it is, without keeping it: unequal to any later one, be it in the same place."""
+
+    __slots__ = ("_reference", "_version")
+
+    def __init__(self, gradient: Tensor) -> None:
+        self._reference, self._version = weakref.ref(gradient), gradient._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GradientSeen):
+            return NotImplemented
+        gradient = self._reference()
+        same = gradient is not None and gradient is other._reference()
+        return same and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def is_fed(module: nn.Module) -> bool:
+    """Whether the module feeds a site already."""
+    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
+    return any(hook.site is not None for hook in hooks)
+
+
 class Site:
     """A weight that holds A = W R outside of its optimiser's step, and W within it.
 
@@ -102,11 +126,12 @@ class Site:
     def used_by(self, module: nn.Module) -> bool:
         """Whether the module has the weight just now, and not another, lent by a functional call.
 
-        The weight may be there detached, or as torch.func wraps it.
+        The weight may be there detached, or as torch.func wraps it; but not in compiled code, which
+        cannot look through these.
         """
         weight: Any = module._parameters[self.patches.weight]
-        if weight is self.weight:
-            return True
+        if weight is self.weight or torch.compiler.is_compiling():
+            return weight is self.weight
         functorch = torch._C._functorch
         while functorch.is_gradtrackingtensor(weight):
             weight = functorch.get_unwrapped(weight)
@@ -138,10 +163,10 @@ class Site:
         unbatched = input.dim() <= max(1, self.patches.dims + 1)
         return input.unsqueeze(0) if unbatched else input
 
-    def _gradient(self) -> tuple[int, int] | None:
+    def _gradient(self) -> GradientSeen | None:
         """What changes with the weight's gradient."""
         gradient = self.weight.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        return None if gradient is None else GradientSeen(gradient)
 
     # A, W and their gradients.
 

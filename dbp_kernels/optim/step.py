@@ -139,6 +139,14 @@ def _task(job: Job, backend: str) -> _Task | None:
     return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
 
 
+def plan_of(job: Job) -> str:
+    """The plan by which ``local_updates`` works out the job's update."""
+    task = _task(job, backends.selected(job.R.device))
+    if task is None:
+        return "gram"  # from moments
+    return "the operator's" if task.choice is None else task.choice.name
+
+
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
     """The planner's; None as in `_Task`."""
     if (
@@ -167,7 +175,8 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
     job, choice, input = task.job, task.choice, task.input
     if choice is None:
         operands = input.x, job.R, *input.arguments
-        return torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+        R_new, loss = torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
+        return R_new, loss
     options = {**job.rule, "demean": job.demean, "choice": choice}
     work_out = backends.module(task.backend).decor_update
     update, loss = work_out(input.x, task.R, input.geometry, **options)
@@ -177,14 +186,14 @@ def _update_alone(task: _Task) -> tuple[Update, Tensor]:
 def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
     """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
     R = torch.cat([task.R for task in tasks])
-    job, plan = tasks[0].job, tasks[0].choice.name
+    choices = [t.choice for t in tasks if t.choice is not None]  # all have one: see `_bucket`
+    job, plan = tasks[0].job, choices[0].name
     backend = backends.module(tasks[0].backend)
     if plan == "gram":
-        S = torch.cat(
-            [backend.patch_gram(t.input.x, t.input.geometry, t.choice.algorithm) for t in tasks]
-        )
+        inputs = [(t.input.x, t.input.geometry) for t in tasks]
+        S = torch.cat([backend.patch_gram(*x, c.algorithm) for x, c in zip(inputs, choices)])
         if job.demean:
-            m = torch.cat([backend.patch_mean(t.input.x, t.input.geometry) for t in tasks])
+            m = torch.cat([backend.patch_mean(*x) for x in inputs])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
@@ -211,7 +220,7 @@ def moments_of(job: Job) -> distributed.Moments:
     for input in job.inputs():
         n = input.geometry.samples
         total.second.add_(patch_gram(input.x, *input.arguments).to(R.dtype), alpha=n)
-        if job.demean:
+        if total.first is not None:
             total.first.add_(patch_mean(input.x, *input.arguments).to(R.dtype), alpha=n)
         total.count.add_(n)
     return total

@@ -58,39 +58,56 @@ class Swap:
     Args:
         optimizer: the weights'.
         sites: of its parameters.
-        after: called when the weights have made their step, with A in the parameters as it was.
+        after: called with this when the weights have made their step, with A in the parameters as it was.
+        joined: called with every group that is added later.
 
     Samples go with their gradient: ``zero_grad()`` drops those whose backward pass has been, which
     are left there where a step was skipped (by a GradScaler, say).
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], after: Callable[[], None]
+        self,
+        optimizer: torch.optim.Optimizer,
+        sites: Sequence[Site],
+        after: Callable[[Swap], None],
+        joined: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._optimizer, self._sites, self._after = optimizer, sites, after
+        self._optimizer, self.sites, self._after = optimizer, sites, after
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
         self._initialising = False
         self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
         self._evaluating = False  # the closure just now
+        # compiled steps break off here: to trace all that learns R would take them many seconds
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
-        self._guard()
+        self._wrapped: list[tuple[str, Any, Any]] = []
+        self._wrap("step", self._guarded)
+        self._wrap("zero_grad", self._dropping)
+        self._wrap("add_param_group", functools.partial(self._adding, joined))
 
     def remove(self) -> None:
         """From now on the optimiser steps on what the parameters hold."""
         self.recover()
         for handle in self._handles:
             handle.remove()
+        own = vars(self._optimizer)
+        for name, ours, before in self._wrapped:
+            if own.get(name) is not ours:
+                continue  # somebody has wrapped it once more: below that it does no harm
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
 
     def recover(self) -> None:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
         if self._inside:
             self._leave()
-            form(self._sites)
+            form(self.sites)
             self._formed()
         self._depth = 0
         self._initialising = False
@@ -104,8 +121,8 @@ class Swap:
     @torch.no_grad()
     def transform_gradients(self) -> None:
         """Gradients become those of W before the step."""
-        with in_own_precision(self._sites):
-            for site in self._sites:
+        with in_own_precision(self.sites):
+            for site in self.sites:
                 site.transform()
 
     # The hooks.
@@ -149,9 +166,9 @@ class Swap:
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
         try:
-            self._after()
+            self._after(self)
         except BaseException:  # R is as it was, but the weights have made their step
-            form(self._sites)
+            form(self.sites)
             raise
         finally:
             self._formed()
@@ -179,7 +196,7 @@ class Swap:
             if self._inside:
                 self._leave()
                 if self._evaluations:
-                    form(self._sites)
+                    form(self.sites)
                     self._formed()
             self._evaluating = True
             try:
@@ -195,7 +212,7 @@ class Swap:
 
     @torch.no_grad()
     def _enter(self) -> None:
-        changed = [site.name for site in self._sites if site.take_over()]
+        changed = [site.name for site in self.sites if site.take_over()]
         if changed:
             warnings.warn(
                 f"the weights of {some(changed)} were changed outside of their optimiser: the "
@@ -203,42 +220,59 @@ class Swap:
                 stacklevel=6,
             )
         self._inside = True
-        with in_own_precision(self._sites):
-            for site in self._sites:
+        with in_own_precision(self.sites):
+            for site in self.sites:
                 site.enter()
 
     def _formed(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.formed()
 
     def _leave(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.leave()
         self._inside = False
 
     # What hooks do not see.
 
-    def _guard(self) -> None:
-        """Puts wrappers on the instance. Bound methods: schedulers look for what those have."""
-        optimizer, swap = self._optimizer, self
-        inner, zero = optimizer.step, optimizer.zero_grad
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        """Put ``around(method, ...)`` in the place of a method of the instance.
+
+        A bound method, too: schedulers look for what those have.
+        """
+        optimizer = self._optimizer
+        inner = getattr(optimizer, name)
 
         @functools.wraps(getattr(inner, "__func__", inner))
-        def step(self: Any, *arguments: Any, **named: Any) -> Any:
-            try:
-                return inner(*arguments, **named)
-            except BaseException:
-                swap.recover()
-                raise
+        def method(self: Any, *arguments: Any, **named: Any) -> Any:
+            return around(inner, *arguments, **named)
 
-        @functools.wraps(getattr(zero, "__func__", zero))
-        def zero_grad(self: Any, *arguments: Any, **named: Any) -> Any:
-            for site in swap._sites:
-                site.forget_transformed()
-                recorder = recorder_of(site)
-                if recorder is not None:
-                    recorder.drop_spent()
-            return zero(*arguments, **named)
+        ours = types.MethodType(method, optimizer)
+        self._wrapped.append((name, ours, vars(optimizer).get(name)))
+        setattr(optimizer, name, ours)
 
-        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
-        optimizer.zero_grad = types.MethodType(zero_grad, optimizer)  # type: ignore[method-assign]
+    def _guarded(self, step: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        try:
+            return step(*arguments, **named)
+        except BaseException:
+            self.recover()
+            raise
+
+    def _dropping(self, zero_grad: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        for site in self.sites:
+            site.forget_transformed()
+            recorder = recorder_of(site)
+            if recorder is not None:
+                recorder.drop_spent()
+        return zero_grad(*arguments, **named)
+
+    def _adding(
+        self,
+        joined: Callable[[dict[str, Any]], None],
+        add_param_group: Callable[..., Any],
+        *arguments: Any,
+        **named: Any,
+    ) -> Any:
+        result = add_param_group(*arguments, **named)
+        joined(self._optimizer.param_groups[-1])
+        return result

@@ -48,7 +48,7 @@ def _to_device(
     states = [state_of(job.R) for job in jobs]
     reported = [state["loss"] for state in states]
     if sampled[0] is not None:
-        some = torch.stack([known.to(finite.device) for known in sampled])
+        some = torch.stack([known.to(finite.device) for known in sampled if known is not None])
         accept, skip = finite & some, skip & some
         losses = torch.where(some, both[1], torch.stack(reported)).unbind()
     skips = skip.to(torch.int64).unbind()
@@ -70,7 +70,7 @@ def _bounds(changes: Sequence[Update]) -> list[Tensor]:
     return [n[0] if isinstance(c, Tensor) else c.bound(*n) for c, n in zip(changes, of_each)]
 
 
-def _decided(accept: Tensor) -> Sequence[bool] | Sequence[Tensor]:
+def _decided(accept: Tensor) -> Sequence[bool | Tensor]:
     """A CPU has nothing to wait for, and selections cost passes over R; no other device waits."""
     return accept.tolist() if accept.is_cpu else accept.unbind()
 

@@ -1,6 +1,6 @@
 """What the planner knows of a device: its rates, from JSON files in ``calibrations/``.
 
-A file holds figures that ``python -m bench calibrate`` measured on a device, or guesses, and says
+A file holds figures that ``python -m dbp_kernels calibrate`` measured on a device, or guesses, and says
 which. A device takes its own file, or else that of the most similar device of its type. The
 environment variable DBP_CALIBRATION names a file to take instead. Files are read when the planner is
 first asked, and not again.

@@ -11,14 +11,7 @@ from dataclasses import dataclass, field
 
 PLANS = ("gram", "direct", "samples")
 STATISTICS = ("fused", "gram", "direct")  # ways to C and V; "fused" is one kernel
-KERNEL_BACKENDS = ("triton", "cuda")  # have a shift form and a direct form of their own
-ALGORITHMS = (
-    "shift",
-    "self_wgrad",
-    "unfold",
-    *(f"{backend}_{form}" for backend in KERNEL_BACKENDS for form in ("shift", "direct")),
-    "cuda_sm90",
-)
+KERNEL_BACKENDS = ("triton", "cuda")  # have algorithms of their own
 # Of a product's operands; float32 is one of the first three, the second three products of tf32.
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 

@@ -73,12 +73,12 @@ class Axis:
     padding: int
     dilation: int
 
-    @property
+    @cached_property
     def span(self) -> int:
         """Pixels from the first to the last tap, both included."""
         return self.dilation * (self.kernel - 1) + 1
 
-    @property
+    @cached_property
     def output(self) -> int:
         """Number of output positions; 0 or less when the kernel does not fit."""
         return (self.size + 2 * self.padding - self.span) // self.stride + 1

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from dbp_kernels.planning.calibration import Machine, calibration, cost_at
 from dbp_kernels.planning.calibration import machine as machine
-from dbp_kernels.planning.choice import KERNEL_BACKENDS, PLANS, Choice
+from dbp_kernels.planning.choice import KERNEL_BACKENDS, PLANS, PRECISIONS, Choice
 from dbp_kernels.planning.geometry import Axis, ConvGeometry
 from dbp_kernels.planning.layout import (
     ONEDNN_WORTH,
@@ -234,9 +236,40 @@ def _numbered(geometry: ConvGeometry) -> bool:
     return max(pixels, geometry.samples) <= MAX_PIXELS
 
 
-def _sm90_covers(geometry: ConvGeometry, precision: str) -> bool:
-    """Whether the kernels for compute capability 9.0 are for such an input."""
-    return precision in ("bf16", "fp16") and all(a.stride == 1 for a in geometry.axes)
+def _sm90_cost(geometry: ConvGeometry, m: Machine, size: int, name: str, precision: str) -> Choice:
+    cost = _kernel_direct_cost if geometry.pointwise else _kernel_shift_cost
+    return cost(geometry, m, size, name, precision)
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Kernels of a backend's own for S: what they cost, and what they cover."""
+
+    cost: Callable[[ConvGeometry, Machine, int, str, str], Choice]
+    pointwise: bool = True
+    strided: bool = True
+    precisions: tuple[str, ...] = PRECISIONS
+    sm90: bool = False  # for GPUs of compute capability 9.0 only
+
+    def cover(self, geometry: ConvGeometry, precision: str, sm90: bool) -> bool:
+        """Whether they are for such an input, on such a GPU."""
+        return (
+            (self.pointwise or not geometry.pointwise)
+            and (self.strided or not geometry.strided)
+            and precision in self.precisions
+            and (sm90 or not self.sm90)
+        )
+
+
+# By name, which begins with the backend's; the backend has a table of the same names.
+_KERNELS = {
+    "triton_shift": _Kernels(_kernel_shift_cost, pointwise=False),
+    "triton_direct": _Kernels(_kernel_direct_cost),
+    "cuda_shift": _Kernels(_kernel_shift_cost, pointwise=False),
+    "cuda_direct": _Kernels(_kernel_direct_cost),
+    "cuda_sm90": _Kernels(_sm90_cost, strided=False, precisions=("bf16", "fp16"), sm90=True),
+}
+ALGORITHMS = ("shift", "self_wgrad", "unfold", *_KERNELS)
 
 
 @lru_cache(maxsize=4096)
@@ -263,13 +296,12 @@ def gram_choices(
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize, device_type))
         convolving = machine(device_type, float32, itemsize)
         choices.append(_self_wgrad_cost(geometry, convolving, itemsize))
-    if backend in KERNEL_BACKENDS and _numbered(geometry):
-        choices.append(_kernel_direct_cost(geometry, m, itemsize, f"{backend}_direct", precision))
-        if not geometry.pointwise:
-            choices.append(_kernel_shift_cost(geometry, m, itemsize, f"{backend}_shift", precision))
-    if backend == "cuda" and sm90 and _numbered(geometry) and _sm90_covers(geometry, precision):
-        cost = _kernel_direct_cost if geometry.pointwise else _kernel_shift_cost
-        choices.append(cost(geometry, m, itemsize, "cuda_sm90", precision))
+    if _numbered(geometry):
+        choices += [
+            kernels.cost(geometry, m, itemsize, name, precision)
+            for name, kernels in _KERNELS.items()
+            if name.partition("_")[0] == backend and kernels.cover(geometry, precision, sm90)
+        ]
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 

@@ -42,12 +42,18 @@ _ROWS = 4  # matrices with fewer rows or columns are no work for it
 _COPIED_FOR = 192
 
 
-def multiplies(X: Tensor, Y: Tensor) -> bool:
-    """Whether ``product`` is the way to multiply X (..., a, n) and Y (..., n, b), on this very CPU."""
+def faster(X: Tensor, Y: Tensor, recorded: bool = True) -> bool:
+    """Whether ``product`` is the way to multiply X (a, n) and Y (n, b), on this very CPU.
+
+    Of batches (1, a, n) and (1, n, b) likewise. Where autograd is to follow it is not, unless the
+    call is not ``recorded``. Forward-mode and functorch's derivatives are not looked for: what
+    multiplies this way runs below them.
+    """
     (a, n), b = X.shape[-2:], Y.shape[-1]
     Y_copied = Y.stride(-2) == 1
     return (
         X.is_cpu
+        and X.shape[:-2].numel() == 1
         and a * n * b >= ONEDNN_WORTH
         and min(a, b) >= _ROWS
         and (n <= TERMS or (b >= _COPIED_FOR and (a >= _COPIED_FOR or not Y_copied)))
@@ -55,19 +61,7 @@ def multiplies(X: Tensor, Y: Tensor) -> bool:
         and _AVAILABLE
         and machine("cpu").onednn_pays
         and bool(torch.backends.mkldnn.enabled)
-    )
-
-
-def faster(X: Tensor, Y: Tensor) -> bool:
-    """Whether ``product`` is the way to multiply X (1, a, n) and Y (1, n, b), on this very CPU.
-
-    Not where autograd is to follow. Forward-mode and functorch's derivatives are not looked for:
-    what multiplies this way runs below them.
-    """
-    return (
-        X.shape[0] == 1
-        and multiplies(X, Y)
-        and not (torch.is_grad_enabled() and (X.requires_grad or Y.requires_grad))
+        and not (recorded and torch.is_grad_enabled() and (X.requires_grad or Y.requires_grad))
     )
 
 
@@ -76,17 +70,13 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     if 0 in X.shape or 0 in Y.shape:
         return torch.mm(X, Y)
     parts = -(-len(Y) // TERMS)
-    first, *others = zip(X.tensor_split(parts, 1), Y.tensor_split(parts))
-    total = _part(*first)
-    for other in others:
-        total.add_(_part(*other))
+    total: Tensor | None = None
+    for left, right in zip(X.tensor_split(parts, 1), Y.tensor_split(parts)):
+        W = right.mT
+        # oneDNN has kernels for matrices without gaps only, however few gaps there are
+        if not (W.is_contiguous() or right.is_contiguous()):
+            W = W.contiguous() if right.stride(0) == 1 else right.contiguous().mT
+        part: Tensor = torch.ops.mkldnn._linear_pointwise(left, W, None, "none", [], "")
+        total = part if total is None else total.add_(part)
+    assert total is not None
     return total
-
-
-def _part(X: Tensor, Y: Tensor) -> Tensor:
-    W = Y.mT
-    # oneDNN has kernels for matrices without gaps only, however few gaps there are
-    if not (W.is_contiguous() or Y.is_contiguous()):
-        W = W.contiguous() if Y.stride(0) == 1 else Y.contiguous().mT
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(X, W, None, "none", [], "")
-    return product

@@ -24,7 +24,8 @@ def rows_times(X: Tensor, R: Tensor, rounded: bool = False) -> Tensor:
         return times(X, R, rounded)
     few = rows <= _THREADED_ROWS
     # few rows of more terms than that go faster in parts, both ways
-    if (dim <= onednn.TERMS or not few) and _by_onednn(X, R):
+    pays = dim <= onednn.TERMS or not few
+    if pays and plain(X, R) and onednn.faster(X, R, recorded=False):
         product: Tensor = _ByOneDNN.apply(X, R)  # type: ignore[no-untyped-call]
         return product
     precise = R.dtype in (torch.float32, torch.float64)  # parts are rounded before they are added
@@ -65,10 +66,6 @@ class _InTF32(torch.autograd.Function):
         )
 
 
-def _by_onednn(X: Tensor, Y: Tensor) -> bool:
-    return plain(X, Y) and onednn.multiplies(X, Y)
-
-
 class _ByOneDNN(torch.autograd.Function):
     """X R, where reverse-mode autograd is all that may follow. It keeps what torch.mm keeps."""
 
@@ -90,6 +87,6 @@ class _ByOneDNN(torch.autograd.Function):
 def rows_times_transposed(X: Tensor, R: Tensor) -> Tensor:
     """X R^T for X (a, D), R (D, D), differentiable."""
     once_more = torch.is_grad_enabled() and (X.requires_grad or R.requires_grad)
-    if not once_more and _by_onednn(X, R.mT):
+    if not once_more and plain(X, R) and onednn.faster(X, R.mT, recorded=False):
         return onednn.product(X, R.mT)
     return X @ R.mT

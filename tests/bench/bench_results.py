@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bench import bars, registry, regret, timing
+from bench.core import bars, registry
+from bench.suites import regret
+from dbp_kernels.tools import timing
 
 
 def seconds(median: float, samples: int = 9) -> dict:
@@ -36,6 +38,14 @@ def synthetic(speedup: float = 7.0, slowdown: float = 1.05, extra: int = 100) ->
         "settings": {"device": "cpu", "dtype": "float32", "whole_registry": True},
         "kernels": cases,
         "step": [{"name": name, "sample": 0.1, "methods": dict(step)} for name in networks],
+        "passes": [
+            {
+                "name": name,
+                "methods": {m: method(0.1, samples=25) for m in ("bp", "dbp")},
+                "step": {},
+            }
+            for name in networks
+        ],
         "budget": [shared(name, 1.1) for name in networks],
         "regret": [predicted(question, 0.0) for question in regret.QUESTIONS for _ in range(10)],
     }

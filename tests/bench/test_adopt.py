@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import adopt, calibrate, cli, hardware, machine, registry
-from bench.adopt import CALIBRATIONS, CONFIGS, RESULTS, Refused
+from bench import cli
+from bench.core import adopt, machine, registry, results
+from bench.core.adopt import CALIBRATIONS, CONFIGS, RESULTS, Refused
 from bench.device import calibration, correctness, layers
 from bench.device import tuning as tuning_stage
 from bench.device.result import Result
@@ -17,6 +18,7 @@ from bench.device.stage import Setting
 from dbp_kernels import version
 from dbp_kernels.backends.triton import configs, runtime
 from dbp_kernels.planning import calibration as planner_calibration
+from dbp_kernels.tools import calibrate
 
 GPU, COMMIT = "NVIDIA H100 80GB HBM3", "0123456789abcdef"
 CHECK = "triton gram_shift [64x64x128 w4 s3] bf16: 3x3 72@9x7"
@@ -86,7 +88,7 @@ def clone(tmp_path) -> Path:
     for name in (CALIBRATIONS, CONFIGS):
         shutil.copytree(machine.ROOT / name, tmp_path / "clone" / name)
     (tmp_path / "clone" / RESULTS).mkdir(parents=True)
-    text = hardware.insert((machine.ROOT / "README.md").read_text(), hardware.table({}))
+    text = adopt.insert((machine.ROOT / "README.md").read_text(), adopt.hardware_table({}))
     (tmp_path / "clone" / "README.md").write_text(text)
     return tmp_path / "clone"
 
@@ -157,7 +159,7 @@ def test_the_readme_has_a_row(result, clone):
     (row,) = [line for line in (clone / "README.md").read_text().splitlines() if GPU in line]
     assert "sm_90" in row
     assert f"(bench/results/{STEM}-0123456789.json)" in row
-    cases = len(list(hardware.cases(result)))
+    cases = len(list(adopt.cases(result)))
     assert f"{cases} of {cases}" in row
     later = copy.deepcopy(result)
     later["started"] = "2026-12-01T10:00:00+00:00"
@@ -173,13 +175,13 @@ def test_the_readme_has_a_row(result, clone):
 
 def test_the_committed_readme_is_as_the_results_say():
     text = (machine.ROOT / "README.md").read_text()
-    assert hardware.insert(text, hardware.table(hardware.committed(cli.RESULTS))) == text
+    assert adopt.insert(text, adopt.hardware_table(adopt.committed(results.RESULTS))) == text
 
 
 @pytest.mark.parametrize("text", ["none", "{0} {0} {1}", "{1} {0}", "{0} {1} {1}"])
 def test_markers_out_of_order_are_refused(text):
     with pytest.raises(ValueError, match="hardware:begin"):
-        hardware.insert(text.format(hardware.BEGIN, hardware.END), "table")
+        adopt.insert(text.format(adopt.BEGIN, adopt.END), "table")
 
 
 def refused(result: dict, clone: Path, capsys) -> str:
@@ -366,4 +368,4 @@ def test_the_result_is_copied_whole(result, clone):
     run(result, clone)
     there = json.loads((clone / RESULTS / f"{STEM}-0123456789.json").read_text())
     assert there == json.loads(json.dumps(result))
-    assert calibrate.default_path(result["calibration"]).name == f"{STEM}.json"
+    assert calibrate.file_name(result["calibration"]) == f"{STEM}.json"

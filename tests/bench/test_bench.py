@@ -13,26 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench import (
-    bars,
-    check,
-    cli,
-    kernel_tables,
-    kernels,
-    memory,
-    more_rivals,
-    plots,
-    registry,
-    regret,
-    report,
-    rivals,
-    steps,
-    suites,
-    timing,
-)
-from bench.published import PublishedConv2d, publish_model, publish_update
-from bench.rivals import GPU_RIVALS, RIVALS, Rival, rivals_on
+from bench import cli, rivals, suites
+from bench.core import bars, check, memory, registry, report, results, suite
+from bench.rivals import GPU_RIVALS, RIVALS, Rival, dense, rivals_on
+from bench.rivals.published import PublishedConv2d, publish_model, publish_update
+from bench.suites import kernels, regret, steps
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.tools import cases, timing
 from experiments.models import ConvNet, resnet18, resnet34, resnet50
 
 # --- registry -----------------------------------------------------------------------------------
@@ -159,26 +146,26 @@ def test_rival_equals_the_definition(rival, case):
         pytest.skip(method.why_not(case))
     x = torch.randn(case.input_shape, dtype=torch.float64)
     exact = definition(x, case)
-    assert check.error(method.compute(x, case), exact) < 1e-13
+    assert cases.error(method.compute(x, case), exact) < 1e-13
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
         low = x.to(dtype)
         result = method.compute(low, case)
         assert result.dtype == torch.float32
         loose = dtype == torch.bfloat16 and rival == "self_wgrad"  # sums in bfloat16 itself
-        assert check.error(result, definition(low, case)) < (3e-2 if loose else limit)
+        assert cases.error(result, definition(low, case)) < (3e-2 if loose else limit)
 
 
 def test_rivals_by_device(monkeypatch):
-    monkeypatch.setattr(more_rivals, "installed", lambda package: False)
+    monkeypatch.setattr(rivals, "installed", lambda package: False)
     on_gpu = {*RIVALS, *GPU_RIVALS, "compiled"}
     assert set(rivals_on(torch.device("cpu"))) == set(RIVALS)
     assert set(rivals_on(torch.device("cuda"))) == on_gpu
-    monkeypatch.setattr(more_rivals, "installed", lambda package: True)
+    monkeypatch.setattr(rivals, "installed", lambda package: True)
     assert set(rivals_on(torch.device("cpu"))) == {*RIVALS, "einconv"}
     assert set(rivals_on(torch.device("cuda"))) == {*on_gpu, "einconv", "quack"}
 
 
-@pytest.mark.skipif(not more_rivals.installed("einconv"), reason="einconv is not installed")
+@pytest.mark.skipif(not rivals.installed("einconv"), reason="einconv is not installed")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_einconv_equals_the_definition(case):
     method = rivals.OPTIONAL["einconv"]
@@ -186,7 +173,7 @@ def test_einconv_equals_the_definition(case):
         pytest.skip(method.why_not(case))
     x = torch.randn(case.input_shape, dtype=torch.float64)
     assert (
-        check.error(method.compute(x, case), definition(x, case)) < 1e-7
+        cases.error(method.compute(x, case), definition(x, case)) < 1e-7
     )  # its scale is a float32
     assert method.compute(x.bfloat16(), case).dtype == torch.float32
 
@@ -198,7 +185,7 @@ def test_compiled_reference_equals_the_definition():
             x = torch.randn(case.input_shape, dtype=dtype)
             result = rivals.COMPILED.compute(x, case)
             assert result.dtype == (dtype if dtype == torch.float64 else torch.float32)
-            assert check.error(result, definition(x, case)) < limit
+            assert cases.error(result, definition(x, case)) < limit
 
 
 def test_padded_gemm_covers_the_cases_of_the_gpu_bars():
@@ -219,17 +206,17 @@ def test_self_wgrad_covers_what_it_should():
 
 
 def test_oracle_is_the_definition_also_in_chunks(monkeypatch):
-    monkeypatch.setattr(check, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cases, "_CHUNK_BYTES", 1)
     for case in SMALL:
         x = torch.randn(case.input_shape)
-        assert check.error(check.oracle(x, case), definition(x, case)) < 1e-13
+        assert cases.error(cases.oracle(x, case), definition(x, case)) < 1e-13
 
 
 def test_error_sees_shapes_and_non_finite_entries():
     exact = torch.eye(3, dtype=torch.float64)[None]
-    assert check.error(exact, exact) == 0
-    assert check.error(exact[0], exact) == float("inf")
-    assert check.error(exact.clone().fill_(float("nan")), exact) == float("inf")
+    assert cases.error(exact, exact) == 0
+    assert cases.error(exact[0], exact) == float("inf")
+    assert cases.error(exact.clone().fill_(float("nan")), exact) == float("inf")
 
 
 # --- timing and memory --------------------------------------------------------------------------
@@ -287,7 +274,7 @@ def always(label: str, compute) -> Rival:
 
 def test_a_wrong_method_gets_no_number():
     def wrong(x, case):
-        return rivals.unfold_matmul(x, case) * 1.001
+        return dense.unfold_matmul(x, case) * 1.001
 
     def raising(x, case):
         raise RuntimeError("no")
@@ -317,7 +304,7 @@ def test_a_method_may_say_that_an_input_is_not_for_it():
 
 def test_our_own_kernels_are_held_to_their_own_bound():
     def slightly_off(x, case):
-        return rivals.unfold_matmul(x, case) * (1 + 5e-6)
+        return dense.unfold_matmul(x, case) * (1 + 5e-6)
 
     methods = {
         "unfold": RIVALS["unfold"],
@@ -422,7 +409,7 @@ def test_replays_on_a_cpu_are_calls():
 
 def test_a_wrong_plain_method_does_not_widen_the_bound():
     def wrong(x, case):
-        return rivals.unfold_matmul(x, case) * 1.1
+        return dense.unfold_matmul(x, case) * 1.1
 
     methods = {"dbp": always("wrong", wrong), "unfold": always("wrong", wrong)}
     record = kernels.run_case(TINY, FAST, methods)
@@ -518,7 +505,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     for record in result["kernels"] + result["step"]:
         for name, measured in record["methods"].items():
             assert measured["status"] == "ok", (name, measured)
-            assert measured["seconds"]["samples"] == suites.QUICK_PAIRS
+            assert measured["seconds"]["samples"] == suite.QUICK_PAIRS
             assert measured["seconds"]["median"] > 0
     assert set(result["step"][0]["methods"]) == {"bp", "dbp", "dbp layers", "published"}
     assert result["complete"]
@@ -536,7 +523,7 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     assert target.with_suffix(".png").stat().st_size > 1000
 
 
-RESULTS = sorted(cli.RESULTS.glob("*.json"))
+RESULTS = sorted(results.RESULTS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -551,8 +538,8 @@ def test_committed_results_can_be_reported(path, tmp_path):
     for record in report.judged_records({**result, "regret": []}):
         assert f"| {record.get('sweep', record['name'])}" in text
     undrawn = ("regret", "host_time")
-    drawn = any(result.get(suite) for suite in report._SUITES if suite not in undrawn)
-    assert plots.plot(result, tmp_path / "plot.png") == drawn
+    drawn = any(result.get(suite) for suite in suites.SUITES if suite not in undrawn)
+    assert report.plot(result, tmp_path / "plot.png") == drawn
 
 
 def test_an_existing_result_is_never_overwritten(tmp_path, capsys):
@@ -562,7 +549,7 @@ def test_an_existing_result_is_never_overwritten(tmp_path, capsys):
     assert "not overwritten" in capsys.readouterr().err
     assert target.read_text() == "mine"
     with pytest.raises(FileExistsError):
-        cli.save({"a": 1}, target)
+        results.save({"a": 1}, target)
 
 
 def test_default_result_path_names_device_and_commit():
@@ -580,7 +567,6 @@ def test_default_result_path_names_device_and_commit():
         ["--sample", "0"],
         ["--suite", "step", "--dtype", "float64"],
         ["--cpu-time"],
-        ["calibrate", "--cpu-time", "--threads", "2"],
         ["report", "no-such-file.json"],
     ],
 )
@@ -643,7 +629,7 @@ def test_a_single_algorithm_is_no_rival():
     for name in ours:
         record["methods"][name]["seconds"]["median"] = 1e-9
     assert bars._fastest_rival(record["methods"], but="") == "unfold"
-    means = kernel_tables.geometric_means([record])
+    means = kernels.geometric_means([record])
     assert means["best rival, all cases"] == means["unfold, all cases"]
 
 

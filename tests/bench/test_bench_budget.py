@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import dbp_kernels as dbp
-from bench import bars, budget, cli, report
-from bench.budget import BudgetCase
-from bench.kernels import Settings
-from bench.steps import StepCase
+from bench import cli
+from bench.core import bars, report
+from bench.suites import budget
+from bench.suites.budget import BudgetCase
+from bench.suites.kernels import Settings
+from bench.suites.steps import StepCase
 from experiments.models import ConvNet
 
 CASE = BudgetCase(

@@ -9,11 +9,13 @@ import pytest
 import torch
 from helpers import random
 
-from bench import cli, precision
+from bench import cli
+from bench.core import results
+from bench.suites import precision
 from dbp_kernels import rules
 from dbp_kernels.rules import UpdateRule
 
-COMMITTED = json.loads((cli.RESULTS / "precision" / "update.json").read_text())
+COMMITTED = json.loads((results.RESULTS / "precision" / "update.json").read_text())
 
 
 @pytest.mark.parametrize(

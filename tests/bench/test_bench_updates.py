@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import accumulation, cli, kernels, networks, report, suites, timing, updates
-from bench.network_tables import update_table
+from bench import cli, suites
+from bench.core import networks, plots, suite
+from bench.suites import accumulation, kernels, passes, updates
+from bench.suites.updates import update_table
+from dbp_kernels.tools import timing
+from experiments.models import resnet50
 
 FAST = kernels.Settings(pairs=2, warmup=1)
 
@@ -114,7 +118,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert cli.main([*options, "--save", str(target)]) == 0
     (record,) = json.loads(target.read_text())["update"]
     assert record["name"] == "tiny 6x6 b3"
-    assert record["methods"]["dbp"]["seconds"]["samples"] == suites.QUICK_PAIRS
+    assert record["methods"]["dbp"]["seconds"]["samples"] == suite.QUICK_PAIRS
     assert "one update of every layer" in capsys.readouterr().out
     assert cli.main(["report", str(target)]) == 0
     assert target.with_suffix(".png").stat().st_size > 1000
@@ -135,5 +139,40 @@ def test_steps_of_several_micro_steps():
     names = ["bp", "dbp", accumulation.LAYERS]
     assert [(n, m["status"]) for n, m in record["methods"].items()] == [(n, "ok") for n in names]
     assert all(m["seconds"]["samples"] == 2 for m in record["methods"].values())
-    text = report._SUITES["accumulation"][1]([record])
+    text = suites.SUITES["accumulation"].table([record])
     assert all(f"| {name} " in text for name in names)
+
+
+def test_passes_and_the_step_by_itself(tmp_path):
+    record = passes.run_passes_case(TINY, FAST, sample=0.5)
+    names = ["bp", "dbp", "dbp layers"]
+    assert [(n, m["status"]) for n, m in record["methods"].items()] == [(n, "ok") for n in names]
+    assert all(m["seconds"]["samples"] == 2 for m in record["methods"].values())
+    assert [(n, s["samples"]) for n, s in record["step"].items()] == [(n, 2) for n in names]
+    text = suites.SUITES["passes"].table([record])
+    assert all(f"| {name} " in text for name in names)
+    (panel,) = suites.SUITES["passes"].panels({"passes": [record]})
+    plots.draw([panel], "title", tmp_path / "passes.png")
+    assert (tmp_path / "passes.png").stat().st_size > 1000
+
+
+def test_a_network_that_is_wrong_gets_no_times(monkeypatch):
+    honest = passes._network
+
+    def wrong(model, method, *rest):
+        if method == "dbp":
+            torch.nn.init.zeros_(model[-1].weight)
+        return honest(model, method, *rest)
+
+    monkeypatch.setattr(passes, "_network", wrong)
+    record = passes.run_passes_case(TINY, FAST, sample=0.5)
+    assert record["methods"]["dbp"]["status"] == "wrong"
+    assert "dbp" not in record["step"]
+
+
+def test_the_narrow_network_has_every_layer_of_resnet50():
+    wide, narrow = resnet50(10), passes.narrow_resnet50()
+    kinds = lambda model: [type(layer) for layer in model.modules()]  # noqa: E731
+    assert kinds(narrow) == kinds(wide)
+    assert narrow(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert narrow.fc.in_features * passes.NARROW == wide.fc.in_features

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import dbp_kernels as dbp
-from bench import breakdown, cli, kernels, networks, steps, updates
-from bench.network_tables import breakdown_table, sampling_table
+from bench import cli
+from bench.core import breakdown, networks
+from bench.suites import kernels, steps, updates
+from bench.suites.steps import breakdown_table, sampling_table
 from dbp_kernels.optim import decor_update
 
 CPU = torch.device("cpu")

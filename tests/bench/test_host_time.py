@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import dbp_kernels as dbp
-from bench import cli, host_time, registry
+from bench import cli
+from bench.core import registry
+from bench.suites import host_time
 from dbp_kernels import backends, choose
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cli, footprint, kernels, memory, networks, steps
-from bench.network_tables import memory_table
+from bench import cli
+from bench.core import memory, networks
+from bench.suites import footprint, kernels, steps
+from bench.suites.footprint import memory_table
 
 
 def small() -> nn.Module:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from bench_results import method, synthetic
 
-from bench import bars, cli, regress
+from bench import cli
+from bench.core import bars, regress
 
 KEY = ("kernels", "3x3 64@56 b32")
 CPU = torch.device("cpu")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
 from bench_results import predicted, statuses, synthetic
 
-from bench import bars, calibrate, cli, kernels, registry, regret, report, timing
-from bench.regret_tables import regret_table
-from dbp_kernels.planning import calibration
+from bench import cli
+from bench.core import bars, registry, report
+from bench.suites import kernels, regret
+from bench.suites.regret import regret_table
 from dbp_kernels.planning.choice import Choice
 
 FAST = kernels.Settings(pairs=2, warmup=1)
@@ -124,88 +124,3 @@ def test_updates_are_asked_about_the_sampled_images():
         ("update", 1),  # once
         ("update", 3),
     ]
-
-
-def test_a_quick_calibration_is_a_calibration(tmp_path, capsys):
-    target = tmp_path / "cpu.json"
-    assert run("calibrate", "--quick", "--threads", 1, "--save", target) == 0
-    assert f"saved {target}" in capsys.readouterr().out
-    read = calibration.read(target, "it")
-    assert (read.type, read.threads, read.measured) == ("cpu", 1, True)
-    assert read.device == calibration.cpu_name()
-    assert read.machine.product_rate(64) > 0
-    origin = json.loads(target.read_text())["origin"]
-    assert origin["command"].startswith("python -m bench calibrate --quick --threads 1")
-    before = target.read_text()
-    assert run("calibrate", "--quick", "--save", target) == 2
-    assert "not overwritten" in capsys.readouterr().err
-    assert target.read_text() == before
-    assert run("calibrate", "--quick", "--threads", 1, "--save", target, "--overwrite") == 0
-    assert calibration.read(target, "it").machine != read.machine
-
-
-@pytest.mark.parametrize("after", ["some figures", "all figures"])
-def test_an_interrupted_calibration_is_kept_once_it_has_every_figure(
-    after, tmp_path, monkeypatch, capsys
-):
-    names = list(calibrate.parts("cpu"))
-    wanted = names[:3] if after == "some figures" else [*names, *names[:2]]
-
-    def figures(meter, keep):
-        for n, name in enumerate(wanted):
-            keep({name: float(n)})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(calibrate, "figures", figures)
-    target = tmp_path / "cpu.json"
-    status = run("calibrate", "--quick", "--save", target)
-    assert "interrupted" in capsys.readouterr().err
-    if after == "some figures":
-        assert (status, target.exists()) == (1, False)
-    else:
-        assert status == 0
-        assert set(json.loads(target.read_text())["figures"]) == set(names)
-
-
-def test_parts_by_themselves_have_the_figures_of_all():
-    meter = calibrate.Meter(torch.device("cpu"), quick=True)
-    whole = calibrate.figures(meter)
-    parts = [calibrate.part_figures(name, meter) for name in calibrate.parts("cpu")]
-    assert set(whole) == {key for part in parts for key in part}
-    assert all(factor >= 1 for part in parts for factor in part.get("aliased", ()))
-
-
-def test_of_several_passes_the_best_figures_count():
-    one = {
-        "product": [[1, 2.0], [3, 4.0]],
-        "gbytes": 5.0,
-        "call": 2.0,
-        "pack": [[[1, 2.0]], [[1, 3.0]]],
-    }
-    two = {
-        "product": [[1, 3.0], [3, 1.0]],
-        "gbytes": 6.0,
-        "call": 1.0,
-        "pack": [[[1, 1.0]], [[1, 4.0]]],
-    }
-    best = {
-        "product": [[1, 3.0], [3, 4.0]],
-        "gbytes": 6.0,
-        "call": 1.0,
-        "pack": [[[1, 1.0]], [[1, 3.0]]],
-    }
-    assert calibrate._better(one, two) == best
-
-
-def test_a_calibration_is_named_after_its_device():
-    content = {"device": "AMD EPYC(tm) 1.2", "type": "cpu", "threads": 4}
-    assert calibrate.default_path(content).name == "amd-epyc-tm-1-2-4-threads.json"
-    content = {"device": "NVIDIA H200", "type": "cuda", "threads": 1}
-    assert calibrate.default_path(content).name == "nvidia-h200.json"
-
-
-def test_cpu_time_is_not_spent_asleep():
-    with timing.cpu_time():
-        asleep = timing.time_once(lambda: time.sleep(0.1), torch.device("cpu"))
-    assert asleep < 0.05
-    assert timing.time_once(lambda: time.sleep(0.1), torch.device("cpu")) > 0.09

@@ -9,8 +9,10 @@ import pytest
 import torch
 from bench_results import method
 
-from bench import cli, kernel_tables, kernels, machine, peaks, registry, rivals, scaling
-from bench.rivals import Rival
+from bench import cli
+from bench.core import machine, registry, report
+from bench.rivals import Rival, dense
+from bench.suites import kernels, scaling
 
 
 def test_sweeps_change_one_size_of_the_base_layer():
@@ -28,7 +30,7 @@ def test_exponents_of_neighbours():
         return {**record, "methods": {"dbp": method(ms / 1e3), "unfold": method(ms / 1e2)}}
 
     points = [point("batch", 10, 5, 1), point("batch", 20, 5, 4), point("kernel", 20, 10, 9)]
-    table = kernel_tables.scaling_table([*points, point("kernel", 20, 20, 18)])
+    table = scaling.scaling_table([*points, point("kernel", 20, 20, 18)])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     column = dict(zip(lines[0], zip(*lines[2:], strict=True), strict=True))
     assert column["grows"] == ("-", "n^2.00", "-", "D^1.00")
@@ -39,7 +41,7 @@ def test_exponents_of_neighbours():
 def test_rates_against_what_the_machine_can_do():
     record = {"useful_gflop": 4.0, "useful_bytes": 10**9, "methods": {"dbp": method(0.5)}}
     record["methods"]["self_wgrad"] = {"status": "n/a", "reason": "stride"}
-    peaks.add_fractions(record, {"gemm_tflops": 0.1, "copy_gbytes": 8.0})
+    machine.add_fractions(record, {"gemm_tflops": 0.1, "copy_gbytes": 8.0})
     ours = record["methods"]["dbp"]
     assert ours["useful_tflops"] == pytest.approx(0.008)
     assert ours["of_peak"] == pytest.approx(0.08)
@@ -67,7 +69,7 @@ def test_inputs_rotate_through_more_than_the_cache(monkeypatch):
 
     def compute(tensor, case):
         seen.append(tensor.data_ptr())
-        return rivals.unfold_matmul(tensor, case)
+        return dense.unfold_matmul(tensor, case)
 
     methods = {"dbp": Rival("recorder", compute, lambda case: "")}
     record = kernels.run_case(case, kernels.Settings(pairs=1, warmup=1), methods)
@@ -83,7 +85,7 @@ def test_the_cache_has_a_size():
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(scaling.BASE, "cpu", {"batch": 2, "image": 7, "channels": 4, "kernel": 3})
-    monkeypatch.setattr(peaks, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(machine, "COPY_BYTES", 2**20)
     target = tmp_path / "scaling.json"
     options = ["--suite", "scaling", "--filter", "^(batch|image)", "--pairs", "2", "--save"]
     assert cli.main([*options, str(target)]) == 0
@@ -99,13 +101,12 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_kernels_come_with_a_roofline(tmp_path, monkeypatch):
-    monkeypatch.setattr(peaks, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(machine, "COPY_BYTES", 2**20)
     target = tmp_path / "kernels.json"
     options = ["--filter", "^3x3 3@32|^1x1 64@56", "--batch", "1", "--pairs", "2", "--save"]
     assert cli.main([*options, str(target)]) == 0
     result = json.loads(target.read_text())
     assert {r["methods"]["dbp"]["status"] for r in result["kernels"]} == {"ok"}
-    from bench import plots
 
-    assert len(plots._panels(result)) == 2  # speed-ups and roofline
-    assert plots.plot(result, tmp_path / "k.png")
+    assert len(list(kernels.SUITE.panels(result))) == 2  # speed-ups and roofline
+    assert report.plot(result, tmp_path / "k.png")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import plots, report
+from bench.core import report
 from bench.device import train, training
 from bench.device.stage import RESULT, SKIPPED, Setting
 from bench.device.training import BORDER, SIZE, Recipe, Training
@@ -238,5 +238,5 @@ def test_table_and_plot_of_what_there_is(setting, tmp_path):
     assert "1 of 2" in rows["dbp"]
     accuracies = [f"{100 * record['test_accuracy']:.1f}" for record in records[:2]]
     assert " ".join(accuracies) in rows["bp"]
-    assert plots.plot(result, tmp_path / "plot.png")
+    assert report.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -114,6 +114,62 @@ def test_muon_steps_on_W():
         torch.testing.assert_close(decor.R(name), layer.R, rtol=0, atol=bound)
 
 
+# Compiled steps.
+
+
+def test_a_compiled_step_is_a_step():
+    """The optimiser's own part is one graph, and nothing of ours is traced."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    model, optimizer, decor = trained(4)
+    expected = everything(model, decor)
+    model, optimizer, decor = attached()
+    counter = CompileCounter()
+    step = torch.compile(optimizer.step, backend=counter)
+    for x, y in batches(0, 4):
+        F.cross_entropy(model(x), y).backward()
+        step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(everything(model, decor), expected, rtol=1e-3, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+# Several optimisers.
+
+
+def with_two_optimizers(order, *, idle=False):
+    """The handle after four steps by two optimisers, of the layers 0 and 3, stepping in an order."""
+    model = make_model()
+    optimizers = [torch.optim.SGD(model[n].parameters(), lr=0.05) for n in (0, 3)]
+    decor = dbp.attach(model, optimizers, lr=1e-2, sample=0.5)
+    for x, y in batches(0, 4):
+        F.cross_entropy(model(x), y).backward()
+        for n in order:
+            optimizers[n].step()
+        if not idle:
+            model.zero_grad()
+        for n in order:
+            optimizers[n].zero_grad()
+    return everything(model, decor), decor
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_order_in_which_optimizers_step_does_not_matter(order):
+    model, _, decor = trained(4, "sgd", update_every=1, sampling="first")
+    assert_equal(with_two_optimizers(order)[0], everything(model, decor))
+
+
+@pytest.mark.parametrize("stepping", [0, 1])
+def test_an_optimizer_that_rests_is_not_waited_for(stepping):
+    """Whether its gradients are dropped, or pile up."""
+    for idle in (False, True):
+        state, decor = with_two_optimizers((stepping,), idle=idle)
+        name = "03"[stepping]
+        assert not torch.equal(state[f"R {name}"], torch.eye(len(state[f"R {name}"])))
+        assert decor._engine._steps >= 3
+
+
 # Learning rates as tensors.
 
 

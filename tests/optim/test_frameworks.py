@@ -174,13 +174,67 @@ def test_accelerate(tmp_path, attached):
     assert_equal(everything(resumed[2], resumed[1]), expected)
 
 
-def test_a_wrapper_without_hooks_is_refused():
+@pytest.mark.parametrize("skipped", [False, True])
+def test_accelerate_with_a_gradient_scaler(skipped):
+    """Which puts a ``step()`` of its own on the optimiser for the time of each step."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    states = []
+    for broken in (False, skipped):
+        model = make_model()
+        optimizer = make_optimizer(model)
+        torch.manual_seed(2)
+        decor = dbp.attach(model, optimizer, **OPTIONS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+        wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+        for n, (x, y) in enumerate(loader()):
+            if n == 2 and broken:
+                before = everything(model, decor)
+                scaler.scale(F.cross_entropy(model(x), y) * torch.inf).backward()
+                wrapped.step()
+                wrapped.zero_grad()
+                assert wrapped.step_was_skipped
+                assert_equal(everything(model, decor), before)
+                scaler.update(4.0)
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            wrapped.step()
+            wrapped.zero_grad()
+        states.append(everything(model, decor))
+    assert_learnt(states[0])
+    if not skipped:  # else the random samples of the step that was left out are drawn, too
+        assert_equal(*states)
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_fabric(attached):
+    fabric = pytest.importorskip("lightning.fabric").Fabric(
+        accelerator="cpu", precision="bf16-mixed"
+    )
+    model = make_model()
+    optimizer = make_optimizer(model)
+    torch.manual_seed(2)
+    if attached == "before":
+        decor = dbp.attach(model, optimizer, **OPTIONS)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    if attached == "after":
+        decor = dbp.attach(model, wrapped_optimizer, **OPTIONS)
+    for x, y in loader():
+        fabric.backward(F.cross_entropy(wrapped(x), y))
+        wrapped_optimizer.step()
+        wrapped_optimizer.zero_grad()
+    assert_equal(everything(model, decor), own_loop(1, micro=1))
+
+
+def test_a_wrapper_whose_step_runs_no_hooks_is_refused():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
             self.optimizer = optimizer
 
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
     model = make_model()
-    with pytest.raises(TypeError, match="Wrapper without torch's step hooks"):
+    with pytest.raises(TypeError, match=r"Wrapper, whose step.. does not run torch's step hooks"):
         dbp.attach(model, Wrapper(make_optimizer(model)))
 
 

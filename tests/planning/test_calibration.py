@@ -52,7 +52,9 @@ def test_the_shipped_files_say_where_they_come_from():
         assert data["device"]
         assert data["capability"]
         if known.measured:
-            assert data["origin"]["command"].startswith("python -m bench ")
+            assert data["origin"]["command"].startswith(
+                ("python -m bench ", "python -m dbp_kernels ")
+            )
             assert {"date", "torch", "commit"} <= data["origin"].keys()
         else:
             assert "guess" in data["origin"]["note"]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbp_kernels.planning import calibration, planner
-from dbp_kernels.planning.choice import ALGORITHMS, PLANS, PRECISIONS, STATISTICS
-from dbp_kernels.planning.planner import gram_choices, stats_choices, update_choices
+from dbp_kernels.planning.choice import PLANS, PRECISIONS, STATISTICS
+from dbp_kernels.planning.planner import ALGORITHMS, gram_choices, stats_choices, update_choices
 
 
 @settings(max_examples=100)

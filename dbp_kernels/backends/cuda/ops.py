@@ -13,7 +13,7 @@ from dbp_kernels.backends.cuda import gram, stats
 from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
-from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.prepared import Gram, prepared
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.products.matmul import symmetric_product
@@ -33,22 +33,30 @@ def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
 @prepared
 def _gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Callable[[Tensor], Tensor]:
     """What computes S of an input that looks like x."""
-    if not choice.name.startswith("cuda_"):
+    own = _OWN.get(choice.name)
+    if own is None:
         return partial(eager.patch_gram, geometry=geometry, choice=choice)
-    if choice.name.endswith("_sm90"):
-        problem = gram.sm90_problem(x, geometry)
-        if problem:
-            raise RuntimeError(
-                f"the kernels for compute capability 9.0 were asked for, but {problem}"
-            )
-        if geometry.pointwise:
-            return gram.matrix_gram_sm90(x, geometry)
-        return gram.shift_gram(x, geometry, None, True)
+    return own(x, geometry)
+
+
+def _shift(x: Tensor, geometry: ConvGeometry) -> Gram:
+    return gram.box_gram(x, geometry) if geometry.pointwise else gram.shift_gram(x, geometry)
+
+
+def _direct(x: Tensor, geometry: ConvGeometry) -> Gram:
+    return gram.box_gram(x, geometry) if geometry.pointwise else gram.direct_gram(x, geometry)
+
+
+def _sm90(x: Tensor, geometry: ConvGeometry) -> Gram:
+    problem = gram.sm90_problem(x, geometry)
+    if problem:
+        raise RuntimeError(f"the kernels for compute capability 9.0 were asked for, but {problem}")
     if geometry.pointwise:
-        return gram.box_gram(x, geometry)
-    if choice.name == "cuda_shift":
-        return gram.shift_gram(x, geometry)
-    return gram.direct_gram(x, geometry)
+        return gram.matrix_gram_sm90(x, geometry)
+    return gram.shift_gram(x, geometry, None, True)
+
+
+_OWN = {"cuda_shift": _shift, "cuda_direct": _direct, "cuda_sm90": _sm90}
 
 
 def decor_stats(

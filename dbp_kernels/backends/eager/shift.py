@@ -134,13 +134,15 @@ def _only_main(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) ->
 
 # (phases, column ranges) -> those columns of that phase's buffer, contiguous
 _Copies = dict[tuple[Phases, tuple[Window, ...]], Tensor]
+_Side = tuple[Phases, tuple[Window, ...]]  # an operand's inner phases and column ranges
 
 
-def _copy_columns(band: Band, buffers: dict[Phases, Tensor], previous: _Copies) -> _Copies:
+def _copy_columns(
+    sides: tuple[_Side, _Side], buffers: dict[Phases, Tensor], previous: _Copies
+) -> _Copies:
     """The columns of both operands of a band; those that the previous band had too are kept."""
     copies: _Copies = {}
-    for right in (False, True):
-        inner_phases, segments = _operand(band, right)
+    for inner_phases, segments in sides:
         for phases, buffer in buffers.items():
             key = (phases, segments)
             if phases[1:] == inner_phases and key not in copies:
@@ -154,7 +156,7 @@ def _copy_columns(band: Band, buffers: dict[Phases, Tensor], previous: _Copies) 
     return copies
 
 
-def _operand(band: Band, right: bool) -> tuple[Phases, tuple[Window, ...]]:
+def _operand(band: Band, right: bool) -> _Side:
     """Inner phases and column ranges of the left or the right operand."""
     if not right:
         return tuple(c.phase_left for c in band.inner), band.segments
@@ -209,19 +211,24 @@ def _operands(
     images = next(iter(buffers.values())).shape[-2]
     copies: _Copies = {}
     for band in program.bands:
+        sides = _operand(band, False), _operand(band, True)
         if band.main and layout.zero_columns:
             with _only_main(buffers, band.inner):
-                yield from _main_operands(band, rows, layout.widths, images)
+                yield from _main_operands(band, sides, rows, layout.widths, images)
         else:
-            copies = _copy_columns(band, buffers, copies)
-            yield from _column_operands(band, copies)
+            copies = _copy_columns(sides, buffers, copies)
+            yield from _column_operands(band, sides, copies)
 
 
 def _main_operands(
-    band: Band, rows: dict[Phases, Tensor], widths: tuple[int, ...], images: int
+    band: Band,
+    sides: tuple[_Side, _Side],
+    rows: dict[Phases, Tensor],
+    widths: tuple[int, ...],
+    images: int,
 ) -> Iterator[_Operands]:
     """A main band on the whole buffers, as rows of channels: a shift is an offset in rows."""
-    (left_phases, _), (right_phases, _) = _operand(band, False), _operand(band, True)
+    (left_phases, _), (right_phases, _) = sides
     row_length = math.prod(widths) * images
     for p in band.products:
         left = p.row.phase_left, *left_phases
@@ -237,12 +244,11 @@ def _main_operands(
         yield X[:, start:stop], Y[:, start + offset : stop + offset], p
 
 
-def _column_operands(band: Band, copies: _Copies) -> Iterator[_Operands]:
+def _column_operands(
+    band: Band, sides: tuple[_Side, _Side], copies: _Copies
+) -> Iterator[_Operands]:
     """A band on copied columns: only the rows are left to slice."""
-    (left_phases, left_columns), (right_phases, right_columns) = (
-        _operand(band, False),
-        _operand(band, True),
-    )
+    (left_phases, left_columns), (right_phases, right_columns) = sides
     for p in band.products:
         left = copies[(p.row.phase_left, *left_phases), left_columns]
         right = copies[(p.row.phase_right, *right_phases), right_columns]

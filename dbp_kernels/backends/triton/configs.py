@@ -2,7 +2,7 @@
 
 ``sm80.json`` and the like hold the configurations shipped for a family of GPUs, for each kernel and
 precision, largest tile first: exactly these are compiled in tests. A file named after a GPU holds
-what ``python -m bench tune`` found fastest on it, by problem size ("pinned"). A GPU without such a
+what ``python -m dbp_kernels tune`` found fastest on it, by problem size ("pinned"). A GPU without such a
 file takes that of another GPU of its compute capability, or else the kernel's own rule of thumb.
 """
 

@@ -6,10 +6,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import registry, tune
+from bench.core import registry
 from dbp_kernels.backends import prepared
 from dbp_kernels.backends.triton import configs, product, runtime
 from dbp_kernels.backends.triton.configs import Config, precision_key
+from dbp_kernels.tools import tune
 
 CPU = torch.device("cpu")
 SMALL, LARGE = Config(16, 16, 16, 4, 2), Config(64, 64, 32, 4, 3)
@@ -197,4 +198,4 @@ def test_tuning_problems_run():
         assert p.candidates
         exact = p.exact()
         for config in p.candidates:
-            assert tune.check.error(p.run(config), exact) < 1e-2, (p.kernel, config)
+            assert tune.error(p.run(config), exact) < 1e-2, (p.kernel, config)

@@ -102,7 +102,7 @@ def test_no_wait_for_the_device(c):
 @every_case
 def test_peak_memory(c):
     """Beyond S at most the packed input and one workspace of 64 MB with its S."""
-    from bench.memory import extra_bytes
+    from bench.core.memory import extra_bytes
 
     x, _ = inputs(c)
     call = lambda: torch.ops.dbp.patch_gram(x, *c.arguments)  # noqa: E731

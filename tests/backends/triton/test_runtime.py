@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from helpers import DEVICE, case
 
-from bench.host_time import stub_driver
+from bench.suites.host_time import stub_driver
 from dbp_kernels.backends.triton import runtime
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, machine
+from bench import cli
+from bench.core import machine
 from bench.device import pack
 from bench.device.pack import PackError
 

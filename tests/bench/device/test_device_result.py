@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import bars
+from bench.core import bars
 from bench.device.result import Result, merge
 from bench.device.summary import summary
 

@@ -6,7 +6,9 @@ import time
 import pytest
 
 import dbp_kernels as dbp
-from bench import bars, calibrate, cli, machine, registry
+from bench import cli
+from bench.core import bars, machine, registry
+from bench.core.networks import StepCase
 from bench.device import (
     command,
     correctness,
@@ -19,8 +21,8 @@ from bench.device import (
     tuning,
 )
 from bench.device.stage import Setting, Stage
-from bench.networks import StepCase
 from dbp_kernels import backends, precision
+from dbp_kernels.tools import calibrate
 from dbp_kernels.verify.workers import Case
 
 NAMES = {
@@ -236,7 +238,7 @@ def test_the_breakdown_is_of_the_backend_that_was_asked_for(monkeypatch):
         seen.append(backends.requested())
         return {"extra": 0.0}
 
-    monkeypatch.setattr("bench.steps.breakdown", breakdown)
+    monkeypatch.setattr("bench.suites.steps.breakdown", breakdown)
     steps.run("dbp eager: convnet", Setting("cpu", rehearse=True))
     steps.run("dbp: convnet", Setting("cpu", rehearse=True))
     assert seen == ["eager", "auto"]
