@@ -210,7 +210,7 @@ class Site:
 
     def formed(self) -> None:
         """Called after every change that is not somebody else's."""
-        self._written: tuple[int, int] | None = self._seen()
+        self._written = self._seen()
         probe = self._probe()
         self._probed = None if probe is None else probe.clone()
 
