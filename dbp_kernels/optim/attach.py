@@ -65,6 +65,17 @@ def attach(
     if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
     from the weights A; with those of the handle, made in one go, they are an attached pair.
 
+    Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
+    and one update from their first step on, as long as they see the same and have the same options;
+    ``print()`` of the handle says which. It changes no result, but that random samples are drawn
+    once for all of them. Layers in code compiled by torch.compile do not share, and none do with a
+    budget or several ranks. Forward passes without gradients give no samples, but for the first of a
+    reentrant activation checkpoint.
+
+    Weights may be written to between steps: the network stays what it was made, and W becomes
+    A R^-1, with a warning. Writes through ``.data`` show on CPUs only, by some 256 entries of each
+    weight; on GPUs, where looking would wait for the device, they are lost.
+
     Args:
         model: any module; layers of the kinds that ``dbp.register`` knows are attached: Linear,
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.

@@ -23,7 +23,7 @@ from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
-from dbp_kernels.sampling import Layer, Recorder, recorder_of
+from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
 from dbp_kernels.surgery import switch_fast_paths
 
 
@@ -43,7 +43,8 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Learning-rate schedulers and parameter groups work as with any optimiser. Several forward passes
     before one ``step()`` (gradient accumulation, layers used twice) count together, patch by patch;
-    recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
+    recomputations by activation checkpointing do not count. Eval mode and
+    passes without gradients (but a reentrant checkpoint's first) copy nothing. Where a
     ``step()`` is to be left out, call ``discard()`` to drop the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
 
@@ -119,6 +120,8 @@ class DecorUpdate(torch.optim.Optimizer):
             or there is a budget with ``cuda_graph``. Nothing is changed.
         TypeError: the first argument has another form. Nothing is changed.
     """
+
+    _inputs: Inputs | None = None  # every layer takes samples of its own
 
     def __init__(
         self,
@@ -214,7 +217,7 @@ class DecorUpdate(torch.optim.Optimizer):
             yield from zip(group["param_names"], layers)
 
     def _follow_R(self) -> None:
-        """Point param_groups and state at the buffers of today: model.to() replaces buffers.
+        """Point param_groups and state at the Rs of today: model.to() replaces buffers.
 
         Raises RuntimeError if a layer was fused.
         """
@@ -223,16 +226,25 @@ class DecorUpdate(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
                 )
+        changed = False
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
+                    changed = True
                     group["params"][index] = layer.R
-                    if before in self.state:
-                        state = self.state.pop(before)
+                    if before in self.state and layer.R not in self.state:
+                        state = self.state[before]  # of others, too, where they shared R
                         self.state[layer.R] = {
-                            "loss": state["loss"].to(layer.R),
-                            **{kind: state[kind].to(layer.R.device) for kind in (SKIPPED, CLIPPED)},
+                            "loss": state["loss"].to(layer.R, copy=True),
+                            **{
+                                kind: state[kind].to(layer.R.device, copy=True)
+                                for kind in (SKIPPED, CLIPPED)
+                            },
                         }
+        if changed:
+            used = {id(layer.R) for _, layer in self._named_layers()}
+            for gone in [R for R in self.state if id(R) not in used]:
+                del self.state[gone]
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
 from dbp_kernels.optim.swap import some
@@ -26,7 +26,7 @@ class Checkpoint:
     """Adds what is ours to an optimiser's ``state_dict()``, and takes it out of a loaded one."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], engine: DecorUpdate
+        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], engine: Engine
     ) -> None:
         self._optimizer, self._sites, self._engine = optimizer, sites, engine
         self._loaded: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ class Checkpoint:
                 "here: they go on as plain layers",
                 stacklevel=4,
             )
-        self._engine._follow_R()
+        self._engine.part(self._sites)
         for site in self._sites:
             entry = layers.get(site.name)
             if entry is None:
