@@ -1,7 +1,8 @@
 // update: the epilogue of the update rule. From M = <x x^T> it makes the matrix E of R - lr E R,
 //     E_ij = c_weight M_ij,   E_ii = v_weight (M_ii - 1), with idle_weight where M_ii is 0,
-// and two sums of each group, of M_ij^2 and of (M_ii - 1)^2, which make the loss and the norm of E. In
-// one pass over M and a fixed order of summation: every block writes its part, a second kernel adds.
+// and two sums of each group, of M_ij^2 and of (M_ii - 1)^2, which make the loss and the norm of E.
+// In one pass over M and a fixed order of summation: every block writes its part, a second kernel
+// adds.
 #pragma once
 
 #include "arguments.cuh"
