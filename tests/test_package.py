@@ -85,3 +85,17 @@ def test_hooks_run_what_make_lint_runs():
     entries = re.findall(r"^ +entry: (.*?)(?: --force-exclude)?$", hooks, re.MULTILINE)
     assert entries == lint
     assert len(lint) >= 4
+
+
+def test_the_map_in_contributing_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = text[text.index("## Where things are") : text.index("## On a machine with a GPU")]
+    words = set(re.findall(r"[a-z_0-9]+", places))
+    named_whole = {"backends", "verify"}  # kernels and checks go by their folder
+    package = ROOT / "dbp_kernels"
+    for path in package.rglob("*.py"):
+        inner = path.relative_to(package)
+        if path.stem == "__init__":
+            assert inner.parent.name in words | {""}, inner
+        elif named_whole.isdisjoint(inner.parts):
+            assert path.stem in words, inner
