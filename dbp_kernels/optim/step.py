@@ -14,6 +14,7 @@ from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.ops import check_update, patch_gram, patch_mean
+from dbp_kernels.phases import PATCHES, phase
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -24,6 +25,8 @@ from dbp_kernels.sampling import Layer
 _SMALL = {"gram": 128, "direct": 256, "samples": 256}
 # GUESS, not measured: above this D one layer's tiles fill a GPU, and stacking only costs memory.
 _SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
+
+_rows = phase(PATCHES)(rows)
 
 
 @dataclass
@@ -132,7 +135,7 @@ def _task(job: Job, backend: str) -> _Task | None:
     if len(inputs) > 1:
         if sum(input.geometry.samples for input in inputs) > R.shape[1]:
             return None
-        Z = torch.cat([rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
+        Z = torch.cat([_rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
         window = {"kernel_size": (), "groups": R.shape[0]}
         inputs = op_inputs([Z.transpose(0, 1).flatten(1)], window)
     (input,) = inputs

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.optim.step import Job, Update
+from dbp_kernels.phases import WRITE, phase
 
 
+@phase(WRITE)
 def write_back(
     jobs: Sequence[Job],
     updates: Sequence[tuple[Update, Tensor, Tensor | None]],

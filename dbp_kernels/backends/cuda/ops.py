@@ -14,6 +14,7 @@ from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.phases import MOMENTS, phase
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.products.matmul import symmetric_product
@@ -22,6 +23,7 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 low_rank_update = eager.low_rank_update  # products only
 
 
+@phase(MOMENTS)
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample.
 

@@ -9,12 +9,14 @@ from dbp_kernels import rules
 from dbp_kernels.backends.eager.self_wgrad import patch_gram_self_wgrad
 from dbp_kernels.backends.eager.shift import patch_gram_shift
 from dbp_kernels.backends.eager.unfold import patch_gram_unfold, rows, windows
+from dbp_kernels.phases import MOMENTS, PATCHES, phase
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.precision import statistics_dtype
 from dbp_kernels.products.matmul import matmul
 
 
+@phase(MOMENTS)
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample."""
     if choice.name == "shift":
@@ -55,6 +57,7 @@ update_direct = rules.update_direct
 low_rank_update = rules.low_rank_update
 
 
+@phase(PATCHES)
 def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool) -> Tensor:
     """Z (groups, n, D) of a dtype, without its mean if ``demean``."""
     Z = rows(x, geometry, dtype)

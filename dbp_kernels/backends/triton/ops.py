@@ -16,6 +16,7 @@ from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, sta
 from dbp_kernels.backends.triton.gram_direct import direct_gram
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
+from dbp_kernels.phases import MOMENTS, PRODUCTS, phase
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.rules import UpdateRule
@@ -23,6 +24,7 @@ from dbp_kernels.rules import UpdateRule
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 
 
+@phase(MOMENTS)
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample."""
     return _gram(x, geometry, choice)(x)
@@ -100,6 +102,7 @@ def decor_update(
     return plan(Z, R, lr, kappa, rule)
 
 
+@phase(PRODUCTS)
 def update_from_gram(
     S: Tensor,
     R: Tensor,
@@ -114,6 +117,7 @@ def update_from_gram(
     return call(S, R, lr, kappa, rule, overwrite)
 
 
+@phase(PRODUCTS)
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
@@ -122,6 +126,7 @@ def update_direct(
     return call(Z, R, lr, kappa, rule)
 
 
+@phase(PRODUCTS)
 def low_rank_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[rules.LowRankUpdate, Tensor]:
