@@ -1,6 +1,6 @@
 """The second moment from shifted products: no im2col, every distinct product computed once.
 
-One program multiplies, for one box of pixels (see ``work.py``), a tile of channels of the left
+One program multiplies, for one box of pixels (see ``boxes.py``), a tile of channels of the left
 pixels with a tile of channels of the pixels a constant offset away, over a part of the box. The
 pixels of a box exist for both operands, so there are no border masks, and the input is read in
 place where its channels are contiguous.
@@ -32,7 +32,7 @@ _MAX_INT = 2**31 - 1
 
 @triton.jit
 def divide(p, reciprocal):
-    """p // divisor for 0 <= p < 2**31; ``reciprocal`` points to work.reciprocal(divisor)."""
+    """p // divisor for 0 <= p < 2**31; ``reciprocal`` points to tables.reciprocal(divisor)."""
     twice = (p * 2).to(tl.uint32, bitcast=True)
     multiplier = tl.load(reciprocal).to(tl.uint32, bitcast=True)
     shift = tl.load(reciprocal + 1).to(tl.uint32, bitcast=True)

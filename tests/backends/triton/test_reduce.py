@@ -6,7 +6,7 @@ import torch
 from helpers import DEVICE, case, cases
 from hypothesis import given
 from hypothesis import strategies as st
-from test_work import assembled
+from work_model import assembled
 
 from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.backends.triton.reduce import reduction
