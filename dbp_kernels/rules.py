@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbp_kernels.phases import PRODUCTS, phase
 from dbp_kernels.precision import products_of_change
 from dbp_kernels.products.matmul import (
     add_product_,
@@ -121,7 +120,6 @@ def _product_update(
     return ProductUpdate(MR, -lr * weight), loss
 
 
-@phase(PRODUCTS)
 def gram_update(
     S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard", overwrite: bool = False
 ) -> tuple[ProductUpdate, Tensor]:
@@ -133,7 +131,6 @@ def gram_update(
     return _product_update(M, R, lr, weights)
 
 
-@phase(PRODUCTS)
 def update_from_gram(
     S: Tensor,
     R: Tensor,
@@ -151,7 +148,6 @@ def update_from_gram(
     return update.new(R), loss
 
 
-@phase(PRODUCTS)
 def direct_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[ProductUpdate, Tensor]:
@@ -161,7 +157,6 @@ def direct_update(
     return _product_update(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
 
 
-@phase(PRODUCTS)
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
@@ -185,7 +180,6 @@ class LowRankUpdate:
     U: Tensor
     weight: float
 
-    @phase(PRODUCTS)
     def new(self, R: Tensor) -> Tensor:
         """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
         R_new = R * self.scale
@@ -225,7 +219,6 @@ class LowRankUpdate:
 Update = ProductUpdate | LowRankUpdate
 
 
-@phase(PRODUCTS)
 def low_rank_update(
     Z: Tensor,
     R: Tensor,

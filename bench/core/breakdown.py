@@ -25,13 +25,14 @@ from dbp_kernels.phases import (
     PREFIX,
     PRODUCTS,
     REPLAY,
-    STEP,
     WRITE,
 )
 
 PARTS = (COPY, CONDENSE, BACKWARD, MOMENTS, PATCHES, PRODUCTS, WRITE)
+STEP = "DecorUpdate.step()"  # a range of torch's own, as of every optimiser
 OURS, PLAIN = "decorrelated step", "plain step"
 _NODE = "autograd::engine::evaluate_function"
+_STEPS = ("Optimizer.step#DecorUpdate.step", "Optimizer.step#Engine.step")
 _OPERATOR = 0  # the scope of a recorded forward operator
 
 
@@ -103,6 +104,8 @@ def _part(event: Any, nodes: set[int]) -> str | None:
         name = event.name.removeprefix(PREFIX)
         if name != event.name:
             return None if name in (OURS, PLAIN) else name
+        if name in _STEPS:
+            return STEP
         if event.name.startswith(_NODE) and event.sequence_nr in nodes:
             return BACKWARD
         event = event.cpu_parent

@@ -23,7 +23,6 @@ from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Job, Update, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
-from dbp_kernels.phases import STEP, phase
 from dbp_kernels.sampling import Layer, Recorder, recorder_of
 from dbp_kernels.surgery import switch_fast_paths
 
@@ -273,7 +272,6 @@ class DecorUpdate(torch.optim.Optimizer):
     # The update.
 
     @torch.no_grad()
-    @phase(STEP)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every R from the samples taken since the last ``step()``, and drop those.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.optim.kinds import Patches, patches_of
-from dbp_kernels.phases import BACKWARD, CONDENSE, phase
+from dbp_kernels.phases import BACKWARD, CONDENSE, phase, span
 from dbp_kernels.precision import statistics_dtype
 from dbp_kernels.products.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.sampling import Recorder, record, recorder_of
@@ -180,11 +180,11 @@ class Site:
         weight.data, weight.grad = self._A, self._dA
         self._A = self._dA = None
 
-    @phase(CONDENSE)
     def form(self) -> None:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
         weight = self.weight.detach()  # with its version counter
-        weight.copy_(self.condensed())
+        with span(CONDENSE):
+            weight.copy_(self.condensed())
 
     def layout(self) -> Hashable:
         """What decides what ``form`` launches, and on which memory."""

@@ -14,7 +14,7 @@ from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.ops import check_update, patch_gram, patch_mean
-from dbp_kernels.phases import PATCHES, phase
+from dbp_kernels.phases import PATCHES, PRODUCTS, span
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -25,8 +25,6 @@ from dbp_kernels.sampling import Layer
 _SMALL = {"gram": 128, "direct": 256, "samples": 256}
 # GUESS, not measured: above this D one layer's tiles fill a GPU, and stacking only costs memory.
 _SMALL_GPU = {"gram": 1152, "direct": 512, "samples": 512}
-
-_rows = phase(PATCHES)(rows)
 
 
 @dataclass
@@ -135,7 +133,8 @@ def _task(job: Job, backend: str) -> _Task | None:
     if len(inputs) > 1:
         if sum(input.geometry.samples for input in inputs) > R.shape[1]:
             return None
-        Z = torch.cat([_rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
+        with span(PATCHES):
+            Z = torch.cat([rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
         window = {"kernel_size": (), "groups": R.shape[0]}
         inputs = op_inputs([Z.transpose(0, 1).flatten(1)], window)
     (input,) = inputs
@@ -198,14 +197,16 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
         if job.demean:
             m = torch.cat([backend.patch_mean(*x) for x in inputs])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
+        with span(PRODUCTS):
+            R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
     else:
         Z = torch.cat([task.patches for task in tasks])
-        if plan == "direct":
-            R_new, loss = backend.update_direct(Z, R, **job.rule)
-        else:
-            update, loss = backend.low_rank_update(Z, R, **job.rule)
-            R_new = update.new(R)
+        with span(PRODUCTS):
+            if plan == "direct":
+                R_new, loss = backend.update_direct(Z, R, **job.rule)
+            else:
+                update, loss = backend.low_rank_update(Z, R, **job.rule)
+                R_new = update.new(R)
     return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
 
 
@@ -232,5 +233,6 @@ def moments_of(job: Job) -> distributed.Moments:
 def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
     """(R_new, loss) of one job from the moments of all its samples."""
     backend = backends.select(job.R.device)
-    R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
+    with span(PRODUCTS):
+        R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
     return R_new, loss.mean()

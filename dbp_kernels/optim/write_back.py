@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.optim.step import Job, Update
-from dbp_kernels.phases import WRITE, phase
+from dbp_kernels.phases import WRITE, span
 
 
-@phase(WRITE)
 def write_back(
     jobs: Sequence[Job],
     updates: Sequence[tuple[Update, Tensor, Tensor | None]],
@@ -32,8 +31,9 @@ def write_back(
     by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
     for job, update in zip(jobs, updates):
         by_device.setdefault(job.R.device, []).append((job, *update))
-    for results in by_device.values():
-        _to_device(state_of, *zip(*results))
+    with span(WRITE):
+        for results in by_device.values():
+            _to_device(state_of, *zip(*results))
 
 
 def _to_device(

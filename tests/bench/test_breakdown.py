@@ -115,7 +115,7 @@ def test_kernels_count_where_they_are_launched():
     own = lambda part: breakdown.PREFIX + part  # noqa: E731
     whole = Event(own(breakdown.OURS), 0, is_user_annotation=True)
     whole.time_range.end = 100
-    step = Event(own(breakdown.STEP), 10, parent=whole)
+    step = Event("Optimizer.step#Engine.step", 10, parent=whole)
     step.kernels = [SimpleNamespace(name=step.name, duration=900)]  # the range's copy on the device
     step.is_user_annotation = True
     form = Event(own(breakdown.CONDENSE), 1, parent=whole, is_user_annotation=True)
@@ -207,7 +207,7 @@ def test_trace_opens_as_json_with_its_ranges(suite, tmp_path, monkeypatch):
     trace = tmp_path / "new" / "trace.json"
     assert cli.main(["--suite", suite, "--filter", "tiny", "--quick", "--trace", str(trace)]) == 0
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"dbp", "published", "dbp: " + breakdown.STEP} <= names
+    assert {"dbp", "published", "dbp: " + breakdown.PRODUCTS} <= names
     assert ("dbp: " + breakdown.CONDENSE in names) or suite == "update"
 
 

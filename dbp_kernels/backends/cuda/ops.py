@@ -14,7 +14,7 @@ from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import Gram, prepared
-from dbp_kernels.phases import MOMENTS, phase
+from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.products.matmul import symmetric_product
@@ -101,7 +101,9 @@ def decor_update(
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+        with span(PRODUCTS):
+            return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
     Z = eager.patches(x, geometry, R.dtype, demean)
     plan = update_direct if choice.name == "direct" else low_rank_update
-    return plan(Z, R, lr, kappa, rule)
+    with span(PRODUCTS):
+        return plan(Z, R, lr, kappa, rule)

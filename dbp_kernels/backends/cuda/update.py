@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dbp_kernels import rules
 from dbp_kernels.backends.cuda import library
-from dbp_kernels.phases import PRODUCTS, phase
 from dbp_kernels.precision import products_of_change
 from dbp_kernels.products.matmul import symmetric_product
 
@@ -35,7 +34,6 @@ def weigh(M: Tensor, rule: rules.UpdateRule) -> Tensor:
     return loss
 
 
-@phase(PRODUCTS)
 def update_from_gram(
     S: Tensor,
     R: Tensor,
@@ -55,7 +53,6 @@ def update_from_gram(
         return torch.baddbmm(R, M, R, alpha=-lr, out=P), loss
 
 
-@phase(PRODUCTS)
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, sta
 from dbp_kernels.backends.triton.gram_direct import direct_gram
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
-from dbp_kernels.phases import MOMENTS, PRODUCTS, phase
+from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.rules import UpdateRule
@@ -96,13 +96,14 @@ def decor_update(
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+        with span(PRODUCTS):
+            return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
     Z = eager.patches(x, geometry, R.dtype, demean)
     plan = update_direct if choice.name == "direct" else low_rank_update
-    return plan(Z, R, lr, kappa, rule)
+    with span(PRODUCTS):
+        return plan(Z, R, lr, kappa, rule)
 
 
-@phase(PRODUCTS)
 def update_from_gram(
     S: Tensor,
     R: Tensor,
@@ -117,7 +118,6 @@ def update_from_gram(
     return call(S, R, lr, kappa, rule, overwrite)
 
 
-@phase(PRODUCTS)
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,6 @@ def update_direct(
     return call(Z, R, lr, kappa, rule)
 
 
-@phase(PRODUCTS)
 def low_rank_update(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[rules.LowRankUpdate, Tensor]:
