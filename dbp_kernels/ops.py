@@ -166,9 +166,9 @@ def decor_update(
         name = backends.selected(input.device)
         choice = choose.update(x, g, name)
         work_out = backends.module(name).decor_update
-        update, loss = work_out(x, Rg, g, lr, kappa, rule, demean, choice)
-        R_new = update if isinstance(update, Tensor) else update.new(Rg)
-        return R_new.to(R.dtype).reshape(R.shape), loss.mean().to(R.dtype)
+        update = work_out(x, Rg, g, UpdateRule.make(rule, kappa, g.dim), demean, choice)
+        R_new = update.new(Rg, lr)
+        return R_new.to(R.dtype).reshape(R.shape), update.loss.mean().to(R.dtype)
 
 
 # --------------------------------------------------------------------------- fake kernels

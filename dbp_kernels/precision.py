@@ -104,6 +104,15 @@ def products_of_change(R: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def rounding(R: Tensor) -> float:
+    """More than the relative error of ||X X^T||_F^2 by a product of an update's change of R."""
+    if R.dtype == torch.float64:
+        return 2.0**-48
+    if on_cuda(R):
+        return 2.0**-9 if _by_default.get() or tf32() else 2.0**-18
+    return 2.0**-6 if _mkldnn.matmul.fp32_precision == "bf16" else 2.0**-18
+
+
 def update_products() -> str:
     """What an update's products of float32 on CUDA are now.
 

@@ -2,28 +2,27 @@
 
 With n patches Z (n x D), second moment S = Z^T Z / n and x = R z:
 
-    gram      M = R S R^T          then R - lr M' R                     5 D^3 (+ the cost of S)
-    direct    X = Z R^T; M = X^T X / n; then R - lr M' R                3 n D^2 + 2 D^3
-    samples   X = Z R^T; U = X R;  R - lr [c/n X^T U + diag(d) R]       6 n D^2 (+ 2 n^2 D: the loss)
+    gram      M = R S R^T          then M' R                  5 D^3 (+ the cost of S)
+    direct    X = Z R^T; M = X^T X / n; then M' R             3 n D^2 + 2 D^3
+    samples   X = Z R^T; U = X R; [c/n X^T U + diag(d) R]     6 n D^2 (+ 2 n^2 D: the loss)
 
 multiply-adds counted twice, and half of the symmetric M (large D come near it); M' is M with its
 diagonal replaced (``UpdateRule``). All tensors are batched over a leading dimension G (groups of one
-layer, or layers of equal shape). Functions are pure: no host synchronisation, nothing changed in
-place but their own temporaries. Every plan can also stop short of changing R: see ``ProductUpdate``
-and ``LowRankUpdate``.
+layer, or layers of equal shape). Plans are pure: no host synchronisation, nothing changed in place
+but their own temporaries. They give an ``Update``, which knows everything but the step size.
 
 Source: DBP paper (arXiv 2405.02385) eq. 3 and section 2.1; <x x^T> = R S R^T makes them equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dbp_kernels.precision import products_of_change
+from dbp_kernels.precision import products_of_change, rounding
 from dbp_kernels.products.matmul import (
     add_product_,
     matmul,
@@ -36,223 +35,233 @@ RULES = ("standard", "normalized")
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The weights of one rule at one kappa and D: R <- R - lr [c_weight C + diag(v_weight v)] R.
+    """The weights of one rule at one kappa and D: R <- R - lr M' R, M' = c_weight C + diag(v_weight v).
 
-    The reported loss is (c_weight sum C^2 + kappa sum v^2) / loss_scale.
+    The reported loss is (c_weight sum C^2 + kappa sum v^2) / loss_scale. ``guarded``: M' has 0 in
+    place of -v_weight for entries of x without any variance, whose rows would grow for ever.
     """
 
     c_weight: float
     v_weight: float
     kappa: float
     loss_scale: float
+    guarded: bool = False
 
     @classmethod
-    def make(cls, rule: str, kappa: float, dim: int) -> UpdateRule:
+    def make(cls, rule: str, kappa: float, dim: int, guarded: bool = False) -> UpdateRule:
         """Raises ValueError for an unknown rule or a kappa outside [0, 1]."""
         if not 0.0 <= kappa <= 1.0:
             raise ValueError(f"kappa={kappa}: expected a number from 0 to 1")
         if rule == "standard":
-            return cls(1 - kappa, kappa, kappa, float(dim * dim))
+            return cls(1 - kappa, kappa, kappa, float(dim * dim), guarded)
         if rule == "normalized":
-            return cls((1 - kappa) / (dim - 1) if dim > 1 else 0.0, 2 * kappa, kappa, float(dim))
+            c_weight = (1 - kappa) / (dim - 1) if dim > 1 else 0.0
+            return cls(c_weight, 2 * kappa, kappa, float(dim), guarded)
         raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}")
 
-    def loss(self, off: Tensor, v: Tensor) -> Tensor:
-        """(G,), of sum C^2 (G,) and v (G, D); in as few calls as it takes."""
+    @property
+    def idle_weight(self) -> float:
+        """That of v where x has no variance."""
+        return 0.0 if self.guarded else self.v_weight
+
+    def stepped(self, v: Tensor, second: Tensor) -> Tensor:
+        """v (G, D) as in M', for the second moments that it is of."""
+        return v.masked_fill(second <= 0, 0) if self.guarded else v
+
+    def loss(self, off: Tensor, on: Tensor) -> Tensor:
+        """(G,), of sum C^2 and sum v^2 (G,)."""
         weights = self.c_weight / self.loss_scale, self.kappa / self.loss_scale
-        return torch.add(weights[0] * off, v.square().sum(-1), alpha=weights[1])
+        return torch.add(weights[0] * off, on, alpha=weights[1])
+
+    def square(self, off: Tensor, on: Tensor) -> Tensor | None:
+        """(G,), ||M'||_F^2 (with all of v) of the same; None where nobody will ask."""
+        if not self.guarded:
+            return None
+        return torch.add(self.c_weight**2 * off, on, alpha=self.v_weight**2)
 
 
 @dataclass(frozen=True)
-class ProductUpdate:
-    """R <- R + factor M' R, which plan "gram" or "direct" has worked out and not yet carried out.
+class Update:
+    """M' R as a plan has worked it out; R has not changed yet.
+
+    It is weight U, multiplied out (G, D, D), or with plan "samples" diag(d) R + weight X^T U.
 
     Attributes:
-        MR: (G, D, D), the product M' R.
-        factor: a number.
+        loss: (G,).
+        square: (G,), ||M'||_F^2; None unless the rule is guarded.
+        weight: a number.
+        U: (G, D, D), or (G, n, D) with plan "samples".
+        few: of that plan X (G, n, D), the decorrelated samples, and d (G, D, 1), a number for each row
+            of R; else None.
     """
 
-    MR: Tensor
-    factor: float
+    loss: Tensor
+    square: Tensor | None
+    weight: float
+    U: Tensor
+    few: tuple[Tensor, Tensor] | None = None
 
-    def new(self, R: Tensor) -> Tensor:
-        """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
-        return torch.add(R, self.MR, alpha=self.factor)
+    def new(self, R: Tensor, rate: float) -> Tensor:
+        """R - rate M' R, of the R (G, D, D) it was worked out from. U may be used up."""
+        if rate == 0:  # an Inf in M' R would still make R NaN
+            return R.clone(memory_format=torch.contiguous_format)
+        if self.few is None:
+            return torch.add(R, self.U, alpha=-rate * self.weight, out=self.U)
+        X, d = self.few
+        R_new = R * torch.rsub(d, 1, alpha=rate)
+        self._add_product_(R_new, X, rate)
+        return R_new
 
-    def apply_(self, R: Tensor) -> None:
-        """Change R (G, D, D) in place, in one pass over it and MR."""
-        R.add_(self.MR, alpha=self.factor)
+    def apply_(self, R: Tensor, rate: float, factor: Tensor | None = None) -> None:
+        """R <- R - rate factor M' R in place, once. Takes no memory for a dense R.
+
+        Args:
+            R: (G, D, D), that it was worked out from.
+            factor: (G, 1, 1), for what is known to the device only.
+        """
+        if self.few is None:
+            if factor is None:
+                R.add_(self.U, alpha=-rate * self.weight)
+            elif R.is_cpu:  # so that a factor of 1 changes no bit: addcmul rounds once more here
+                R.add_(self.U.mul_(factor), alpha=-rate * self.weight)
+            else:
+                R.addcmul_(self.U, factor, value=-rate * self.weight)
+            return
+        X, d = self.few
+        if factor is not None:
+            d.mul_(factor)
+            self.U.mul_(factor)
+        R.mul_(torch.sub(_ONE, d, alpha=rate, out=d))
+        self._add_product_(R, X, rate)
+
+    def _add_product_(self, R: Tensor, X: Tensor, rate: float) -> None:
+        with products_of_change(R):
+            add_product_(R, X.mT, self.U, -rate * self.weight)
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """What ``bound`` takes the norms of."""
-        return (self.MR,)
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.U, *(self.few or ()))
 
-    def bound(self, MR: Tensor) -> Tensor:
-        """0-dimensional, of the norm of MR: not finite if R_new is not; R is far from the largest.
+    def parts(self, count: int) -> list[Tensor]:
+        """What ``bounds`` takes the norms of, for ``count`` layers in a batch."""
+        return [part for tensor in self._tensors for part in tensor.chunk(count)]
 
-        A NaN or Inf in R has shown in MR: every entry of R meets one of M', and 0 Inf is NaN.
+    def bounds(self, norms: Sequence[Tensor], count: int) -> Tensor:
+        """(count,), of the norms of ``parts``: not finite where M' R is not; R is far from the largest.
+
+        A NaN or Inf in R has shown in M' R: every entry of R meets one of M', and 0 Inf is NaN. So
+        it has in X = R Z^T; no entry of X^T U exceeds ||X|| ||U||.
         """
-        return abs(self.factor) * MR
+        U, *few = torch.stack(list(norms)).view(-1, count).unbind()
+        if not few:
+            return self.weight * U
+        X, d = few
+        return torch.add(d, X * U, alpha=max(1.0, self.weight))
 
     def cancel_unless_(self, ok: Tensor) -> None:
-        """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
-        self.MR.masked_fill_(~ok, 0)
+        """Make this an update that leaves R as it is, but for groups that are ``ok`` (G, 1, 1)."""
+        refused = ~ok
+        for tensor in self._tensors:
+            tensor.masked_fill_(refused, 0)
 
 
-def _product_update(
-    M: Tensor, R: Tensor, lr: float, rule: UpdateRule
-) -> tuple[ProductUpdate, Tensor]:
-    """The update from M = <x x^T>, which is overwritten, and the loss (G,)."""
+def no_update(R: Tensor) -> Update:
+    """That of R (G, D, D) for no samples."""
+    nothing = R.new_zeros(len(R))
+    return Update(nothing, nothing, 1.0, torch.zeros_like(R))
+
+
+# A number to kernels of any device, as it is 0-dimensional and on the CPU.
+_ONE = torch.tensor(1.0, device="cpu")
+
+
+def _product_update(M: Tensor, R: Tensor, rule: UpdateRule) -> Update:
+    """The update from M = <x x^T>, which is overwritten."""
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     v = diagonal - 1
+    stepped = rule.stepped(v, diagonal)
     diagonal.zero_()
     off = torch.linalg.vector_norm(M, dim=(-2, -1)).square()  # one pass, no D x D temporary
-    loss = rule.loss(off, v)
+    on = v.square().sum(-1)
     if rule.c_weight == 0:
         M.zero_()
     # c_weight goes into the factor: multiplying M by it would be a pass over M
     weight = rule.c_weight or 1.0
-    diagonal.copy_(v * (rule.v_weight / weight))
-    # at lr = 0 an Inf in M' R would still make R NaN
+    diagonal.copy_(stepped * (rule.v_weight / weight))
     with products_of_change(R):
-        MR = matmul(M, R) if lr else torch.zeros_like(R)
-    return ProductUpdate(MR, -lr * weight), loss
+        MR = matmul(M, R)
+    return Update(rule.loss(off, on), rule.square(off, on), weight, MR)
 
 
-def gram_update(
-    S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard", overwrite: bool = False
-) -> tuple[ProductUpdate, Tensor]:
-    """Plan "gram" up to its change of R. Arguments as `update_from_gram`; loss (G,)."""
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+def gram_update(S: Tensor, R: Tensor, rule: UpdateRule, overwrite: bool = False) -> Update:
+    """Plan "gram". S, R (G, D, D) of one dtype. With ``overwrite`` S serves as workspace."""
     P = matmul(R, S)  # rows of both P and R are dense, as the next product likes them
     M = symmetric_product(P.mT, R.mT, out=S if overwrite else None)
     del P
-    return _product_update(M, R, lr, weights)
+    return _product_update(M, R, rule)
+
+
+def direct_update(Z: Tensor, R: Tensor, rule: UpdateRule) -> Update:
+    """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D)."""
+    X = matmul(R, Z.mT).mT  # its columns are dense, as the next product likes them
+    return _product_update(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, rule)
+
+
+def low_rank_update(
+    Z: Tensor,
+    R: Tensor,
+    rule: UpdateRule,
+    product: Callable[[Tensor, Tensor], Tensor] = times_transposed,
+) -> Update:
+    """Plan "samples": C is never formed. Z (G, n, D) with n >= 1, R (G, D, D).
+
+    Its sum of squares is ||X^T X||_F = ||X X^T||_F minus the diagonal's part. For n > D and nearly
+    white x that difference loses its digits in float32, so the planner uses this plan for n <= D.
+    ``product``, X (G, a, k), Y (G, b, k) -> X Y^T, is for the products that would form M.
+    """
+    n = Z.shape[1]
+    X = product(Z, R)
+    second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
+    v = second - 1
+    with products_of_change(R):
+        inner = matmul(X, X.mT)  # of which nothing but sums of squares come
+        U = matmul(X, R)
+    total = torch.linalg.vector_norm(inner, dim=(-2, -1)).square() / n**2
+    off = (total - second.square().sum(-1)).clamp_min(0)
+    on = v.square().sum(-1)
+    d = (rule.v_weight * rule.stepped(v, second)).sub_(second, alpha=rule.c_weight)
+    # what may be lost of the difference must not make M' look smaller than it is
+    most = torch.add(off, total, alpha=rounding(R)) if rule.guarded else off
+    loss, square = rule.loss(off, on), rule.square(most, on)
+    return Update(loss, square, rule.c_weight / n, U, (X, d.unsqueeze(-1)))
+
+
+# The same at a step size, from the rule's name.
 
 
 def update_from_gram(
-    S: Tensor,
-    R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
-    overwrite: bool = False,
+    S: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard", overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Plan "gram". S, R (G, D, D) of one dtype -> R_new (G, D, D), loss (G,).
 
     With ``overwrite`` S serves as workspace: one D x D buffer fewer. Raises ValueError for an
     unknown rule or a kappa outside [0, 1].
     """
-    update, loss = gram_update(S, R, lr, kappa, rule, overwrite)
-    return update.new(R), loss
-
-
-def direct_update(
-    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[ProductUpdate, Tensor]:
-    """Plan "direct" up to its change of R. Arguments as `update_direct`; loss (G,)."""
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    X = matmul(R, Z.mT).mT  # its columns are dense, as the next product likes them
-    return _product_update(symmetric_product(X, X, alpha=1 / Z.shape[1]), R, lr, weights)
+    update = gram_update(S, R, UpdateRule.make(rule, kappa, R.shape[-1]), overwrite)
+    return update.new(R, lr), update.loss
 
 
 def update_direct(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
     """Plan "direct". Z (G, n, D) with n >= 1, R (G, D, D) -> R_new (G, D, D), loss (G,)."""
-    update, loss = direct_update(Z, R, lr, kappa, rule)
-    return update.new(R), loss
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """R <- scale R - weight X^T U, which plan "samples" has worked out and not yet carried out.
-
-    Attributes:
-        scale: (G, D, 1), one factor for each row of R.
-        X, U: (G, n, D), the decorrelated samples and the same times R.
-        weight: a number.
-    """
-
-    scale: Tensor
-    X: Tensor
-    U: Tensor
-    weight: float
-
-    def new(self, R: Tensor) -> Tensor:
-        """R_new (G, D, D) of the R (G, D, D) it was worked out from, which stays as it is."""
-        R_new = R * self.scale
-        self._add_product_(R_new)
-        return R_new
-
-    def apply_(self, R: Tensor) -> None:
-        """Change R (G, D, D) in place: two passes over it, and no other D x D memory for a dense R."""
-        R.mul_(self.scale)
-        self._add_product_(R)
-
-    def _add_product_(self, R: Tensor) -> None:
-        with products_of_change(R):
-            add_product_(R, self.X.mT, self.U, -self.weight)
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """What ``bound`` takes the norms of."""
-        return self.scale, self.X, self.U
-
-    def bound(self, scale: Tensor, X: Tensor, U: Tensor) -> Tensor:
-        """0-dimensional, of the norms of those: not finite if R_new is not; R is far from the largest.
-
-        X = R Z^T has shown every NaN and Inf in R; no entry of X^T U exceeds ||X|| ||U||.
-        """
-        return scale + max(1.0, self.weight) * X * U
-
-    def cancel_unless_(self, ok: Tensor) -> None:
-        """Make this, unless ``ok`` (0-dimensional bool), an update that leaves R as it is."""
-        refused = ~ok
-        self.scale.masked_fill_(refused, 1)
-        self.X.masked_fill_(refused, 0)
-        self.U.masked_fill_(refused, 0)
-
-
-# What plans have worked out: R itself has not changed yet.
-Update = ProductUpdate | LowRankUpdate
-
-
-def low_rank_update(
-    Z: Tensor,
-    R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
-    product: Callable[[Tensor, Tensor], Tensor] = times_transposed,
-) -> tuple[LowRankUpdate, Tensor]:
-    """Plan "samples" up to its change of R. Arguments as `update_from_samples`; loss (G,).
-
-    The loss comes from ||X^T X||_F = ||X X^T||_F minus the diagonal's part. For n > D and nearly
-    white x that difference loses its digits in float32, so the planner uses this plan for n <= D.
-    ``product``, X (G, a, k), Y (G, b, k) -> X Y^T, is for the products that would form M.
-    """
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
-    n = Z.shape[1]
-    X = product(Z, R)
-    second = X.square().mean(1)  # (G, D), the diagonal of <x x^T>
-    v = second - 1
-    with products_of_change(R):
-        inner = matmul(X, X.mT)  # of which nothing but the loss comes
-    total = torch.linalg.vector_norm(inner, dim=(-2, -1)).square() / n**2
-    off = (total - second.square().sum(-1)).clamp_min(0)
-    d = (weights.v_weight * v).sub_(second, alpha=weights.c_weight)
-    scale = torch.rsub(d, 1, alpha=lr) if lr else torch.ones_like(d)
-    with products_of_change(R):
-        U = matmul(X, R)
-    update = LowRankUpdate(scale.unsqueeze(-1), X, U, lr * weights.c_weight / n)
-    return update, weights.loss(off, v)
+    update = direct_update(Z, R, UpdateRule.make(rule, kappa, R.shape[-1]))
+    return update.new(R, lr), update.loss
 
 
 def update_from_samples(
     Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
 ) -> tuple[Tensor, Tensor]:
     """Plan "samples": C is never formed. Z (G, n, D) with n >= 1, R (G, D, D) as above."""
-    update, loss = low_rank_update(Z, R, lr, kappa, rule)
-    return update.new(R), loss
+    update = low_rank_update(Z, R, UpdateRule.make(rule, kappa, R.shape[-1]))
+    return update.new(R, lr), update.loss

@@ -11,15 +11,18 @@ pass it is held without need.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.function import FunctionCtx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dbp_kernels.clock import mark
 from dbp_kernels.op_input import OpInput
@@ -46,12 +49,21 @@ class Owner(Protocol):
     _generator: torch.Generator
     _budget: Any  # None, or what wants to know how long the copies take
     _told_of_pending: bool  # whether it has been told that MAX_PENDING was passed
+    _inputs: Inputs | None  # None: every layer takes samples of its own
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """The options of a group's layer, or None where this step copies nothing of it."""
 
 
-class Layer(Protocol):
+class Sees(Protocol):
+    """What sees its input as patches."""
+
+    def _patch_geometry(self) -> dict[str, Any]: ...
+
+    def _patch_size(self) -> tuple[int, int]: ...
+
+
+class Layer(Sees, Protocol):
     """What is sampled, and learns: a decorrelated layer, or a site of ``attach``."""
 
     R: Tensor
@@ -64,10 +76,6 @@ class Layer(Protocol):
     @property
     def _learns(self) -> bool: ...
 
-    def _patch_geometry(self) -> dict[str, Any]: ...
-
-    def _patch_size(self) -> tuple[int, int]: ...
-
     def _as_images(self, input: Tensor) -> Tensor: ...
 
     def _op_inputs(self, samples: Sequence[Tensor]) -> list[OpInput]: ...
@@ -75,11 +83,56 @@ class Layer(Protocol):
     def _gradient(self) -> object: ...
 
 
+class Inputs:
+    """The samples taken since the last step by the tensors they are of, for layers fed by the same one.
+
+    A tensor is known by its memory, its place and layout there, and its version. Nothing is kept
+    alive for it, and yet no other can be taken for it: a weak reference to memory that has been freed
+    is equal to none.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[Hashable, tuple[Recorder, Tensor]] = {}
+
+    @staticmethod
+    def key(images: Tensor) -> Hashable:
+        """What tells the tensor from all others and from what it was or becomes; None: nothing does."""
+        plain = type(images) is Tensor and images.layout == torch.strided
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(images)  # by torch.func
+        if not plain or wrapped or images.is_inference():
+            return None
+        place = images.storage_offset(), images.shape, images.stride(), images.dtype
+        return StorageWeakRef(images.untyped_storage()), *place, images._version
+
+    def find(self, key: Hashable) -> tuple[Recorder, Tensor] | tuple[None, None]:
+        """(who took it, the sample), if there is one under this key."""
+        return self._taken.get(key, (None, None))
+
+    def add(self, key: Hashable, taker: Recorder, sample: Tensor) -> None:
+        self._taken[key] = taker, sample
+
+    def forget(self, sample: Tensor, taker: Recorder) -> None:
+        """Nobody else may have this sample from now on."""
+        gone = [k for k, own in self._taken.items() if own[0] is taker and own[1] is sample]
+        for key in gone:
+            del self._taken[key]
+
+    def clear(self) -> None:
+        self._taken.clear()
+
+
+def kind_of(layer: Sees) -> Hashable:
+    """What layers have in common that see one input as the same patches."""
+    window = layer._patch_geometry().items()
+    return layer._patch_size(), *((k, tuple(v) if isinstance(v, list) else v) for k, v in window)
+
+
 class Recorder:
     """Keeps copies of one layer's sampled inputs until the optimiser's next ``step()``.
 
     The n-th forward pass of a step writes where the n-th of the step before did, as long as its
-    samples are laid out alike and fit.
+    samples are laid out alike and fit. Where the owner has `Inputs`, a layer of the same kind that is
+    fed the same tensor later holds the very same sample, in the memory of the first.
 
     Args:
         layer: the decorrelated layer it serves.
@@ -93,8 +146,9 @@ class Recorder:
         self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
         self._images: list[int] = []  # that each of the samples was taken from
         self._gradients: list[Any] = []  # what the layer's gradient was when each was taken
-        # layout and memory, in the samples' order
-        self._buffers: list[tuple[tuple[Any, ...], Tensor]] = []
+        # layout and memory, in the samples' order; None: the sample is in another's memory
+        self._buffers: list[tuple[tuple[Any, ...], Tensor] | None] = []
+        self._lent: list[Tensor] = []  # samples that others hold, too
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
         self._place = group, index
@@ -120,8 +174,14 @@ class Recorder:
         return self.samples or [held[1] for held in self._buffers if held]
 
     def clear(self) -> None:
-        """Drop the samples; the next forward passes write to their memory."""
-        self.samples, self._images, self._gradients = [], [], []
+        """Drop the samples; the next forward passes write to their memory.
+
+        Those that were lent must be dropped by all.
+        """
+        self.samples, self._images, self._gradients, self._lent = [], [], [], []
+        owner = self._owner()
+        if owner is not None and owner._inputs is not None:
+            owner._inputs.clear()
 
     def drop_spent(self) -> None:
         """Drop samples whose gradient is there, and is about to be dropped as well."""
@@ -132,7 +192,14 @@ class Recorder:
         self._drop([i for i, then in enumerate(self._gradients) if then != now])
 
     def _drop(self, places: list[int]) -> None:
-        """Drop some samples; their memory is used again, after that of the others."""
+        """Drop some samples; their memory is used again, after that of the others, if not lent."""
+        owner = self._owner()
+        for i in places:
+            sample = self.samples[i]
+            if owner is not None and owner._inputs is not None:
+                owner._inputs.forget(sample, self)
+            if any(sample is lent for lent in self._lent):
+                self._buffers[i] = None
         order = [i for i in range(len(self.samples)) if i not in places]
         rest = self._buffers[len(self.samples) :]
         self._buffers = [self._buffers[i] for i in (*order, *places)] + rest
@@ -153,14 +220,16 @@ class Recorder:
             layer._recorder = layer._recorder_key = None
 
     @phase(COPY)
-    def record(self, input: Tensor, dtype: torch.dtype) -> None:
+    def record(self, input: Tensor, dtype: torch.dtype, compiled: bool = False) -> None:
         """Copy the sampled images of one forward pass, free of any autograd graph, in a dtype.
+
+        Args:
+            compiled: the input is of compiled code, which may write to memory again unseen.
 
         Raises RuntimeError while a CUDA graph is being captured.
         """
-        # A recomputation by activation checkpointing runs inside a backward pass. Grad mode cannot
-        # tell: the first pass of a reentrant checkpoint runs without it too.
-        if torch._C._current_graph_task_id() != -1:
+        # A recomputation by activation checkpointing runs inside a backward pass.
+        if torch._C._current_graph_task_id() != -1 or not _goes_backward():
             return
         layer, owner = self._layer(), self._owner()
         if layer is None or owner is None:
@@ -184,17 +253,52 @@ class Recorder:
             if size == 0:
                 return
             size = max(1, round(size * options.get("part", 1)))  # with a budget
-            chosen = None
-            if options["sampling"] == "random" and size < images:
-                # on the CPU whatever the default device is: there its generator lives
-                order = torch.randperm(images, generator=owner._generator, device="cpu")
-                chosen = order[:size].to(batch.device, non_blocking=True)
             self._make_room(owner)
-            self.samples.append(self._copy(batch, size, chosen, dtype))
+            if compiled or owner._inputs is None:
+                sample = self._take(batch, size, dtype, options["sampling"], owner)
+            else:
+                sample = self._share(batch, size, dtype, options["sampling"], owner, owner._inputs)
+            self.samples.append(sample)
             self._images.append(images)
             self._gradients.append(layer._gradient())
         if begin is not None:
             owner._budget.add_span(begin, mark(input.device))
+
+    def _share(
+        self,
+        batch: Tensor,
+        size: int,
+        dtype: torch.dtype,
+        sampling: str,
+        owner: Owner,
+        inputs: Inputs,
+    ) -> Tensor:
+        """The sample that another layer of this kind took of the very tensor; else one of our own."""
+        layer, key = self._layer(), Inputs.key(batch)
+        if layer is None or key is None:
+            return self._take(batch, size, dtype, sampling, owner)
+        key = key, size, dtype, sampling, kind_of(layer)
+        taker, sample = inputs.find(key)
+        # one that is held already is of an earlier pass, which this one counts beside
+        if taker is None or sample is None or any(sample is held for held in self.samples):
+            sample = self._take(batch, size, dtype, sampling, owner)
+            inputs.add(key, self, sample)
+            return sample
+        taker._lent.append(sample)
+        place = len(self.samples)
+        self._buffers[place : place + 1] = [None]
+        return sample
+
+    def _take(
+        self, batch: Tensor, size: int, dtype: torch.dtype, sampling: str, owner: Owner
+    ) -> Tensor:
+        """A sample in memory of our own."""
+        images = int(batch.shape[0])
+        if sampling != "random" or size == images:
+            return self._copy(batch, size, None, dtype)
+        # on the CPU whatever the default device is: there its generator lives
+        order = torch.randperm(images, generator=owner._generator, device="cpu")
+        return self._copy(batch, size, order[:size].to(batch.device, non_blocking=True), dtype)
 
     def _copy(self, batch: Tensor, size: int, chosen: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The first ``size`` images, or the chosen ones, in the memory kept for the next sample.
@@ -202,9 +306,7 @@ class Recorder:
         A copy even of the whole batch: a view would keep the activation alive until step(), and
         would see whatever the model does to it in place.
         """
-        # what was made in inference mode can be written nowhere else
-        inference = torch.is_inference_mode_enabled()
-        layout = batch.shape[1:], batch.stride(), dtype, batch.device, inference
+        layout = batch.shape[1:], batch.stride(), dtype, batch.device
         place = len(self.samples)
         held = self._buffers[place] if place < len(self._buffers) else None
         if held is None or held[0] != layout or held[1].shape[0] < size:
@@ -275,6 +377,24 @@ def _exporting() -> bool:
     return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
+def _goes_backward() -> bool:
+    """Whether a backward pass may follow on this forward pass.
+
+    Autograd functions run their forward passes without gradients: reentrant activation checkpoints,
+    and code that was compiled for training.
+    """
+    if torch.is_grad_enabled():
+        return True
+    frame = None if torch.is_inference_mode_enabled() else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = code.co_varnames[0] if code.co_argcount else ""
+        if code.co_name == "forward" and isinstance(frame.f_locals.get(first), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _capturing(input: Tensor) -> bool:
     return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -290,7 +410,7 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ["cudagraph_unsafe"] if hasat
 def _record_op(input: Tensor, key: Tensor) -> None:
     recorder = _recorders.get(int(key))
     if recorder is not None:
-        recorder.record(input, input.dtype)
+        recorder.record(input, input.dtype, compiled=True)
 
 
 @_record_op.register_fake

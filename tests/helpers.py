@@ -16,6 +16,7 @@ from dbp_kernels.choose import update_choices
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry, make_geometry
 from dbp_kernels.planning.planner import gram_choices
+from dbp_kernels.rules import UpdateRule
 
 # Where tests of kernels put their tensors: interpreted kernels take CPU tensors.
 DEVICE = torch.device("cpu" if runtime.INTERPRET or not torch.cuda.is_available() else "cuda")
@@ -170,10 +171,13 @@ def error(result: Tensor, oracle: Tensor) -> float:
     return (difference / scale if difference else difference).nan_to_num(nan=float("inf")).item()
 
 
-def updated(backend, x: Tensor, R: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """(R_new, loss) by a backend's ``decor_update``, which may stop short of changing R."""
-    due, loss = backend.decor_update(x, R, *arguments)
-    return due if isinstance(due, Tensor) else due.new(R), loss
+def updated(
+    backend, x: Tensor, R: Tensor, geometry, lr: float, kappa: float, rule: str, *arguments
+) -> tuple[Tensor, Tensor]:
+    """(R_new, loss) by a backend's ``decor_update``, which stops short of changing R."""
+    weights = UpdateRule.make(rule, kappa, geometry.dim)
+    update = backend.decor_update(x, R, geometry, weights, *arguments)
+    return update.new(R, lr), update.loss
 
 
 def products_of_change(samples: int, dim: int) -> int:

@@ -68,14 +68,18 @@ def test_all_plans_agree(groups, n, dim, kappa, rule, demean, seed):
 
 # Every plan up to its change of R, from Z.
 UPDATES = {
-    "gram": lambda z, *rest: rules.gram_update(second_moment(z), *rest),
+    "gram": lambda z, r, rule: rules.gram_update(second_moment(z), r, rule),
     "direct": rules.direct_update,
     "samples": rules.low_rank_update,
 }
 
 
-def finite(update: rules.Update) -> torch.Tensor:
-    return update.bound(*torch._foreach_norm(update.parts)).isfinite()
+def finite(update: rules.Update, count: int = 1) -> torch.Tensor:
+    return update.bounds(torch._foreach_norm(update.parts(count)), count).isfinite()
+
+
+def rule_of(kappa: float = 0.3, guarded: bool = False) -> rules.UpdateRule:
+    return rules.UpdateRule.make("standard", kappa, 7, guarded)
 
 
 every_update = pytest.mark.parametrize("name", UPDATES)
@@ -85,17 +89,57 @@ every_update = pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_an_update_in_place(name, groups):
     z, r = random((groups, 3, 7)), random((groups, 7, 7), seed=1)
-    update, _ = UPDATES[name](z, r, 0.1, 0.3)
     expected, _ = PLANS[name](z, r, 0.1, 0.3)
-    assert finite(update)
     before = r.clone()
-    update.cancel_unless_(torch.tensor(True))
-    update.apply_(r)
-    assert torch.equal(r, expected)
-    update.cancel_unless_(torch.tensor(False))
-    update.apply_(r)
-    assert torch.equal(r, expected)
+    for ok in (False, True):
+        update = UPDATES[name](z, r, rule_of())
+        assert finite(update, groups).all()
+        update.cancel_unless_(torch.tensor(ok).expand(groups, 1, 1))
+        update.apply_(r, 0.1)
+        assert torch.equal(r, expected if ok else before)
     assert not torch.equal(r, before)
+
+
+@every_update
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_factor_of_each_group(name, guarded):
+    """A step size in memory is the same one as a number; 1 changes no bit, 0 leaves R as it is."""
+    z, r = random((3, 5, 7)), random((3, 7, 7), seed=1)
+    results = {}
+    for rate, factors in ((0.1, None), (0.1, (1.0, 0.0, 0.5)), (1.0, (0.1, 0.0, 0.05))):
+        results[rate, factors] = after = r.clone()
+        factor = None if factors is None else torch.tensor(factors, dtype=F64).view(3, 1, 1)
+        UPDATES[name](z, r, rule_of(guarded=guarded)).apply_(after, rate, factor)
+    plain, factored, in_memory = results.values()
+    assert torch.equal(factored[0], plain[0])
+    assert torch.equal(factored[1], r[1])
+    assert error(factored[2] - r[2], (plain[2] - r[2]) / 2) < 1e-12
+    assert error(in_memory, factored) < 1e-12
+
+
+@every_update
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_norm_of_the_matrix_of_a_step(name, kappa, rule):
+    z, r = random((2, 5, 7)), random((2, 7, 7), seed=1)
+    M = second_moment(z @ r.mT)
+    own = rules.UpdateRule.make(rule, kappa, 7, guarded=True)
+    v = M.diagonal(dim1=-2, dim2=-1) - 1
+    stepped = own.c_weight * (M - torch.diag_embed(v + 1)) + torch.diag_embed(own.v_weight * v)
+    assert error(UPDATES[name](z, r, own).square, stepped.square().sum((1, 2))) < 1e-12
+
+
+@every_update
+def test_a_row_without_variance_does_not_grow_where_guarded(name):
+    z, r = random((1, 5, 7)), torch.eye(7, dtype=F64)[None]
+    z[..., 2] = 0
+    plain, guarded = (UPDATES[name](z, r, rule_of(guarded=g)) for g in (False, True))
+    results = [update.new(r, 0.1)[0] for update in (plain, guarded)]
+    assert results[0][2, 2] > 1.02
+    assert torch.equal(results[1][2], r[0, 2])
+    others = [i for i in range(7) if i != 2]
+    assert torch.equal(results[0][others], results[1][others])
+    assert torch.equal(plain.loss, guarded.loss)  # the paper's
 
 
 @every_update
@@ -105,10 +149,10 @@ def test_an_update_that_is_not_finite(name, where, bad):
     z, r = random((1, 3, 7)), random((1, 7, 7), seed=1)
     (z if where == "z" else r)[0, 2, 4] = bad
     before = r.clone()
-    update, _ = UPDATES[name](z, r, 0.1, 0.3)
+    update = UPDATES[name](z, r, rule_of())
     assert not finite(update)
-    update.cancel_unless_(finite(update))
-    update.apply_(r)
+    update.cancel_unless_(finite(update).view(1, 1, 1))
+    update.apply_(r, 0.1)
     assert torch.equal(r.nan_to_num(7.0), before.nan_to_num(7.0))
 
 

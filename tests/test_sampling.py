@@ -94,16 +94,6 @@ def suggested(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def test_memory_made_in_inference_mode_is_not_written_outside_of_it():
-    layer, decor, recorder = attached(dnn.Decorrelate(3))
-    with torch.inference_mode():
-        layer(torch.randn(4, 3))
-    decor.step()
-    layer(torch.randn(4, 3))
-    assert not recorder.samples[0].is_inference()
-    decor.step()
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_random_samples_are_selected_into_the_memory(layout, autocast):

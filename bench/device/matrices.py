@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.device.stage import RESULT, Setting, Stage
 from dbp_kernels.precision import products_in
+from dbp_kernels.rules import Update
 from dbp_kernels.tools.cases import error
 from dbp_kernels.tools.timing import time_interleaved, time_replayed
 from dbp_kernels.verify.workers import Case
@@ -33,10 +34,15 @@ def _update(dim: int, device: torch.device) -> tuple[Callable[[], tuple], Callab
     generator = torch.Generator().manual_seed(0)
     Z = torch.randn(1, 2 * dim, dim, generator=generator).to(device)
     S, R = Z.mT @ Z / Z.shape[1], torch.eye(dim, device=device)[None]
+    rule = dbp.rules.UpdateRule.make("standard", 0.5, dim)
     return (
-        lambda: backends.select(device.type).update_from_gram(S, R, 0.01, 0.5),
+        lambda: _result(backends.select(device.type).gram_update(S, R, rule), R),
         lambda: dbp.rules.update_from_gram(S.double(), R.double(), 0.01, 0.5),
     )
+
+
+def _result(update: Update, R: Tensor) -> tuple[Tensor, Tensor]:
+    return update.new(R, 0.01), update.loss
 
 
 def _statistics(device: torch.device, rehearse: bool) -> tuple[Callable, Callable]:

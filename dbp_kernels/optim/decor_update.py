@@ -16,14 +16,14 @@ from dbp_kernels.clock import Mark, mark
 from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.optim.budget import Budget, ScheduleReport, sample_sizes
 from dbp_kernels.optim.graphs import StepGraphs
+from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Guard
 from dbp_kernels.optim.options import as_groups, check_groups, checked_options, parse_group
-from dbp_kernels.optim.rates import updates_at
 from dbp_kernels.optim.stagger import phases
 from dbp_kernels.optim.state_dict import checked_generator
-from dbp_kernels.optim.step import Job, Update, local_updates, moments_of, update_from
+from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
-from dbp_kernels.sampling import Layer, Recorder, recorder_of
+from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
 from dbp_kernels.surgery import switch_fast_paths
 
 
@@ -43,7 +43,8 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Learning-rate schedulers and parameter groups work as with any optimiser. Several forward passes
     before one ``step()`` (gradient accumulation, layers used twice) count together, patch by patch;
-    recomputations by activation checkpointing do not count. Eval mode copies nothing. Where a
+    recomputations by activation checkpointing do not count. Eval mode and
+    passes without gradients (but a reentrant checkpoint's first) copy nothing. Where a
     ``step()`` is to be left out, call ``discard()`` to drop the samples. There are no gradients:
     with a `torch.amp.GradScaler`, call ``decor.step()`` directly.
 
@@ -75,7 +76,7 @@ class DecorUpdate(torch.optim.Optimizer):
     Args:
         model: a model; or an iterable of modules, or of (name, module) pairs; or a list of
             parameter groups ``{"modules": <any of these>, "lr": ..., ...}`` with values of their
-            own for any of lr, kappa, sample, rule, update_every, demean and sampling.
+            own for any of lr, kappa, sample, rule, update_every, demean, sampling and clip.
         lr: epsilon, the step size, >= 0. At 0 a layer is frozen and copies nothing. Of a tensor the
             value counts that it has now.
         kappa: from 0 (decorrelate only) to 1 (normalise variances only).
@@ -106,6 +107,11 @@ class DecorUpdate(torch.optim.Optimizer):
         stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
             all, each is due at every k-th step, but not the same one, so that steps cost about the
             same. A budget does so by itself.
+        clip: the most that one step may change R by, between 0 and 1, as ||lr M'||_F of each group; M'
+            is (1 - kappa) C + kappa V as the rule weighs it. A larger step is made smaller to that, so
+            that R stays invertible. With it, rows of R for inputs without any variance do not grow,
+            and no row's norm passes 4096. `clipped` counts, and the first time warns. None: R changes
+            by the plain rule, whatever becomes of it.
         cuda_graph: whether ``step()`` is to launch its work on a GPU as one CUDA graph, which takes
             the host little time. See above.
 
@@ -114,6 +120,8 @@ class DecorUpdate(torch.optim.Optimizer):
             or there is a budget with ``cuda_graph``. Nothing is changed.
         TypeError: the first argument has another form. Nothing is changed.
     """
+
+    _inputs: Inputs | None = None  # every layer takes samples of its own
 
     def __init__(
         self,
@@ -131,6 +139,7 @@ class DecorUpdate(torch.optim.Optimizer):
         matmul_precision: str | None = None,
         cuda_graph: bool = False,
         stagger: bool = False,
+        clip: float | None = 0.5,
     ) -> None:
         limits = checked_options(
             {
@@ -155,6 +164,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 "update_every": update_every,
                 "demean": demean,
                 "sampling": sampling,
+                "clip": clip,
             }
         )
         groups = as_groups(model)
@@ -164,6 +174,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._recorders: list[list[Recorder]] = []
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         self._side = SideStreams()
+        self._guard = Guard()
         self._matmul_precision = limits["matmul_precision"]
         self._graphs = StepGraphs() if cuda_graph else None
         self._stagger = limits["stagger"] and budget is None
@@ -206,7 +217,7 @@ class DecorUpdate(torch.optim.Optimizer):
             yield from zip(group["param_names"], layers)
 
     def _follow_R(self) -> None:
-        """Point param_groups and state at the buffers of today: model.to() replaces buffers.
+        """Point param_groups and state at the Rs of today: model.to() replaces buffers.
 
         Raises RuntimeError if a layer was fused.
         """
@@ -215,16 +226,25 @@ class DecorUpdate(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
                 )
+        changed = False
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
+                    changed = True
                     group["params"][index] = layer.R
-                    if before in self.state:
-                        state = self.state.pop(before)
+                    if before in self.state and layer.R not in self.state:
+                        state = self.state[before]  # of others, too, where they shared R
                         self.state[layer.R] = {
-                            "loss": state["loss"].to(layer.R),
-                            "skipped": state["skipped"].to(layer.R.device),
+                            "loss": state["loss"].to(layer.R, copy=True),
+                            **{
+                                kind: state[kind].to(layer.R.device, copy=True)
+                                for kind in (SKIPPED, CLIPPED)
+                            },
                         }
+        if changed:
+            used = {id(layer.R) for _, layer in self._named_layers()}
+            for gone in [R for R in self.state if id(R) not in used]:
+                del self.state[gone]
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
@@ -306,8 +326,9 @@ class DecorUpdate(torch.optim.Optimizer):
         try:
             jobs, many = self._due_jobs()
             if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
-                jobs, updates = self._work_out(jobs, many)
-                self._carry_out(jobs, updates)
+                jobs, batches = self._work_out(jobs, many)
+                self._carry_out(jobs, batches)
+            self._guard.end(jobs, self._states)
             if self._budget is not None:
                 self._budget_step(begin, jobs)
         finally:
@@ -349,7 +370,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 torch.no_grad(),
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
-                jobs, updates = self._work_out(*self._due_jobs())
+                jobs, batches = self._work_out(*self._due_jobs())
             for _, _, recorder in self._places():  # forward passes in the block must not write to
                 recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
@@ -357,7 +378,8 @@ class DecorUpdate(torch.optim.Optimizer):
             self._side.join()
             self._check_unchanged(jobs, versions, steps)
             with torch.no_grad():
-                self._carry_out(jobs, updates)
+                self._carry_out(jobs, batches)
+            self._guard.end(jobs, self._states)
             self._opt_called = True  # what learning-rate schedulers look for
         finally:
             self._side.close()
@@ -367,7 +389,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self, jobs: list[Job], versions: list[tuple[Tensor, int]], steps: int
     ) -> None:
         same = all(
-            job.R is R and R._version == version for job, (R, version) in zip(jobs, versions)
+            job.layer.R is R and R._version == version for job, (R, version) in zip(jobs, versions)
         )
         if not same or self._steps != steps:
             raise RuntimeError(
@@ -394,12 +416,11 @@ class DecorUpdate(torch.optim.Optimizer):
             job.check()
         if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
             self._take_turns(jobs, many)
+        self._guard.begin(jobs, self._guarded)
         return jobs, many
 
-    def _work_out(
-        self, jobs: list[Job], many: bool
-    ) -> tuple[list[Job], list[tuple[Update, Tensor, Tensor | None]]]:
-        """(layers, (update, loss, whether there were samples; None: yes) of each); no R changes."""
+    def _work_out(self, jobs: list[Job], many: bool) -> tuple[list[Job], list[Batch]]:
+        """(those that are updated, their updates); no R changes."""
         budget = self._budget
         with self._own_precision(jobs):
             if budget is not None:
@@ -409,21 +430,28 @@ class DecorUpdate(torch.optim.Optimizer):
             if many:
                 return jobs, list(self._reduced(jobs))
             jobs = [job for job in jobs if job.samples]
-            return jobs, [(*update, self._gate) for update in local_updates(jobs)]
+            return jobs, self._gated(local_updates(jobs))
+
+    def _gated(self, batches: list[Batch]) -> list[Batch]:
+        for batch in batches:
+            batch.sampled = self._gate
+        return batches
 
     def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
         """Whether a CUDA graph has done the step; else it is still to be done."""
         jobs = [job for job in jobs if job.samples]
 
         def work(rates: Tensor | None) -> None:
+            for job, rate in zip(jobs, len(jobs) * [None] if rates is None else rates.unbind()):
+                job.rate = rate
             with self._own_precision(jobs):
-                updates = local_updates(jobs) if rates is None else updates_at(rates, jobs)
-                write_back(jobs, [(*update, self._gate) for update in updates], self._state_of)
+                write_back(self._gated(local_updates(jobs)), self._state_of, self._guard)
             self._follow()
 
         with uninterrupted():
             states = [self.state.get(job.R, {}) for job in jobs]
-            done = graphs.run(jobs, states, work, *self._followed())
+            also, written = self._followed()
+            done = graphs.run(jobs, states, work, (also, self._guard.key(jobs)), written)
             self._steps += done
         return done
 
@@ -434,12 +462,10 @@ class DecorUpdate(torch.optim.Optimizer):
         """What decides what ``_follow`` launches, and what it writes to."""
         return None, ()
 
-    def _carry_out(
-        self, jobs: list[Job], updates: list[tuple[Update, Tensor, Tensor | None]]
-    ) -> None:
+    def _carry_out(self, jobs: list[Job], batches: list[Batch]) -> None:
         """All were worked out before any R changes, so that an error leaves every R as it was."""
         with self._own_precision(jobs), uninterrupted():
-            write_back(jobs, updates, self._state_of)
+            write_back(batches, self._state_of, self._guard)
             self._steps += 1
             self._follow()
 
@@ -494,22 +520,39 @@ class DecorUpdate(torch.optim.Optimizer):
             for index, (layer, recorder) in enumerate(zip(layers, recorders)):
                 yield (group, index), layer, recorder
 
-    def _reduced(self, jobs: list[Job]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(R_new, loss, whether any rank had samples) of every job, from all ranks' samples."""
+    def _reduced(self, jobs: list[Job]) -> Iterator[Batch]:
+        """The update of every job, from all ranks' samples."""
         shapes = [(job.R.device, job.R.dtype, *job.grouped_R.shape[:2], job.demean) for job in jobs]
         moments = map(moments_of, jobs)
         for job, total in zip(
             jobs, distributed.all_reduce(moments, shapes, self.process_group), strict=True
         ):
             some = total.count > 0
-            yield *update_from(job, total), some if self._gate is None else some & self._gate
+            batch = update_from(job, total)
+            batch.sampled = some if self._gate is None else some & self._gate
+            yield batch
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[R]
         if not state:
             state["loss"] = R.new_full((), math.nan)
-            state["skipped"] = torch.zeros((), dtype=torch.int64, device=R.device)
+            for kind in (SKIPPED, CLIPPED):
+                state[kind] = torch.zeros((), dtype=torch.int64, device=R.device)
         return state
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """Of every layer updated so far, by name."""
+        layers = ((name, self.state.get(layer.R)) for name, layer in self._named_layers())
+        return {name: state for name, state in layers if state}
+
+    def _guarded(self) -> list[Tensor]:
+        """Every R that has a clip."""
+        return [
+            layer.R
+            for group, layers in zip(self.param_groups, self._layers)
+            if group["clip"] is not None
+            for layer in layers
+        ]
 
     # What it reports, and its checkpoints.
 
@@ -524,6 +567,13 @@ class DecorUpdate(torch.optim.Optimizer):
     def skipped(self) -> dict[str, Tensor]:
         """How many batches were left out as not finite, for every layer updated so far."""
         return self._report("skipped")
+
+    def clipped(self) -> dict[str, Tensor]:
+        """How many updates were made smaller, or had rows of R held, for every layer updated so far.
+
+        See `clip`. Many of them say that lr is too large for the layer's input.
+        """
+        return self._report("clipped")
 
     def schedule(self) -> ScheduleReport:
         """What the budget has chosen so far, layer by layer; prints as a table.
@@ -579,9 +629,13 @@ class DecorUpdate(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own
-        for state in self.state.values():  # torch casts all state to R's dtype, or shares it
+            group.setdefault("clip", self.defaults["clip"])  # saved before there was one
+        for R, state in self.state.items():  # torch casts all state to R's dtype, or shares it
             state["loss"] = state["loss"].clone()
-            state["skipped"] = state["skipped"].to(torch.int64)
+            for kind in (SKIPPED, CLIPPED):
+                count = state.get(kind, 0)  # saved before this kind was counted
+                state[kind] = torch.as_tensor(count, dtype=torch.int64, device=R.device).clone()
+        self._guard = Guard()
         self._steps = state_dict["steps"]
         self._phases = state_dict.get("phases")
         self._generator.set_state(generator.get_state())
@@ -622,10 +676,14 @@ class DecorUpdate(torch.optim.Optimizer):
                 "_ranks_agree": False,
                 "_told_of_pending": False,
                 "_gate": None,
+                "_guard": Guard(),
                 "_graphs": StepGraphs() if graphed else None,
                 "_side": SideStreams(),
             }
         )
+        self.defaults.setdefault("clip", None)  # pickled before there was one
+        for group in self.param_groups:
+            group.setdefault("clip", None)
         # A copy that came with its model's copy; samples stay with the original.
         self._recorders = [
             _make_recorders(layers, self, index) for index, layers in enumerate(self._layers)

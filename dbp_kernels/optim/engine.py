@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dbp_kernels import distributed
+from dbp_kernels.optim import sharing
 from dbp_kernels.optim.decor_update import DecorUpdate
 from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.step import Job
 from dbp_kernels.optim.swap import form
+from dbp_kernels.sampling import Inputs
 
 
 class Engine(DecorUpdate):
     """``step()`` also puts A = W R into the parameters, in the same CUDA graph if there is one.
+
+    Layers fed by the same tensor share samples and R, and one update; but not with a budget, which
+    chooses by layers, nor R with several ranks, of which each would have to know what all have seen.
 
     Args:
         sites: all of them.
@@ -26,9 +33,38 @@ class Engine(DecorUpdate):
         self._sites = list(sites)
         self._counts: Tensor | None = None  # of the gate: a CUDA graph reads the same one always
         super().__init__(groups, **options)
+        self._inputs = Inputs() if self._budget is None else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sites": self._sites, "_counts": None}
+        inputs = None if self._inputs is None else Inputs()
+        own = {"_sites": self._sites, "_counts": None, "_inputs": inputs}
+        return {**super().__getstate__(), **own}
+
+    @property
+    def _in_order(self) -> list[Site]:
+        """The sites as jobs count them."""
+        return cast("list[Site]", [site for sites in self._layers for site in sites])
+
+    def _jobs(self) -> list[Job]:
+        jobs = super()._jobs()
+        if distributed.active(self.process_group):
+            self.part(self._sites)
+        elif self._inputs is not None:
+            jobs = sharing.settle(self._in_order, jobs, self.defaults)
+            self._follow_R()
+        return jobs
+
+    def part(self, sites: Sequence[Site]) -> None:
+        """Give each of the sites an R of its own."""
+        sharing.part(sites, self._sites)
+        self._follow_R()
+
+    def _take_turns(self, jobs: list[Job], many: bool) -> None:
+        super()._take_turns(jobs, many)
+        first: dict[int, int] = {}
+        for site, phase in zip(self._in_order, self._phases or ()):
+            first.setdefault(id(site.R), phase)
+        self._phases = [first[id(site.R)] for site in self._in_order]
 
     def join(self, sites: Sequence[Site]) -> None:
         """Learn the R of further sites, with the default options."""

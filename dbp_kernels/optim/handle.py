@@ -17,6 +17,7 @@ from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.kinds import Patches, patches_of
 from dbp_kernels.optim.optimizer_state import Checkpoint
 from dbp_kernels.optim.rounds import Rounds
+from dbp_kernels.optim.sharing import users
 from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.step import Job, plan_of
 from dbp_kernels.optim.swap import Swap, form, some
@@ -134,6 +135,10 @@ class Attached:
         """How many updates of every layer were left out as not finite, as ``DecorUpdate``."""
         return self._engine.skipped()
 
+    def clipped(self) -> dict[str, Tensor]:
+        """How many updates of every layer were made smaller or had rows held, as ``DecorUpdate``."""
+        return self._engine.clipped()
+
     def schedule(self) -> ScheduleReport:
         """What the budget has chosen, as ``DecorUpdate``. Raises RuntimeError without a budget."""
         if self._engine._budget is None:
@@ -143,6 +148,7 @@ class Attached:
     def R(self, name: str) -> Tensor:
         """The layer's R itself: (D, D), or (groups, D, D) with groups > 1. Not to be written to.
 
+        Layers that share R have the same tensor; where they are told apart, one gets another.
         Raises KeyError if no layer of this name is attached.
         """
         return self._site(name).R
@@ -157,14 +163,15 @@ class Attached:
         return self._sites[name]
 
     def decorrelated(self) -> dict[str, str]:
-        """{layer: R's size, what it takes, and by which plan it was updated}.
+        """{layer: R's size, what it takes or whose it is, and by which plan it was updated}.
 
         The plan is that of the last step's samples, or none before the first; see ``dbp.explain``.
         """
-        return {
-            name: ", ".join(filter(None, (_size(site.R), self._plan(site))))
-            for name, site in self._sites.items()
-        }
+        told = {}
+        for first, *others in users(list(self._sites.values())):
+            told[first.name] = ", ".join(filter(None, (_size(first.R), self._plan(first))))
+            told.update({site.name: f"R is that of {first.name!r}" for site in others})
+        return {name: told[name] for name in self._sites}
 
     def _plan(self, site: Site) -> str | None:
         recorder = recorder_of(site)
@@ -220,7 +227,7 @@ class Attached:
             self.detach()
 
     def __repr__(self) -> str:
-        total = sum(site.R.nbytes for site in self._sites.values())
+        total = sum(own[0].R.nbytes for own in users(list(self._sites.values())))
         title = f"{type(self).__name__} ({len(self._sites)} layers, R {total / 2**20:.1f} MiB"
         lines = [title + (")" if self._attached else ", detached)")]
         lines += repr(self._engine).splitlines()[1:-1]  # the options

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels.optim.decor_update import DecorUpdate
+from dbp_kernels.optim.engine import Engine
+from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
 from dbp_kernels.optim.swap import some
 
@@ -25,7 +26,7 @@ class Checkpoint:
     """Adds what is ours to an optimiser's ``state_dict()``, and takes it out of a loaded one."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], engine: DecorUpdate
+        self, optimizer: torch.optim.Optimizer, sites: Sequence[Site], engine: Engine
     ) -> None:
         self._optimizer, self._sites, self._engine = optimizer, sites, engine
         self._loaded: list[dict[str, Any]] = []
@@ -58,7 +59,10 @@ class Checkpoint:
     # key is always there, and what changes its length is text.
 
     def _layer(self, site: Site) -> dict[str, Tensor]:
-        never = {"loss": site.R.new_full((), torch.nan), "skipped": torch.zeros(()).long()}
+        never = {
+            "loss": site.R.new_full((), torch.nan),
+            **dict.fromkeys((SKIPPED, CLIPPED), torch.zeros(()).long()),
+        }
         return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, never)}
 
     def _common(self) -> dict[str, Any]:
@@ -121,7 +125,7 @@ class Checkpoint:
                 "here: they go on as plain layers",
                 stacklevel=4,
             )
-        self._engine._follow_R()
+        self._engine.part(self._sites)
         for site in self._sites:
             entry = layers.get(site.name)
             if entry is None:
@@ -131,9 +135,9 @@ class Checkpoint:
             site.W.copy_(entry["W"])
             site.R.copy_(entry["R"])
             if entry["skipped"] or not entry["loss"].isnan():
-                state = self._engine._state_of(site.R)
-                state["loss"].copy_(entry["loss"])
-                state["skipped"].copy_(entry["skipped"])
+                for key, value in self._engine._state_of(site.R).items():
+                    # saved before there was a clip, nothing was clipped
+                    value.copy_(entry[key]) if key in entry else value.zero_()
         if loaded:
             self._restore(loaded[0])
         self._engine.discard()

@@ -122,6 +122,11 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
         f"None or one of {tuple(MATMUL_PRECISIONS)}",
     ),
+    "clip": (
+        lambda v: None if v is None else float(v),
+        lambda v: v is None or (_is_number(v, Real) and 0 < v < 1),
+        "None, or a number above 0 and below 1",
+    ),
     "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
     "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
     "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),

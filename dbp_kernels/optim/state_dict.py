@@ -35,14 +35,15 @@ def checked_generator(
     check(isinstance(groups, list), "has no list of param_groups")
     check(isinstance(entries, dict), f"has state={entries!r}")
     for group in groups:
-        # torch's load_state_dict adds one of its own to the defaults
-        missing = {"params", *defaults} - {"differentiable"} - set(group)
+        # torch's load_state_dict adds one of its own to the defaults; "clip" came later than others
+        missing = {"params", *defaults} - {"differentiable", "clip"} - set(group)
         check(not missing, f"has a group without {sorted(missing)}")
         checked_options({key: group[key] for key in defaults if key in group})
     saved = [len(group["params"]) for group in groups]
     check(saved == sizes, f"has groups of {saved} layers, this DecorUpdate has {sizes}")
     for index, entry in entries.items():
-        valid = isinstance(entry, dict) and entry.keys() == {"loss", "skipped"}
+        # before there was a clip, nothing was clipped
+        valid = isinstance(entry, dict) and entry.keys() - {"clipped"} == {"loss", "skipped"}
         valid = valid and all(isinstance(v, Tensor) and v.dim() == 0 for v in entry.values())
         check(valid, f"has state[{index!r}]={entry!r} without scalars 'loss' and 'skipped'")
     check(valid_phases(state_dict.get("phases"), sum(sizes)), "has phases of other layers")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,16 +36,16 @@ class Job:
     samples: list[Tensor]
     options: dict[str, Any]
     index: int = 0  # of the layer, among all of its optimiser's
+    rate: Tensor | None = None  # 0-dimensional, read by a CUDA graph in place of options["lr"]
 
-    @property
+    @cached_property
     def R(self) -> Tensor:
-        return self.layer.R
+        return self.layer.R  # a module looks long for its buffers
 
-    @property
+    @cached_property
     def grouped_R(self) -> Tensor:
         """R as (groups, D, D)."""
-        R = self.R  # a module looks long for its buffers
-        return R.view(-1, *R.shape[-2:])
+        return self.R.view(-1, *self.R.shape[-2:])
 
     @property
     def demean(self) -> bool:
@@ -52,13 +53,19 @@ class Job:
         return demean
 
     @property
-    def rule(self) -> dict[str, Any]:
-        return {key: self.options[key] for key in ("lr", "kappa", "rule")}
+    def clip(self) -> float | None:
+        return self.options.get("clip")
+
+    @property
+    def rule(self) -> rules.UpdateRule:
+        kind, kappa, dim = self.options["rule"], self.options["kappa"], self.R.shape[-1]
+        return rules.UpdateRule.make(kind, kappa, dim, guarded=self.clip is not None)
 
     def check(self) -> None:
         """Raises as ``decor_update``: options and R may have been set by hand meanwhile."""
         R = self.R
-        check_update(R, **self.rule, dim=R.shape[-1])
+        arguments = {key: self.options[key] for key in ("lr", "kappa", "rule")}
+        check_update(R, **arguments, dim=R.shape[-1])
 
     def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
         """Those of the samples, batch by batch, and where and as what these are."""
@@ -71,33 +78,75 @@ class Job:
         return self.layer._op_inputs([sample.to(device) for sample in self.samples])
 
 
-# R_new, or what is to be done to R: either way, R itself has not changed yet.
-Update = Tensor | rules.Update
+@dataclass
+class Batch:
+    """Layers with one update for all of them, which R does not have yet.
+
+    Attributes:
+        jobs: of the same shape and options.
+        R: (G, D, D), the layer's own, or copies of those of several, one after another.
+        update: of R.
+        sampled: 0-dimensional bool, whether the jobs had samples; None for yes.
+    """
+
+    jobs: Sequence[Job]
+    R: Tensor
+    update: rules.Update
+    sampled: Tensor | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.jobs) > 1
+
+    @property
+    def clip(self) -> float | None:
+        return self.jobs[0].clip
+
+    @property
+    def rate(self) -> float:
+        """The step size, as far as the host knows it."""
+        return self.jobs[0].options["lr"] if self.jobs[0].rate is None else 1.0
+
+    @property
+    def rates(self) -> Tensor | None:
+        """What else is a factor of the step size, (jobs,)."""
+        if self.jobs[0].rate is None:
+            return None
+        rates = [job.rate for job in self.jobs if job.rate is not None]
+        return torch.stack(rates).to(self.R.dtype)
+
+    @property
+    def losses(self) -> Tensor:
+        """(jobs,), the mean over each one's groups."""
+        loss, jobs = self.update.loss, len(self.jobs)
+        return loss if len(loss) == jobs else loss.view(jobs, -1).mean(1)
+
+    def of_groups(self, values: Tensor) -> Tensor:
+        """(G,), of values (jobs,)."""
+        return values.view(-1, 1).expand(-1, len(self.R) // len(self.jobs)).reshape(-1)
 
 
-def local_updates(jobs: list[Job]) -> list[tuple[Update, Tensor]]:
-    """(update, loss) of every job from this process's samples, small equal layers together."""
-    results: dict[int, tuple[Update, Tensor]] = {}
-    buckets: dict[Any, list[tuple[int, _Task]]] = {}
+def local_updates(jobs: Sequence[Job]) -> list[Batch]:
+    """The updates of all jobs from this process's samples, small equal layers together."""
+    batches: list[Batch] = []
+    buckets: dict[Any, list[_Task]] = {}
     selected: dict[torch.device, str] = {}  # asked once: the answer takes longer than a launch
-    for index, job in enumerate(jobs):
+    for job in jobs:
         device = job.R.device
         if device not in selected:
             selected[device] = backends.selected(device)
         task = _task(job, selected[device])
         if task is None:
-            results[index] = update_from(job, moments_of(job))
+            batches.append(update_from(job, moments_of(job)))
             continue
         key = _bucket(task)
         if key is None:
-            results[index] = _update_alone(task)
+            batches.append(_update_alone(task))
         else:
-            buckets.setdefault(key, []).append((index, task))
-    for members in buckets.values():
-        indices, tasks = zip(*members)
-        updates = [_update_alone(*tasks)] if len(tasks) == 1 else _update_together(tasks)
-        results.update(zip(indices, updates))
-    return [results[index] for index in range(len(jobs))]
+            buckets.setdefault(key, []).append(task)
+    for tasks in buckets.values():
+        batches.append(_update_alone(*tasks) if len(tasks) == 1 else _update_together(tasks))
+    return batches
 
 
 @dataclass
@@ -108,7 +157,7 @@ class _Task:
         R: (groups, D, D).
         input: the input.
         backend: the name of the one to run on.
-        choice: the planner's; None: what is unusual is the op's to check and to compute.
+        choice: the planner's; None: there is nothing to do, or R does not fit.
     """
 
     job: Job
@@ -138,6 +187,10 @@ def _task(job: Job, backend: str) -> _Task | None:
         window = {"kernel_size": (), "groups": R.shape[0]}
         inputs = op_inputs([Z.transpose(0, 1).flatten(1)], window)
     (input,) = inputs
+    if (input.x.dtype == torch.float64) != (R.dtype == torch.float64):
+        input = replace(input, x=input.x.to(R.dtype))
+    if backend != "eager" and not plain(input.x, R):  # kernels read memory, and nobody looks on
+        backend = "eager"
     return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
 
 
@@ -151,13 +204,7 @@ def plan_of(job: Job) -> str:
 
 def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
     """The planner's; None as in `_Task`."""
-    if (
-        geometry.dim == 0
-        or R.shape[:2] != (geometry.groups, geometry.dim)
-        or geometry.samples == 0
-        or (x.dtype == torch.float64) != (R.dtype == torch.float64)
-        or (backend != "eager" and not plain(x, R))  # kernels read memory, and nobody looks on
-    ):
+    if R.shape[:2] != (geometry.groups, geometry.dim) or 0 in (geometry.dim, geometry.samples):
         return None
     return choose.update(x, geometry, backend)
 
@@ -170,23 +217,24 @@ def _bucket(task: _Task) -> Hashable | None:
         return None
     n = None if choice.name == "gram" else geometry.samples
     job = task.job
-    return choice.name, n, R.shape, R.dtype, R.device, job.demean, *job.rule.values()
+    options = [job.options["lr"], job.options["kappa"], job.options["rule"], job.clip]
+    return choice.name, n, task.backend, R.shape, R.dtype, R.device, job.demean, *options
 
 
-def _update_alone(task: _Task) -> tuple[Update, Tensor]:
-    job, choice, input = task.job, task.choice, task.input
+def _update_alone(task: _Task) -> Batch:
+    job, R, choice, input = task.job, task.R, task.choice, task.input
     if choice is None:
+        # says what is wrong with R, if anything
         operands = input.x, job.R, *input.arguments
-        R_new, loss = torch.ops.dbp.decor_update(*operands, **job.rule, demean=job.demean)
-        return R_new, loss
-    options = {**job.rule, "demean": job.demean, "choice": choice}
+        torch.ops.dbp.decor_update(*operands, lr=0.0, kappa=job.options["kappa"])
+        return Batch([job], R, rules.no_update(R))
     work_out = backends.module(task.backend).decor_update
-    update, loss = work_out(input.x, task.R, input.geometry, **options)
-    return update, _means(loss, 1)[0]
+    update = work_out(input.x, R, input.geometry, job.rule, job.demean, choice)
+    return Batch([job], R, update)
 
 
-def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(R_new, loss) of layers of one `_bucket`, as groups of one batched update."""
+def _update_together(tasks: Sequence[_Task]) -> Batch:
+    """Of layers of one `_bucket`, as groups of one batched update."""
     R = torch.cat([task.R for task in tasks])
     choices = [t.choice for t in tasks if t.choice is not None]  # all have one: see `_bucket`
     job, plan = tasks[0].job, choices[0].name
@@ -198,21 +246,13 @@ def _update_together(tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, Tensor]]:
             m = torch.cat([backend.patch_mean(*x) for x in inputs])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         with span(PRODUCTS):
-            R_new, loss = backend.update_from_gram(S, R, **job.rule, overwrite=True)
+            update = backend.gram_update(S, R, job.rule, overwrite=True)
     else:
         Z = torch.cat([task.patches for task in tasks])
+        work_out = backend.direct_update if plan == "direct" else backend.low_rank_update
         with span(PRODUCTS):
-            if plan == "direct":
-                R_new, loss = backend.update_direct(Z, R, **job.rule)
-            else:
-                update, loss = backend.low_rank_update(Z, R, **job.rule)
-                R_new = update.new(R)
-    return zip(R_new.chunk(len(tasks)), _means(loss, len(tasks)))
-
-
-def _means(loss: Tensor, layers: int) -> Sequence[Tensor]:
-    """Each layer's mean, 0-dimensional, over as many groups as the others have."""
-    return (loss if len(loss) == layers else loss.view(layers, -1).mean(1)).unbind()
+            update = work_out(Z, R, job.rule)
+    return Batch([task.job for task in tasks], R, update)
 
 
 def moments_of(job: Job) -> distributed.Moments:
@@ -230,9 +270,10 @@ def moments_of(job: Job) -> distributed.Moments:
     return total
 
 
-def update_from(job: Job, moments: distributed.Moments) -> tuple[Tensor, Tensor]:
-    """(R_new, loss) of one job from the moments of all its samples."""
-    backend = backends.select(job.R.device)
+def update_from(job: Job, moments: distributed.Moments) -> Batch:
+    """The update of one job from the moments of all its samples."""
+    R = job.grouped_R
+    backend = backends.select(R.device)
     with span(PRODUCTS):
-        R_new, loss = backend.update_from_gram(moments.mean(), job.grouped_R, **job.rule)
-    return R_new, loss.mean()
+        update = backend.gram_update(moments.mean(), R, job.rule)
+    return Batch([job], R, update)

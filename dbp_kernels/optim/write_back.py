@@ -1,94 +1,138 @@
-"""Carries out updates that have been worked out: each where it is finite, and none if one raises."""
+"""Carries out updates that have been worked out: each where it is finite, and none if one raises.
+
+The step size is a number where the host knows it. A learning rate in memory, for CUDA graphs, and the
+factor that keeps a step within its clip are known to the device only: (G, 1, 1), applied alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbp_kernels.optim.step import Job, Update
+from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Gauge, Guard, hold_rows_
+from dbp_kernels.optim.step import Batch
 from dbp_kernels.phases import WRITE, span
 
+State = Callable[[Tensor], dict[str, Tensor]]
 
-def write_back(
-    jobs: Sequence[Job],
-    updates: Sequence[tuple[Update, Tensor, Tensor | None]],
-    state_of: Callable[[Tensor], dict[str, Tensor]],
-) -> None:
+
+def write_back(batches: Sequence[Batch], state_of: State, guard: Guard) -> None:
     """Change every R that has samples and a finite update, and its reports.
 
     Args:
-        jobs: the layers.
-        updates: for each its update, in the shapes of R as (groups, D, D) and in R's dtype; its
-            loss, 0-dimensional of that dtype; whether there were samples, 0-dimensional bool, or
-            None for yes.
-        state_of: gives the state of an R, 0-dimensional "loss" (R's dtype) and "skipped" (int64),
-            which are written in place.
+        batches: the layers.
+        state_of: gives the state of an R, 0-dimensional "loss" (R's dtype), "skipped" and "clipped"
+            (int64), which are written in place.
+        guard: has been told that the step begins.
     """
-    by_device: dict[torch.device, list[tuple[Any, ...]]] = {}
-    for job, update in zip(jobs, updates):
-        by_device.setdefault(job.R.device, []).append((job, *update))
+    by_device: dict[torch.device, list[Batch]] = {}
+    for batch in batches:
+        by_device.setdefault(batch.R.device, []).append(batch)
     with span(WRITE):
-        for results in by_device.values():
-            _to_device(state_of, *zip(*results))
+        for device, own in by_device.items():
+            _to_device(own, state_of, guard.gauge(device))
 
 
-def _to_device(
-    state_of: Callable[[Tensor], dict[str, Tensor]],
-    jobs: tuple[Job, ...],
-    changes: tuple[Update, ...],
-    losses: Sequence[Tensor],
-    sampled: tuple[Tensor | None, ...],
-) -> None:
-    """Everything that takes memory comes first, so that nothing fails after the first change."""
-    both = torch.stack([*_bounds(changes), *losses]).view(2, -1)
-    finite = both.isfinite().all(0)
+def _to_device(batches: Sequence[Batch], state_of: State, gauge: Gauge) -> None:
+    """What takes memory to speak of comes first, so that nothing fails after the first change."""
+    losses = torch.cat([batch.losses for batch in batches])
+    finite = torch.stack([torch.cat(_bounds(batches)), losses]).isfinite().all(0)
     accept, skip = finite, ~finite
-    states = [state_of(job.R) for job in jobs]
+    states = [state_of(job.R) for batch in batches for job in batch.jobs]
     reported = [state["loss"] for state in states]
-    if sampled[0] is not None:
-        some = torch.stack([known.to(finite.device) for known in sampled if known is not None])
+    sampled = [(b.sampled, len(b.jobs)) for b in batches if b.sampled is not None]
+    if sampled:
+        some = torch.cat([known.to(finite.device).expand(jobs) for known, jobs in sampled])
         accept, skip = finite & some, skip & some
-        losses = torch.where(some, both[1], torch.stack(reported)).unbind()
-    skips = skip.to(torch.int64).unbind()
-    for job, change, ok in zip(jobs, changes, _decided(accept)):
-        _change(job, change, ok)
-    torch._foreach_copy_(reported, list(losses))
-    torch._foreach_add_([state["skipped"] for state in states], list(skips))
+        losses = torch.where(some, losses, torch.stack(reported))
+    excess = [_excess(batch) for batch in batches]
+    # of a layer, that of the worst of its groups
+    worst = torch.cat([e.view(len(b.jobs), -1).amax(1) for b, e in zip(batches, excess)])
+    clipped = (worst > 1) & accept
+    in_batches = clipped.split([len(batch.jobs) for batch in batches])
+    for batch, own, also, ok, over in zip(
+        batches, excess, in_batches, *_decided(batches, accept, clipped)
+    ):
+        held = _change(batch, own, ok, over, gauge.held)
+        if held is not None:
+            also |= held
+    torch._foreach_copy_(reported, list(losses.unbind()))
+    counts = torch.stack([clipped, skip])
+    kinds = [state[kind] for kind in (CLIPPED, SKIPPED) for state in states]
+    torch._foreach_add_(kinds, list(counts.to(torch.int64).flatten().unbind()))
+    gauge.note(worst, max(batch.clip or 0.0 for batch in batches), counts)
 
 
-def _bounds(changes: Sequence[Update]) -> list[Tensor]:
-    """Of every change a number, 0-dimensional, that is not finite if the change is not.
+def _bounds(batches: Sequence[Batch]) -> list[Tensor]:
+    """Of every layer a number that is not finite if its change is not: (layers,) of each batch.
 
     All from one call, which GPUs make a few launches of however many layers there are. A norm
     squares: in float32 it also refuses changes beyond 1e19, where the next loss would overflow.
     """
-    parts = [(c,) if isinstance(c, Tensor) else c.parts for c in changes]
+    parts = [batch.update.parts(len(batch.jobs)) for batch in batches]
     norms = iter(torch._foreach_norm(list(chain.from_iterable(parts))))
-    of_each = [list(islice(norms, len(p))) for p in parts]
-    return [n[0] if isinstance(c, Tensor) else c.bound(*n) for c, n in zip(changes, of_each)]
+    of_each = [
+        b.update.bounds(list(islice(norms, len(p))), len(b.jobs)) for b, p in zip(batches, parts)
+    ]
+    return [bound * (b.rate if b.rates is None else b.rates) for b, bound in zip(batches, of_each)]
 
 
-def _decided(accept: Tensor) -> Sequence[bool | Tensor]:
+def _excess(batch: Batch) -> Tensor:
+    """(G,), ||lr M'||_F over the clip: above 1, the step is too large. 0 without a clip."""
+    square = batch.update.square
+    if square is None or batch.clip is None:
+        return batch.R.new_zeros(len(batch.R))
+    excess = square.sqrt().mul_(batch.rate / batch.clip)
+    return excess if batch.rates is None else excess.mul_(batch.of_groups(batch.rates))
+
+
+def _on_host(x: Tensor) -> bool:
     """A CPU has nothing to wait for, and selections cost passes over R; no other device waits."""
-    return accept.tolist() if accept.is_cpu else accept.unbind()
+    return x.is_cpu
 
 
-def _change(job: Job, update: Update, ok: Tensor | bool) -> None:
-    """Make the update of the job's R if ``ok``."""
+def _decided(
+    batches: Sequence[Batch], accept: Tensor, clipped: Tensor
+) -> tuple[Sequence[Tensor | bool], Sequence[bool]]:
+    """Of each batch, whether its layers' updates are accepted, and whether a step may be too large.
+
+    The former (layers,), or a bool where the host knows that it is the same for all.
+    """
+    sizes = [len(batch.jobs) for batch in batches]
+    oks = accept.split(sizes)
+    if not _on_host(accept):
+        return oks, [True] * len(batches)
+    known = [ok.tolist() for ok in oks]
+    same: list[Tensor | bool] = [
+        own[0] if len(set(own)) == 1 else ok for own, ok in zip(known, oks)
+    ]
+    return same, [any(own) for own in map(Tensor.tolist, clipped.split(sizes))]
+
+
+def _change(
+    batch: Batch, excess: Tensor, ok: Tensor | bool, over: bool, hold: bool
+) -> Tensor | None:
+    """Make the updates of a batch that are ``ok``.
+
+    Returns whether rows of R were held, (layers,), or None for no.
+    """
+    jobs, R = batch.jobs, batch.R
+    held = None
     if ok is False:
-        return
-    if not isinstance(update, Tensor):
-        if ok is not True:
-            update.cancel_unless_(ok)
-        update.apply_(job.grouped_R)
-        return
-    R = job.R
-    new = update.view_as(R)
-    if ok is True:
-        R.copy_(new)
-    else:
-        torch.where(ok, new, R, out=R)
+        return held
+    if ok is not True:
+        ok = batch.of_groups(ok).view(-1, 1, 1)
+        batch.update.cancel_unless_(ok)
+    factor = None if batch.rates is None else batch.of_groups(batch.rates)
+    if over:
+        within = excess.nan_to_num(1.0, 1.0).clamp_(min=1).reciprocal_()
+        factor = within if factor is None else factor * within
+    batch.update.apply_(R, batch.rate, None if factor is None else factor.view(-1, 1, 1))
+    if hold and batch.clip is not None:
+        held = hold_rows_(R, ok).view(len(jobs), -1).any(1)
+    if batch.stacked:
+        torch._foreach_copy_([job.grouped_R for job in jobs], list(R.chunk(len(jobs))))
+    return held

@@ -222,6 +222,7 @@ def _calls(meter: Meter) -> dict[str, Any]:
     from dbp_kernels.planning.choice import PLANS
     from dbp_kernels.planning.geometry import make_geometry
     from dbp_kernels.planning.planner import update_choices
+    from dbp_kernels.rules import UpdateRule
 
     x, geometry = _map(meter, 1, 2, 6)
     layouts = [shift_layout(geometry, kind) for kind in _KINDS[:2]]
@@ -233,11 +234,9 @@ def _calls(meter: Meter) -> dict[str, Any]:
     product = max(1e-7, (slow - fast) / (many - few))
 
     z, R = meter.random(3, 4), torch.eye(4, device=meter.device)[None]
-    linear = make_geometry(z.shape, (), (), (), (), 1)
+    linear, rule = make_geometry(z.shape, (), (), (), (), 1), UpdateRule.make("standard", 0.5, 4)
     plans = {
-        choice.name: meter.seconds(
-            partial(ops.decor_update, z, R, linear, 1e-5, 0.5, "standard", False, choice)
-        )
+        choice.name: meter.seconds(partial(ops.decor_update, z, R, linear, rule, False, choice))
         for choice in update_choices(linear)
     }
     a = meter.random(8)

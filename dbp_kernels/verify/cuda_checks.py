@@ -114,7 +114,8 @@ def _weigh(dim: int) -> Check:
 
     def compute(x: Tensor, R: Tensor) -> tuple[Tensor, ...]:
         M = torch.bmm(R, R.mT)
-        return M, update.weigh(M, RULE)
+        loss, _ = update.weigh(M, RULE)
+        return M, loss
 
     problem = Problem(f"D = {dim}, 2 groups", (4, 2 * dim), groups=2)
     return Check("cuda", "update", f"D = {dim}", "ieee", problem, compute, weighed)

@@ -135,7 +135,7 @@ def _update(c: Config, precision: str, dim: int) -> Check:
     """E and the loss of M = R R^T."""
 
     def compute(x: Tensor, R: Tensor) -> tuple[Tensor, ...]:
-        return update.symmetric_update(R, R, 1.0, RULE, c)
+        return update.symmetric_update(R, R, 1.0, RULE, c)[:2]
 
     problem = Problem(f"D = {dim}, 2 groups", (4, 2 * dim), groups=2)
     return Check("triton", update.KERNEL, c.text, precision, problem, compute, weighed)

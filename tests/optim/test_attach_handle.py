@@ -34,7 +34,7 @@ def test_decorrelated_tells_size_and_plan():
         [
             "Attached (2 layers, R 0.1 MiB)",
             "  group 0: 2 layers, lr=0.01, kappa=0.5, sample=0.5, rule='standard', "
-            "update_every=1, demean=False, sampling='random'",
+            "update_every=1, demean=False, sampling='random', clip=0.5",
             "  cuda_graph=True",
             f"  0: R 27 x 27, 0.00 MiB, plan {conv}",
             f"  3: R 128 x 128, 0.06 MiB, plan {linear}",

@@ -117,14 +117,15 @@ def test_under_torch_compile(when):
     assert counter.frame_count == 1
 
 
-def test_activation_checkpointing_samples_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_samples_once(reentrant):
     from torch.utils.checkpoint import checkpoint
 
     plain, form = (OptimizerForm(OPTIMIZERS["sgd"], **OPTIONS) for _ in range(2))
     inner = form.model.forward
     train(plain, 3)
     for x, y in batches(3):
-        out = checkpoint(inner, x, use_reentrant=False)
+        out = checkpoint(inner, x.requires_grad_(), use_reentrant=reentrant)
         F.cross_entropy(out, y).backward()
         form.step()
     for name in LAYERS:

@@ -14,6 +14,10 @@ from attach_forms import (
     train,
     trained,
 )
+from torch import nn
+
+from dbp_kernels.optim.kinds import Patches
+from dbp_kernels.optim.site import PROBED, Site
 
 
 def test_an_equal_reload_changes_nothing():
@@ -55,3 +59,55 @@ def test_a_write_from_outside_stays_and_W_follows():
     for name in LAYERS:  # neither W nor R has moved: the function is the one that was loaded
         weight = frozen.model.get_submodule(name).weight
         torch.testing.assert_close(weight, best.get_submodule(name).weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda data: data.mul_(2), lambda data: data.clamp_(-0.1, 0.1), lambda data: data.zero_()],
+    ids=["mul_", "clamp_", "zero_"],
+)
+def test_a_write_through_data_is_noticed_on_cpus(write):
+    """Which raises no version counter."""
+    form = trained(4, lr=3e-2)
+    weight = form.model.first.weight
+    write(weight.data)
+    kept = weight.detach().clone()
+    x, y = next(batches(1))
+    F.cross_entropy(form.model(x), y).backward()
+    for groups in (form.optimizer.param_groups, form.decor._engine.param_groups):
+        for group in groups:
+            group.update(lr=0.0, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="weights of 'first' were changed"):
+        form.optimizer.step()
+    torch.testing.assert_close(weight.detach(), kept, rtol=0, atol=1e-12)
+    assert torch.equal(weight, A_of(form, "first"))
+
+
+def test_weights_that_are_not_numbers_are_not_taken_for_written():
+    form = trained(1, optimizer="sgd")
+    form.model.first.weight.grad = torch.full_like(form.model.first.weight, torch.nan)
+    form.optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(form, 2)
+    assert form.model.first.weight.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (64, 64), (5, 8, 3, 3), (3, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_row_and_column_is_looked_at(shape, transposed):
+    """In whatever order the weight's memory is."""
+    weight = torch.zeros(shape)
+    if transposed:
+        weight = weight.movedim(0, -1).contiguous().movedim(-1, 0)
+    layer = nn.Linear(1, 1)
+    layer.weight = nn.Parameter(weight)
+    site = Site("layer", layer, Patches(1))
+    assert len(site._probed) <= PROBED
+    for dim, size in enumerate(shape):
+        for place in range(size):
+            layer.weight.data.zero_()
+            site.formed()
+            assert site._untouched()
+            layer.weight.data.select(dim, place).fill_(1)
+            assert not site._untouched()

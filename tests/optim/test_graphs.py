@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import dbp_kernels as dbp
-from dbp_kernels import distributed, rules
+from dbp_kernels import distributed
 from dbp_kernels import nn as dnn
 from dbp_kernels.optim import decor_update as update_module
 from dbp_kernels.optim import graphs
-from dbp_kernels.optim.rates import updates_at
+from dbp_kernels.optim.guard import Guard
 from dbp_kernels.optim.step import Job, local_updates
+from dbp_kernels.optim.write_back import write_back
 
 
 @pytest.fixture
@@ -231,29 +232,40 @@ def test_a_learning_rate_that_changes_now_and_then_needs_two(log):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_update_at_a_rate_on_the_device_is_that_at_the_same_number(dtype):
-    """For every form that an update has: R_new, the change of a product, that of few samples."""
+    """For every form that an update has: of layers together, a product, few samples."""
     torch.manual_seed(0)
-    jobs = []
+    jobs, rates = [], [0.01, 0.01, 0.02, 0.04]
     for size, n in ((6, 50), (6, 50), (40, 400), (300, 9)):  # the first two together
         layer = dnn.DecorLinear(size, 2).to(dtype)
         layer.R.add_(torch.randn_like(layer.R), alpha=0.1)
-        options = {"lr": 0.1, "kappa": 0.3, "rule": "standard", "demean": False}
+        options = {"kappa": 0.3, "rule": "standard", "demean": False, "clip": 0.4}
+        options["lr"] = rates[len(jobs)]
         jobs.append(Job(layer, [torch.randn(n, size, dtype=dtype)], options))
-    rates = torch.tensor([0.01, 0.01, 0.02, 0.04], dtype=dtype)
-    found = updates_at(rates, jobs)
-    for job, rate in zip(jobs, rates.tolist()):
-        job.options["lr"] = rate
-    expected = local_updates(jobs)
-    kinds = {torch.Tensor, rules.ProductUpdate, rules.LowRankUpdate}
-    assert {type(update) for update, _ in expected} == kinds
-    for (update, loss), (other, other_loss), job in zip(found, expected, jobs):
-        assert torch.equal(loss, other_loss)
-        R = [job.grouped_R.clone() for _ in range(2)]
-        for result, one in zip(R, (update, other)):
-            result.copy_(one.view_as(R[0])) if torch.is_tensor(one) else one.apply_(result)
-        change, expected_change = (result - job.grouped_R for result in R)
+    before = [job.R.clone() for job in jobs]
+
+    def changes(on_device: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        for job, rate, R in zip(jobs, rates, before):
+            job.rate = torch.tensor(rate) if on_device else None
+            job.options["lr"] = 7.0 if on_device else rate
+            job.layer.R.copy_(R)
+        guard, states = Guard(), [state_of(job.R) for job in jobs]
+        batches = local_updates(jobs)
+        forms = [(len(batch.jobs), batch.update.few is None) for batch in batches]
+        assert sorted(forms) == [(1, False), (1, True), (2, True)]
+        write_back(batches, lambda R: next(s for j, s in zip(jobs, states) if j.R is R), guard)
+        return [job.R - R for job, R in zip(jobs, before)], states
+
+    (found, states), (expected, expected_states) = changes(True), changes(False)
+    for change, expected_change in zip(found, expected):
         torch.testing.assert_close(change, expected_change, atol=1e-6, rtol=1e-4)
         assert expected_change.abs().max() > 1e-3
+    assert [int(state["clipped"]) for state in states] == [0, 0, 0, 1]
+    torch.testing.assert_close(states, expected_states)
+
+
+def state_of(R: torch.Tensor) -> dict[str, torch.Tensor]:
+    counts = {kind: torch.zeros((), dtype=torch.int64) for kind in ("skipped", "clipped")}
+    return {"loss": R.new_zeros(()), **counts}
 
 
 def test_only_so_many_graphs_are_kept_and_captures_are_rare_then(log, monkeypatch):
@@ -496,7 +508,7 @@ def test_a_capture_that_fails_on_a_device_leaves_everything_usable(monkeypatch):
     def waits(jobs):
         updates = real(jobs)
         if torch.cuda.is_current_stream_capturing():
-            updates[0][1].item()
+            updates[0].update.loss.sum().item()
         return updates
 
     monkeypatch.setattr(update_module, "local_updates", waits)

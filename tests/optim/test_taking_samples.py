@@ -81,7 +81,7 @@ def test_channels_last_samples_stay_channels_last():
     assert samples_of(update)[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_eval_mode_and_no_optimiser_copy_nothing():
+def test_eval_mode_no_optimiser_and_no_gradients_copy_nothing():
     layer = dnn.DecorLinear(3, 2)
     layer(torch.randn(4, 3))
     update = dbp.DecorUpdate(layer)
@@ -91,8 +91,11 @@ def test_eval_mode_and_no_optimiser_copy_nothing():
     update.step()
     assert torch.equal(layer.R, torch.eye(3))
     layer.train()
-    with torch.no_grad():
-        layer(torch.randn(4, 3))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            layer(torch.randn(4, 3))
+    assert samples_of(update) == [[]]
+    layer(torch.randn(4, 3))
     assert len(samples_of(update)[0]) == 1
     update.zero_grad()
     assert len(samples_of(update)[0]) == 1
@@ -108,6 +111,56 @@ def test_activation_checkpointing_counts_once(reentrant):
     out.sum().backward()
     assert [len(s) for s in samples_of(update)] == [1, 1]
     assert not any(s[0].requires_grad for s in samples_of(update))
+
+
+class Reversed(torch.autograd.Function):
+    """A checkpoint of somebody else's."""
+
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.save_for_backward(x)
+        ctx.net = net
+        return net(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            y = ctx.net(x)
+        torch.autograd.backward(y, gradient)
+        return x.grad, None
+
+
+def test_a_function_that_runs_layers_again_counts_once():
+    layer = dnn.DecorLinear(4, 4)
+    update = dbp.DecorUpdate(layer, sample=0.5)
+    Reversed.apply(torch.randn(8, 4, requires_grad=True), layer).sum().backward()
+    assert [len(s) for s in samples_of(update)] == [1]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_without_gradients_copies_nothing(backend):
+    torch._dynamo.reset()
+    layer = dnn.DecorLinear(4, 4)
+    update = dbp.DecorUpdate(layer, sample=0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            compiled(torch.randn(8, 4))
+    assert samples_of(update) == [[]]
+    compiled(torch.randn(8, 4)).sum().backward()
+    assert [len(s) for s in samples_of(update)] == [1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_in_a_reentrant_checkpoint_counts_once(backend):
+    torch._dynamo.reset()
+    layer = dnn.DecorLinear(4, 4)
+    update = dbp.DecorUpdate(layer, sample=0.5)
+    compiled = torch.compile(layer, backend=backend)
+    x = torch.randn(8, 4, requires_grad=True)
+    checkpoint(compiled, x, use_reentrant=True).sum().backward()
+    assert [len(s) for s in samples_of(update)] == [1]
 
 
 def test_checkpointing_under_compile_counts_once():

@@ -43,22 +43,26 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("decided", [None, lambda accept: accept.unbind()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("on_host", [True, False], ids=["CPU", "GPU"])
 @pytest.mark.parametrize("dtype", [torch.float32, D64])
 @pytest.mark.parametrize("demean", [False, True])
 @pytest.mark.parametrize("batches", [1, 100])
-def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
+def test_large_layers_in_place(batches, dtype, demean, on_host, monkeypatch):
     """As on a CPU, and by tensors that decide, as on a GPU; one of the layers is poisoned.
 
     One batch has fewer patches than D, a hundred have more, which is for other plans.
     """
-    if decided:
-        monkeypatch.setattr(write_back, "_decided", decided)
-    kind = rules.LowRankUpdate if batches == 1 else rules.ProductUpdate
-    used, apply_ = [], kind.apply_
-    monkeypatch.setattr(kind, "apply_", lambda self, R: used.append(R) or apply_(self, R))
+    monkeypatch.setattr(write_back, "_on_host", lambda x: on_host)
+    used, apply_ = [], rules.Update.apply_
+
+    def watched(update, R, *arguments):
+        used.append(R)
+        assert (update.few is not None) == (batches == 1)
+        apply_(update, R, *arguments)
+
+    monkeypatch.setattr(rules.Update, "apply_", watched)
     net = nn.ModuleList(fresh(layer, dtype) for layer, _ in [*LARGE, LARGE[0]])
-    update = dbp.DecorUpdate(net, lr=1e-2, kappa=0.3, sample=1.0, demean=demean)
+    update = dbp.DecorUpdate(net, lr=1e-3, kappa=0.3, sample=1.0, demean=demean)
     before = [layer.R.clone() for layer in net]
     shapes = [(batches * images, *rest) for _, (images, *rest) in [*LARGE, LARGE[0]]]
     # what autocast rounds the samples to
@@ -68,21 +72,28 @@ def test_large_layers_in_place(batches, dtype, demean, decided, monkeypatch):
         for layer, x in zip(net, inputs):
             layer(x)
         update.step()
-    changed = net if decided else net[:-1]  # a GPU's poisoned update changes R by nothing
+    changed = net[:-1] if on_host else net  # a GPU's poisoned update changes R by nothing
     assert [R.data_ptr() for R in used] == [layer.R.data_ptr() for layer in changed]
     assert [int(v) for v in update.skipped().values()] == [0, 0, 0, 1]
     assert torch.equal(net[-1].R, before[-1])
     tolerance = 1e-12 if dtype == D64 else 1e-5
     for layer, x, R, loss in zip(net[:-1], inputs, before, update.losses().values()):
-        R_new, expected_loss = expected(patches(layer, x), R, 1e-2, 0.3, demean=demean)
+        R_new, expected_loss = expected(patches(layer, x), R, 1e-3, 0.3, demean=demean)
         torch.testing.assert_close(layer.R.to(D64), R_new, rtol=0, atol=tolerance)
         torch.testing.assert_close(loss.to(D64), expected_loss, rtol=10 * tolerance, atol=0)
 
 
-def test_writing_back_on_a_GPU_launches_one_kernel_per_layer(monkeypatch):
-    """The choice between its update and its R; the checks are one call however many there are."""
-    monkeypatch.setattr(write_back, "_decided", lambda accept: accept.unbind())
-    views = {"aten.view.default", "aten.unbind.int", "aten.alias.default"}
+def test_writing_back_on_a_GPU_takes_few_launches_however_many_layers(monkeypatch):
+    """Equal layers share those that change R, and all share the checks."""
+    monkeypatch.setattr(write_back, "_on_host", lambda x: False)
+    names = (
+        "view.default",
+        "unbind.int",
+        "alias.default",
+        "split.Tensor",
+        "split_with_sizes.default",
+    )
+    views = {f"aten.{name}" for name in (*names, "select.int", "slice.Tensor", "expand.default")}
     launches = []
     for layers in (2, 9):
         net = nn.ModuleList(dnn.DecorLinear(16, 2) for _ in range(layers))
@@ -96,10 +107,9 @@ def test_writing_back_on_a_GPU_launches_one_kernel_per_layer(monkeypatch):
                     update._carry_out(*worked_out)
             update.discard()
         counted = Counter(calls.names)
-        assert counted.pop("aten.where.self_out") == layers
         launches.append({name: n for name, n in counted.items() if name not in views})
     assert launches[0] == launches[1]
-    assert sum(launches[0].values()) < 14
+    assert sum(launches[0].values()) < 40
 
 
 class Calls(TorchDispatchMode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbp_kernels import rules
 from dbp_kernels.backends.cuda import gram, stats
-from dbp_kernels.backends.cuda.update import update_direct, update_from_gram
+from dbp_kernels.backends.cuda.update import direct_update, gram_update
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import Gram, prepared
@@ -18,6 +18,7 @@ from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.products.matmul import symmetric_product
+from dbp_kernels.rules import UpdateRule
 
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 low_rank_update = eager.low_rank_update  # products only
@@ -89,21 +90,19 @@ def decor_update(
     x: Tensor,
     R: Tensor,
     geometry: ConvGeometry,
-    lr: float,
-    kappa: float,
-    rule: str,
+    rule: UpdateRule,
     demean: bool,
     choice: Choice,
-) -> tuple[rules.Update | Tensor, Tensor]:
-    """As ``eager.decor_update``; what R is due may be R_new itself."""
+) -> rules.Update:
+    """As ``eager.decor_update``."""
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         with span(PRODUCTS):
-            return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+            return gram_update(S, R, rule, overwrite=True)
+    plan = direct_update if choice.name == "direct" else low_rank_update
     Z = eager.patches(x, geometry, R.dtype, demean)
-    plan = update_direct if choice.name == "direct" else low_rank_update
     with span(PRODUCTS):
-        return plan(Z, R, lr, kappa, rule)
+        return plan(Z, R, rule)

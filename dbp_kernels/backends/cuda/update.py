@@ -10,58 +10,52 @@ from dbp_kernels.backends.cuda import library
 from dbp_kernels.precision import products_of_change
 from dbp_kernels.products.matmul import symmetric_product
 
-_CHUNK = 4096  # elements that leave one partial sum of the loss: update::kChunk
+_CHUNK = 4096  # elements that leave one partial sum of each kind: update::kChunk
 
 
-def weigh(M: Tensor, rule: rules.UpdateRule) -> Tensor:
-    """Turns M = <x x^T> (G, D, D) into c C + v V, in place. Returns the loss (G,)."""
+def weigh(M: Tensor, rule: rules.UpdateRule) -> tuple[Tensor, Tensor | None]:
+    """Turns M = <x x^T> (G, D, D) into M' of `UpdateRule`, in place.
+
+    Returns the loss (G,) and ||M'||_F^2 (G,), None unless the rule is guarded.
+    """
     groups, dim, _ = M.shape
-    partials = M.new_empty(groups * -(-dim * dim // _CHUNK))
-    loss = M.new_empty(groups)
+    partials = M.new_empty(2 * groups * -(-dim * dim // _CHUNK))
+    sums = M.new_empty(2, groups)
     library.launch(
         "update",
         m=M,
         e=M,
         partials=partials,
-        loss=loss,
+        sums=sums,
         groups=groups,
         dim=dim,
         c_weight=rule.c_weight,
         v_weight=rule.v_weight,
-        c_loss=rule.c_weight / rule.loss_scale,
-        v_loss=rule.kappa / rule.loss_scale,
+        idle_weight=rule.idle_weight,
     )
-    return loss
+    off, on = sums.unbind()
+    return rule.loss(off, on), rule.square(off, on)
 
 
-def update_from_gram(
-    S: Tensor,
-    R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As ``plans.update_from_gram``."""
+def gram_update(
+    S: Tensor, R: Tensor, rule: rules.UpdateRule, overwrite: bool = False
+) -> rules.Update:
+    """As ``rules.gram_update``."""
     if R.dtype != torch.float32 or S.dtype != torch.float32:
-        return rules.update_from_gram(S, R, lr, kappa, rule, overwrite)
-    weights = rules.UpdateRule.make(rule, kappa, R.shape[-1])
+        return rules.gram_update(S, R, rule, overwrite)
     P = torch.bmm(S, R.mT)
     M = symmetric_product(P, R.mT, out=S if overwrite and S.is_contiguous() else None)
-    loss = weigh(M, weights)
+    sums = weigh(M, rule)
     with products_of_change(R):
-        return torch.baddbmm(R, M, R, alpha=-lr, out=P), loss
+        return rules.Update(*sums, 1.0, torch.bmm(M, R, out=P))
 
 
-def update_direct(
-    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[Tensor, Tensor]:
-    """As ``plans.update_direct``."""
+def direct_update(Z: Tensor, R: Tensor, rule: rules.UpdateRule) -> rules.Update:
+    """As ``rules.direct_update``."""
     if R.dtype != torch.float32 or Z.dtype != torch.float32:
-        return rules.update_direct(Z, R, lr, kappa, rule)
-    weights = rules.UpdateRule.make(rule, kappa, R.shape[-1])
+        return rules.direct_update(Z, R, rule)
     X = torch.bmm(Z, R.mT)
     M = symmetric_product(X, X, alpha=1 / Z.shape[1])
-    loss = weigh(M, weights)
+    sums = weigh(M, rule)
     with products_of_change(R):
-        return torch.baddbmm(R, M, R, alpha=-lr), loss
+        return rules.Update(*sums, 1.0, torch.bmm(M, R))

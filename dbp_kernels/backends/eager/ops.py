@@ -52,8 +52,8 @@ def decor_stats(
     return M, V
 
 
-update_from_gram = rules.update_from_gram
-update_direct = rules.update_direct
+gram_update = rules.gram_update
+direct_update = rules.direct_update
 low_rank_update = rules.low_rank_update
 
 
@@ -68,27 +68,22 @@ def decor_update(
     x: Tensor,
     R: Tensor,
     geometry: ConvGeometry,
-    lr: float,
-    kappa: float,
-    rule: str,
+    rule: rules.UpdateRule,
     demean: bool,
     choice: Choice,
-) -> tuple[rules.Update | Tensor, Tensor]:
-    """What R (groups, D, D) is due, by the plan chosen, and loss (groups,).
-
-    Worked out, not carried out, which saves memory; other backends may give R_new itself.
-    """
+) -> rules.Update:
+    """What R (groups, D, D) is due, by the plan chosen."""
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         with span(PRODUCTS):
-            return rules.gram_update(S, R, lr, kappa, rule, overwrite=True)
+            return rules.gram_update(S, R, rule, overwrite=True)
     Z = patches(x, geometry, R.dtype, demean)
     plan = rules.direct_update if choice.name == "direct" else rules.low_rank_update
     with span(PRODUCTS):
-        return plan(Z, R, lr, kappa, rule)
+        return plan(Z, R, rule)
 
 
 def fuses_stats(x: Tensor, geometry: ConvGeometry) -> bool:

@@ -66,7 +66,7 @@ def decor_stats(
         P = Q = torch.bmm(R, rows(x, geometry, R.dtype).mT)
         scale = 1 / geometry.samples
     # M = P Q^T, its diagonal less one
-    M, _ = update.symmetric_update(P, Q, scale, UpdateRule(1.0, 1.0, 0.0, 1.0))
+    M, *_ = update.symmetric_update(P, Q, scale, UpdateRule(1.0, 1.0, 0.0, 1.0))
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     V = diagonal.clone()
     diagonal.zero_()
@@ -82,54 +82,38 @@ def decor_update(
     x: Tensor,
     R: Tensor,
     geometry: ConvGeometry,
-    lr: float,
-    kappa: float,
-    rule: str,
+    rule: UpdateRule,
     demean: bool,
     choice: Choice,
-) -> tuple[rules.Update | Tensor, Tensor]:
-    """As ``eager.decor_update``; what R is due may be R_new itself."""
+) -> rules.Update:
+    """As ``eager.decor_update``."""
     if R.dtype != torch.float32:
-        return eager.decor_update(x, R, geometry, lr, kappa, rule, demean, choice)
+        return eager.decor_update(x, R, geometry, rule, demean, choice)
     if choice.name == "gram":
         S = patch_gram(x, geometry, choice.algorithm)
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
         with span(PRODUCTS):
-            return update_from_gram(S, R, lr, kappa, rule, overwrite=True)
+            return gram_update(S, R, rule, overwrite=True)
+    plan = direct_update if choice.name == "direct" else low_rank_update
     Z = eager.patches(x, geometry, R.dtype, demean)
-    plan = update_direct if choice.name == "direct" else low_rank_update
     with span(PRODUCTS):
-        return plan(Z, R, lr, kappa, rule)
+        return plan(Z, R, rule)
 
 
-def update_from_gram(
-    S: Tensor,
-    R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As ``rules.update_from_gram``; all matrices of the batch in the same launches."""
+def gram_update(S: Tensor, R: Tensor, rule: UpdateRule, overwrite: bool = False) -> rules.Update:
+    """As ``rules.gram_update``; all matrices of the batch in the same launches."""
     own = R.dtype == torch.float32
-    call = update.update_from_gram if own else rules.update_from_gram
-    return call(S, R, lr, kappa, rule, overwrite)
+    return (update.gram_update if own else rules.gram_update)(S, R, rule, overwrite)
 
 
-def update_direct(
-    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[Tensor, Tensor]:
-    """As ``rules.update_direct``; all matrices of the batch in the same launches."""
-    call = update.update_direct if R.dtype == torch.float32 else rules.update_direct
-    return call(Z, R, lr, kappa, rule)
+def direct_update(Z: Tensor, R: Tensor, rule: UpdateRule) -> rules.Update:
+    """As ``rules.direct_update``; all matrices of the batch in the same launches."""
+    return (update.direct_update if R.dtype == torch.float32 else rules.direct_update)(Z, R, rule)
 
 
-def low_rank_update(
-    Z: Tensor, R: Tensor, lr: float, kappa: float, rule: str = "standard"
-) -> tuple[rules.LowRankUpdate, Tensor]:
+def low_rank_update(Z: Tensor, R: Tensor, rule: UpdateRule) -> rules.Update:
     """As ``rules.low_rank_update``."""
-    if R.dtype != torch.float32:
-        return rules.low_rank_update(Z, R, lr, kappa, rule)
-    return rules.low_rank_update(Z, R, lr, kappa, rule, product)
+    own = (product,) if R.dtype == torch.float32 else ()
+    return rules.low_rank_update(Z, R, rule, *own)

@@ -1,8 +1,8 @@
 """The update from a second moment: M = <x x^T>, half of it computed, and its epilogue in one kernel.
 
 With P = R S: M = P R^T is symmetric, so only tiles on and above the diagonal are computed; each
-writes E = [c_weight offdiag(M) + v_weight (diag(M) - 1)] for itself and its mirror image, and one
-partial sum of the loss. M itself is never stored. Then R - lr E R is a library product.
+writes E = [c_weight offdiag(M) + v_weight (diag(M) - 1)] for itself and its mirror image, and its part
+of the two sums of squares that make loss and norm. M itself is never stored. E R is a library product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch, sm_count, target
 from dbp_kernels.precision import products_of_change, update_products
-from dbp_kernels.rules import UpdateRule
+from dbp_kernels.rules import Update, UpdateRule
 
 
 @triton.jit
@@ -44,15 +44,14 @@ def symmetric_update_kernel(
     A,  # (G, D, K), K contiguous
     B,  # (G, D, K)
     E,  # (G, D, D)
-    loss,  # (G, tiles)
+    sums,  # (2, G, tiles): of C^2, of v^2
     D,
     K,
     side,  # tiles along D
     alpha,
     c_weight,
     v_weight,
-    c_loss,
-    v_loss,
+    idle_weight,  # as v_weight, where M has 0
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,10 +83,12 @@ def symmetric_update_kernel(
     inside = (i < D)[:, None] & (j < D)[None, :]
     twice = tl.where(row == column, 1.0, 2.0)  # a tile off the diagonal stands for two
     v = acc - 1.0
-    terms = tl.where(diagonal, v_loss * v * v, twice * c_loss * acc * acc)
-    tl.store(loss + tl.program_id(0), tl.sum(tl.where(inside, terms, 0.0)))
+    tile = sums + tl.program_id(0)
+    tl.store(tile, twice * tl.sum(tl.where(inside & (i[:, None] != j[None, :]), acc * acc, 0.0)))
+    tile += tl.num_programs(0)
+    tl.store(tile, tl.sum(tl.where(inside & diagonal, v * v, 0.0)))
 
-    e = tl.where(diagonal, v_weight * (acc - 1.0), c_weight * acc)
+    e = tl.where(diagonal, tl.where(acc <= 0.0, idle_weight, v_weight) * v, c_weight * acc)
     block = E + group * D * D
     tl.store(block + i.to(tl.int64)[:, None] * D + j[None, :], e, mask=inside)
     if row != column:
@@ -138,18 +139,20 @@ def symmetric_update(
     rule: UpdateRule,
     config: Config | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """E (G, D, D) and the loss (G,) of M = alpha A B^T, which is symmetric. A, B (G, D, K) float32.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """E (G, D, D), loss (G,) and ||M'||_F^2 (G,) of M = alpha A B^T, which is symmetric.
 
+    A, B (G, D, K) float32. The last is None unless the rule is guarded; E is that of `UpdateRule`.
     E is written to ``out`` if given (contiguous).
     """
     groups, dim, _ = A.shape
     A, B = A.contiguous(), B.contiguous()
     launch, tiles = _launch(A, alpha, rule, config)
     E = torch.empty(groups, dim, dim, dtype=A.dtype, device=A.device) if out is None else out
-    loss = A.new_empty(groups, tiles)
-    launch(A=A, B=B, E=E, loss=loss)
-    return E, loss.sum(1)
+    sums = A.new_empty(2, groups, tiles)
+    launch(A=A, B=B, E=E, sums=sums)
+    off, on = sums.sum(-1).unbind()
+    return E, rule.loss(off, on), rule.square(off, on)
 
 
 @prepared
@@ -168,8 +171,7 @@ def _launch(A: Tensor, alpha: float, rule: UpdateRule, config: Config | None) ->
         alpha,
         rule.c_weight,
         rule.v_weight,
-        rule.c_weight / rule.loss_scale,
-        rule.kappa / rule.loss_scale,
+        rule.idle_weight,
         BLOCK=config.block_m,
         BLOCK_K=config.block_k,
         PRECISION=precision,
@@ -180,45 +182,34 @@ def _launch(A: Tensor, alpha: float, rule: UpdateRule, config: Config | None) ->
     return launch, tiles
 
 
-def update_from_gram(
+def gram_update(
     S: Tensor,
     R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
+    rule: UpdateRule,
     overwrite: bool = False,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Plan "gram", as ``plans.update_from_gram``. S, R (G, D, D) float32 -> R_new, loss (G,)."""
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+) -> Update:
+    """Plan "gram", as ``rules.gram_update``. S, R (G, D, D) float32."""
     # R S^T = R S and not S R^T, which is its transpose: the kernel wants rows with K contiguous
     P = product(R, S)
-    E, loss = symmetric_update(P, R, 1.0, weights, config, out=S if overwrite else None)
+    E, loss, square = symmetric_update(P, R, 1.0, rule, config, out=S if overwrite else None)
     with products_of_change(R):
-        return torch.baddbmm(R, E, R, alpha=-lr, out=P), loss
+        return Update(loss, square, 1.0, torch.bmm(E, R, out=P))
 
 
-def update_direct(
-    Z: Tensor,
-    R: Tensor,
-    lr: float,
-    kappa: float,
-    rule: str = "standard",
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Plan "direct", as ``plans.update_direct``. Z (G, n, D), R (G, D, D) float32, n >= 1."""
-    weights = UpdateRule.make(rule, kappa, R.shape[-1])
+def direct_update(Z: Tensor, R: Tensor, rule: UpdateRule, config: Config | None = None) -> Update:
+    """Plan "direct", as ``rules.direct_update``. Z (G, n, D), R (G, D, D) float32, n >= 1."""
     X = product(R, Z)  # (G, D, n)
-    E, loss = symmetric_update(X, X, 1 / Z.shape[1], weights, config)
+    E, loss, square = symmetric_update(X, X, 1 / Z.shape[1], rule, config)
     with products_of_change(R):
-        return torch.baddbmm(R, E, R, alpha=-lr), loss
+        return Update(loss, square, 1.0, torch.bmm(E, R))
 
 
 def cases(capability: int) -> list[KernelCase]:
     """Every shipped variant of the kernel for a compute capability."""
-    pointers = dict.fromkeys(("A", "B", "E", "loss"), "*fp32")
+    pointers = dict.fromkeys(("A", "B", "E", "sums"), "*fp32")
     integers = dict.fromkeys(("D", "K", "side"), "i32")
-    floats = dict.fromkeys(("alpha", "c_weight", "v_weight", "c_loss", "v_loss"), "fp32")
+    floats = dict.fromkeys(("alpha", "c_weight", "v_weight", "idle_weight"), "fp32")
     return [
         KernelCase(
             name=f"symmetric_update[{precision}, {c.text}{', aligned' * aligned}]",

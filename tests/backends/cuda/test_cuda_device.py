@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, case, error, moment_error, random, rows
+from helpers import LAYOUTS, case, error, moment_error, random, rows, updated
 
 import dbp_kernels as dbp
 from dbp_kernels import reference
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.planning.choice import Choice
+from dbp_kernels.rules import UpdateRule
 
 _PROBLEM = library.unusable("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))]
@@ -91,7 +92,8 @@ def test_epilogue(dim, poison):
     S = (Z.mT @ Z / Z.shape[1]).float()
     R = torch.eye(dim) + random((3, dim, dim), torch.float32, 1) / dim
     exact = dbp.rules.update_from_gram(S.double(), R.double(), 0.01, 0.3)
-    for result, oracle in zip(update.update_from_gram(S.cuda(), R.cuda(), 0.01, 0.3), exact):
+    due = update.gram_update(S.cuda(), R.cuda(), UpdateRule.make("standard", 0.3, dim))
+    for result, oracle in zip((due.new(R.cuda(), 0.01), due.loss), exact):
         assert error(result.cpu(), oracle) < 1e-5
 
 
@@ -116,7 +118,7 @@ def test_capture_into_a_graph():
 
     def step():
         gram_choice = Choice("gram", 0.0, 0.0, gram=Choice("cuda_shift", 0.0, 0.0))
-        return ops.decor_update(x, R, c.geometry, 1e-3, 0.5, "standard", False, gram_choice)
+        return updated(ops, x, R, c.geometry, 1e-3, 0.5, "standard", False, gram_choice)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -166,11 +168,13 @@ def test_compute_sanitizer(tool):
 import torch
 from helpers import case
 from dbp_kernels.backends.cuda import gram, stats, update
+from dbp_kernels.rules import UpdateRule
 for c in (case(2, 20, (6, 5), 3, padding=1), case(2, 3, (9, 9), 5, stride=2, padding=2)):
     for dtype in (torch.float32, torch.bfloat16):
         x, R = c.input(dtype).cuda(), c.R(torch.float32).cuda()
         for form in (gram.patch_gram_shift, gram.patch_gram_box, gram.patch_gram_direct):
-            update.update_from_gram(form(x, c.geometry), R, 0.01, 0.5)
+            rule = UpdateRule.make("standard", 0.5, c.geometry.dim)
+            update.gram_update(form(x, c.geometry), R, rule)
         if stats.supported(x, c.geometry):
             stats.decor_stats(x, R, c.geometry)
 torch.cuda.synchronize()

@@ -332,7 +332,7 @@ def test_more_groups_than_a_grid_has_lines_are_not_for_the_fused_kernel():
     kappa=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 1000),
 )
-def test_update_from_gram(shape, rule, kappa, seed):
+def test_gram_update(shape, rule, kappa, seed):
     groups, dim = shape
     Z = random((groups, 2 * dim, dim), seed=seed)
     S = Z.mT @ Z / Z.shape[1]
@@ -342,7 +342,9 @@ def test_update_from_gram(shape, rule, kappa, seed):
     for overwrite in (False, True):
         ours_S = S.float()
         with emulated(seed) as launched:
-            ours = update.update_from_gram(ours_S, R, 0.01, kappa, rule, overwrite)
+            weights = rules.UpdateRule.make(rule, kappa, dim)
+            due = update.gram_update(ours_S, R, weights, overwrite)
+            ours = due.new(R, 0.01), due.loss
         assert launched == ["update"]
         assert overwrite or torch.equal(ours_S, S.float())
         for result, oracle, rival in zip(ours, exact, plain):

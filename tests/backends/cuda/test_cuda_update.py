@@ -15,35 +15,37 @@ from dbp_kernels.rules import UpdateRule
 CHUNK = 4096  # elements per block
 
 
-def prepare(groups: int, dim: int, rule: str, kappa: float):
-    """(arguments, E and loss in float64)"""
-    weights = UpdateRule.make(rule, kappa, dim)
+def prepare(groups: int, dim: int, rule: str, kappa: float, guarded: bool = False):
+    """(arguments, E and both sums of squares in float64); the middle of x has no variance."""
+    weights = UpdateRule.make(rule, kappa, dim, guarded)
     m = random((groups, dim, dim), torch.float32)
     m = (m + m.mT).contiguous()
+    m.diagonal(dim1=-2, dim2=-1)[:, dim // 2] = 0
     v = m.double().diagonal(dim1=-2, dim2=-1) - 1
     off = m.double() - torch.diag_embed(v + 1)
-    E = weights.c_weight * off + torch.diag_embed(weights.v_weight * v)
-    loss = weights.c_weight * off.square().sum((1, 2)) + weights.kappa * v.square().sum(1)
+    stepped = v.masked_fill(v <= -1, 0) if guarded else v
+    E = weights.c_weight * off + torch.diag_embed(weights.v_weight * stepped)
+    sums = torch.stack([off.square().sum((1, 2)), v.square().sum(1)])
     array = m.numpy()
     arguments = {
         "m": array,
         "e": np.full((groups, dim, dim), np.nan, np.float32),
-        "partials": np.full(groups * -(-dim * dim // CHUNK), np.nan, np.float32),
-        "loss": np.full(groups, np.nan, np.float32),
+        "partials": np.full(2 * groups * -(-dim * dim // CHUNK), np.nan, np.float32),
+        "sums": np.full((2, groups), np.nan, np.float32),
         "groups": groups,
         "dim": dim,
         "c_weight": weights.c_weight,
         "v_weight": weights.v_weight,
-        "c_loss": weights.c_weight / weights.loss_scale,
-        "v_loss": weights.kappa / weights.loss_scale,
+        "idle_weight": weights.idle_weight,
     }
-    return arguments, (E, loss / weights.loss_scale)
+    return arguments, (E, sums)
 
 
 def check(arguments: dict, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    E, loss = expected
+    E, sums = expected
     assert error(torch.from_numpy(arguments["e"]), E) < 1e-6
-    assert error(torch.from_numpy(arguments["loss"]), loss) < 1e-6
+    for found, exact in zip(torch.from_numpy(arguments["sums"]), sums):
+        assert error(found, exact) < 1e-6
 
 
 shapes = {
@@ -51,14 +53,15 @@ shapes = {
     "dim": st.integers(1, 100),
     "rule": st.sampled_from(["standard", "normalized"]),
     "kappa": st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    "guarded": st.booleans(),
     "seed": st.integers(0, 100),
 }
 
 
 @pytest.mark.emulation
 @given(**shapes)
-def test_update(groups, dim, rule, kappa, seed):
-    arguments, expected = prepare(groups, dim, rule, kappa)
+def test_update(groups, dim, rule, kappa, guarded, seed):
+    arguments, expected = prepare(groups, dim, rule, kappa, guarded)
     call("update", seed=seed, **arguments)
     check(arguments, expected)
 
@@ -70,7 +73,7 @@ def test_twenty_schedules_agree_bit_for_bit():
         arguments, expected = prepare(2, 91, "standard", 0.5)
         call("update", seed=seed, **arguments)
         check(arguments, expected)
-        results.add(arguments["e"].tobytes() + arguments["loss"].tobytes())
+        results.add(arguments["e"].tobytes() + arguments["sums"].tobytes())
     assert len(results) == 1
 
 
@@ -86,14 +89,14 @@ def test_no_groups_and_no_elements():
         arguments |= {"groups": groups, "dim": dim}
         call("update", **arguments)
         if groups:
-            assert (arguments["loss"] == 0).all()
+            assert (arguments["sums"] == 0).all()
 
 
 @pytest.mark.ptx
 @settings(max_examples=8)
 @given(arch=st.sampled_from(["compute_80", "compute_90a"]), **shapes)
-def test_update_ptx(arch, groups, dim, rule, kappa, seed):
-    arguments, expected = prepare(groups, dim, rule, kappa)
+def test_update_ptx(arch, groups, dim, rule, kappa, guarded, seed):
+    arguments, expected = prepare(groups, dim, rule, kappa, guarded)
     run_ptx("update", header="update.cuh", arch=arch, seed=seed, **arguments)
     check(arguments, expected)
 

@@ -139,7 +139,9 @@ def test_update(precision, config):
         Z = torch.randn(groups, 2 * dim, dim, generator=generator)
         S = (Z.mT @ Z / (2 * dim)).to(DEVICE)
         R = torch.eye(dim, device=DEVICE) + 0.1 * (Z[:, :dim] / dim**0.5).to(DEVICE)
-        got = update.update_from_gram(S, R, 0.1, 0.4, config=config)
+        rule = rules.UpdateRule.make("standard", 0.4, dim)
+        due = update.gram_update(S, R, rule, config=config)
+        got = due.new(R, 0.1), due.loss
         exact = rules.update_from_gram(S.double(), R.double(), 0.1, 0.4)
         for g, e in zip(got, exact):
             assert error(g, e) < BOUND.get(precision, 1e-5), (groups, dim)

@@ -176,12 +176,12 @@ def problem(groups, n, dim, seed=0):
 
 def updated(plan, z, r, kappa, module):
     """(R_new, loss) by a plan of the Triton backend or of plain torch."""
+    rule = rules.UpdateRule.make("standard", kappa, r.shape[-1])
     if plan == "gram":
-        return module.update_from_gram(z.mT @ z / z.shape[1], r, 0.5, kappa)
-    if plan == "direct":
-        return module.update_direct(z, r, 0.5, kappa)
-    due, loss = module.low_rank_update(z, r, 0.5, kappa)
-    return due.new(r), loss
+        due = module.gram_update(z.mT @ z / z.shape[1], r, rule)
+    else:
+        due = (module.direct_update if plan == "direct" else module.low_rank_update)(z, r, rule)
+    return due.new(r, 0.5), due.loss
 
 
 # {plan: the kernels it starts}

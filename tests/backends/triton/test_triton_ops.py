@@ -326,7 +326,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("demean", [False, True])
 def test_a_step_equals_the_eager_backend_s(sample, demean, monkeypatch):
     batches = []
-    for name in ("update_from_gram", "update_direct"):
+    for name in ("gram_update", "direct_update"):
         call = getattr(ops, name)
         spy = lambda *a, call=call, **k: batches.append(len(a[1])) or call(*a, **k)  # noqa: E731
         monkeypatch.setattr(ops, name, spy)
@@ -358,11 +358,11 @@ def test_equal_layers_go_through_one_chain(monkeypatch):
     monkeypatch.setattr(runtime.Launch, "__call__", spy)
     S = torch.randn(5, 20, 20, device=DEVICE)
     S, R = S @ S.mT, torch.eye(20, device=DEVICE).repeat(5, 1, 1)
-    R_new, loss = ops.update_from_gram(S, R, 0.1, 0.5)
+    due = ops.gram_update(S, R, rules.UpdateRule.make("standard", 0.5, 20))
     assert len(counts) == 1
     expected = rules.update_from_gram(S.double(), R.double(), 0.1, 0.5)
-    assert error(R_new, expected[0]) < 1e-5
-    assert error(loss, expected[1]) < 1e-5
+    assert error(due.new(R, 0.1), expected[0]) < 1e-5
+    assert error(due.loss, expected[1]) < 1e-5
 
 
 # --------------------------------------------------------------------------- where it runs
