@@ -99,8 +99,8 @@ def force(way: str, monkeypatch) -> None:
 # than one of a DecorUpdate: the method put on the optimiser and what it guards, the hook after the
 # step, and the handle.
 @pytest.mark.parametrize("way", ["the planner's", "shift", "unfold", "direct", "samples"])
-@pytest.mark.parametrize(("form", "bounds"), [(attached, (13, 8, 28)), (decorrelated, (9, 8, 22))])
-def test_a_step_is_no_deeper_than_this(form, bounds, way, monkeypatch, capsys):
+@pytest.mark.parametrize(("form", "bounds"), [(attached, (13, 8, 30)), (decorrelated, (9, 8, 22))])
+def test_a_step_is_no_deeper_than_this(form, bounds, way, monkeypatch):
     torch.manual_seed(0)
     if way != "the planner's":
         force(way, monkeypatch)
@@ -113,8 +113,9 @@ def test_a_step_is_no_deeper_than_this(form, bounds, way, monkeypatch, capsys):
             step()
     stack, modules = measure(step)
     found = len(stack), len({module for module, _ in stack}), len(modules)
-    with capsys.disabled():
-        print(f"\n{form.__name__}, {way}: {found[0]} frames in {found[1]} modules of {found[2]}")
-        print("\n".join(f"  {'  ' * depth}{m}.{f}" for depth, (m, f) in enumerate(stack)))
+    print(
+        f"{form.__name__}, {way}: {found[0]} frames in {found[1]} modules of {found[2]}"
+    )  # -rP shows
+    print("\n".join(f"  {'  ' * depth}{m}.{f}" for depth, (m, f) in enumerate(stack)))
     assert found[0] >= 5  # it has measured something
     assert all(one <= bound for one, bound in zip(found, bounds)), (found, sorted(modules))

@@ -141,7 +141,7 @@ def test_step_and_losses_do_not_wait_for_the_device():
 
 def test_a_layer_changed_by_hand_is_seen_as_it_is_now():
     layer = fresh(dnn.DecorConv2d(2, 3, 3, padding="same", padding_mode="reflect"))
-    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0)
+    update = dbp.DecorUpdate(layer, lr=0.1, sample=1.0, clip=None)
     x = torch.randn(2, 2, 6, 6, dtype=D64)
     for change in ({}, {"padding": 0, "stride": [2, 1]}, {"dilation": (2, 2)}):
         for name, value in change.items():
