@@ -22,6 +22,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from dbp_kernels import backends, choose
+from dbp_kernels.phases import CONDENSE, phase
 from dbp_kernels.plain_call import nothing_between, plain
 from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
 from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
@@ -341,6 +342,7 @@ def _never(ctx: Any, *grads: Tensor) -> NoReturn:
 # --------------------------------------------------------------------------- composites
 
 
+@phase(CONDENSE)
 def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     """A = W R, the weight of the plain convolution or linear map equal to the decorrelated one.
 
@@ -366,6 +368,7 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
         return A.reshape(weight.shape).to(weight.dtype)
 
 
+@phase(CONDENSE)
 def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     """A of a transposed convolution: A[g, j] = sum_i R[g, i, j] W[g, i], D = Cin/groups.
 

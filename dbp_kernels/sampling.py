@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dbp_kernels.clock import mark
 from dbp_kernels.op_input import OpInput
+from dbp_kernels.phases import COPY, phase
 from dbp_kernels.precision import computed_dtype
 
 # Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
@@ -218,6 +219,7 @@ class Recorder:
         if layer is not None and self.owns_layer:
             layer._recorder = layer._recorder_key = None
 
+    @phase(COPY)
     def record(self, input: Tensor, dtype: torch.dtype, compiled: bool = False) -> None:
         """Copy the sampled images of one forward pass, free of any autograd graph, in a dtype.
 

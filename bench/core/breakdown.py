@@ -1,112 +1,39 @@
 """Where the extra time of a decorrelated training step goes, part by part, by torch's profiler.
 
-The package has no marks of its own: for the time of a measurement the functions that do each part
-are wrapped in ranges, which also show in a trace.
+The package marks its phases itself, as ranges of the profiler, which also show in a trace. Where ranges
+lie within ranges, each has the time that is none of the inner ones'.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-COPY = "forward copy of the samples"
-CONDENSE = "A = W R"
-BACKWARD = "its backward"
-MOMENTS = "second moments S"
-PATCHES = "patches of few samples"  # plans that work on Z itself
-PRODUCTS = "update products"
-WRITE = "write-back of R"
+from bench.core.table import format_table
+from dbp_kernels.phases import (
+    BACKWARD,
+    CONDENSE,
+    COPY,
+    MOMENTS,
+    PATCHES,
+    PREFIX,
+    PRODUCTS,
+    REPLAY,
+    WRITE,
+)
+
 PARTS = (COPY, CONDENSE, BACKWARD, MOMENTS, PATCHES, PRODUCTS, WRITE)
-STEP = "DecorUpdate.step()"
+STEP = "DecorUpdate.step()"  # a range of torch's own, as of every optimiser
 OURS, PLAIN = "decorrelated step", "plain step"
-_PREFIX = "dbp: "
-
-
-def _targets(device_type: str) -> list[tuple[object, str, str]]:
-    """(object, attribute, part) of the functions that do the parts."""
-    import dbp_kernels as dbp
-    from dbp_kernels import backends, ops, rules, sampling
-    from dbp_kernels.backends.eager import ops as eager
-    from dbp_kernels.optim import decor_update, step
-    from dbp_kernels.optim.engine import Engine
-    from dbp_kernels.optim.site import Site
-
-    backend = backends.select(device_type)
-    return [
-        (sampling.Recorder, "record", COPY),
-        (ops, "condensed_weight", CONDENSE),
-        (ops, "condensed_weight_transposed", CONDENSE),
-        (Site, "form", CONDENSE),
-        (Site, "gradient_of_W", BACKWARD),
-        (backend, "patch_gram", MOMENTS),
-        (step, "rows", PATCHES),
-        (eager, "patches", PATCHES),
-        (rules, "gram_update", PRODUCTS),
-        (rules, "direct_update", PRODUCTS),
-        (rules, "low_rank_update", PRODUCTS),
-        (backend, "gram_update", PRODUCTS),
-        (backend, "direct_update", PRODUCTS),
-        (backend, "low_rank_update", PRODUCTS),
-        (decor_update, "write_back", WRITE),
-        (Engine, "step", STEP),  # before the class it extends: torch may have given it its own
-        (dbp.DecorUpdate, "step", STEP),
-    ]
-
-
-@contextmanager
-def marked(device_type: str) -> Iterator[set[int]]:
-    """Within it every part is a range of the profiler.
-
-    Yields the sequence numbers of the autograd nodes of A = W R, by which the profiler's record of
-    a backward pass is known; they are added as forward passes run.
-    """
-    nodes: set[int] = set()
-    inside: list[str] = []  # a part within a part counts for the outer one
-
-    def wrap(function: Callable, part: str) -> Callable:
-        @functools.wraps(function)
-        def ranged(*arguments, **options):
-            if inside:
-                return function(*arguments, **options)
-            if part != STEP:  # which has parts within
-                inside.append(part)
-            try:
-                with record_function(_PREFIX + part):
-                    result = function(*arguments, **options)
-            finally:
-                inside.clear()
-            if part == CONDENSE and result is not None:  # of the layer form
-                nodes.update(_sequence_numbers(result))
-            return result
-
-        return ranged
-
-    targets = _targets(device_type)
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
-    try:
-        for owner, name, part in targets:
-            setattr(owner, name, wrap(getattr(owner, name), part))
-        yield nodes
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
-
-
-def _sequence_numbers(A: Tensor) -> Iterator[int]:
-    """Of the autograd nodes between A and the weight."""
-    pending = [A.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node.name() != "torch::autograd::AccumulateGrad":
-            yield node._sequence_nr()
-            pending += [before for before, _ in node.next_functions]
+_NODE = "autograd::engine::evaluate_function"
+_STEPS = ("Optimizer.step#DecorUpdate.step", "Optimizer.step#Engine.step")
+_OPERATOR = 0  # the scope of a recorded forward operator
 
 
 def _profile(device: torch.device) -> profile:
@@ -122,28 +49,84 @@ def parts_of(
     rounds: int = 3,
     plain: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """{part: seconds}, medians over ``rounds`` eager decorrelated steps; STEP, OURS, PLAIN in all.
+    """{part: seconds}, medians over ``rounds`` eager decorrelated steps.
 
-    Before each of them one ``plain`` step. On CUDA seconds of kernels, else wall-clock time.
+    Of STEP what is in none of the parts, and of a replayed CUDA graph all of it (REPLAY); OURS and
+    PLAIN are whole. Before each step comes one ``plain`` step. On CUDA seconds of kernels, which count
+    where they are launched, else wall-clock time.
     """
     seen: list[dict[str, float]] = []
     for _ in range(rounds):
-        with marked(device.type) as nodes, _profile(device) as prof:
+        with _profile(device) as prof:
             for name, call in ((PLAIN, plain), (OURS, step)):
-                with record_function(_PREFIX + name):
+                with record_function(PREFIX + name):
                     call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-        found = dict.fromkeys((*PARTS, STEP, OURS, PLAIN), 0.0)
-        for event in prof.events():
-            part = event.name.removeprefix(_PREFIX)
-            if event.name.startswith("autograd::engine::evaluate_function"):
-                part = BACKWARD if event.sequence_nr in nodes else ""
-            if part in found and event.device_type == torch.autograd.DeviceType.CPU:
-                cuda = device.type == "cuda"
-                found[part] += 1e-6 * (event.device_time_total if cuda else event.cpu_time_total)
-        seen.append(found)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+        seen.append(phase_times(prof.events(), device.type == "cuda"))
     return {part: statistics.median(found[part] for found in seen) for part in seen[0]}
+
+
+def phase_times(events: Iterable[Any], of_kernels: bool) -> dict[str, float]:
+    """{part: seconds} of one record of the profiler (its ``FunctionEvent``s), as ``parts_of``."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    nodes = _nodes_of_condense(on_host)
+    # the profiler copies ranges to the device's timeline, where they are no kernels
+    ranges = {event.name for event in on_host if event.is_user_annotation}
+
+    def own(event: Any) -> float:
+        """Microseconds of the event itself, without those within it."""
+        if of_kernels:
+            return sum(k.duration for k in event.kernels if k.name not in ranges)
+        return event.self_cpu_time_total
+
+    found = dict.fromkeys((*PARTS, REPLAY, STEP), 0.0)
+    for event in on_host:
+        part = _part(event, nodes)
+        if part is not None:
+            found[part] += 1e-6 * own(event)
+    for name in (OURS, PLAIN):
+        found[name] = 0.0
+        for whole in (event for event in on_host if event.name == PREFIX + name):
+            if not of_kernels:
+                found[name] += 1e-6 * whole.cpu_time_total
+                continue
+            # by time: what launches the kernels of a backward pass is a thread of its own
+            span = whole.time_range
+            within = (e for e in on_host if span.start <= e.time_range.start <= span.end)
+            found[name] += 1e-6 * sum(map(own, within))
+    return found
+
+
+def _part(event: Any, nodes: set[int]) -> str | None:
+    """The part of the innermost range that an event lies in, or is."""
+    while event is not None:
+        name = event.name.removeprefix(PREFIX)
+        if name != event.name:
+            return None if name in (OURS, PLAIN) else name
+        if name in _STEPS:
+            return STEP
+        if event.name.startswith(_NODE) and event.sequence_nr in nodes:
+            return BACKWARD
+        event = event.cpu_parent
+    return None
+
+
+def _nodes_of_condense(on_host: Iterable[Any]) -> set[int]:
+    """Sequence numbers of the autograd nodes that A = W R makes: a backward pass is known by them.
+
+    An operator is recorded with the number that the next node will get. So a node was made by the
+    last of those that have its number: others made none.
+    """
+    made_by: dict[int, Any] = {}
+    for event in on_host:
+        backward = event.scope != _OPERATOR or event.name.startswith(_NODE)
+        if backward or event.sequence_nr < 0:
+            continue
+        last = made_by.setdefault(event.sequence_nr, event)
+        if event.time_range.start >= last.time_range.start:
+            made_by[event.sequence_nr] = event
+    return {number for number, maker in made_by.items() if _part(maker, set()) == CONDENSE}
 
 
 def breakdown(
@@ -158,11 +141,26 @@ def breakdown(
     (noise included: it may be negative). They add up to "extra".
     """
     found = parts_of(step, device, rounds, plain)
-    whole, ours, theirs = (found.pop(name) for name in (STEP, OURS, PLAIN))
-    found["the rest of step()"] = whole - sum(found[p] for p in (MOMENTS, PATCHES, PRODUCTS, WRITE))
+    ours, theirs = found.pop(OURS), found.pop(PLAIN)
+    found["the rest of step()"] = found.pop(STEP)
+    if not found[REPLAY]:
+        del found[REPLAY]
     found["elsewhere"] = ours - theirs - sum(found.values())
     found["extra"] = ours - theirs
     return {part: float(f"{value:.4g}") for part, value in found.items()}
+
+
+def breakdown_table(records: Sequence[dict]) -> str:
+    """A column a network: milliseconds and share of the extra time of our step, part by part."""
+    rows = [["part", *(f"{record['name']}, ms" for record in records)]]
+    for part in dict.fromkeys(part for record in records for part in record["breakdown"]):
+        row = [part]
+        for record in records:
+            seconds, extra = (record["breakdown"].get(key, 0.0) for key in (part, "extra"))
+            share = f" ({seconds / extra:.0%})" if extra > 0 else ""
+            row.append(f"{seconds * 1e3:.1f}{share}")
+        rows.append(row)
+    return format_table(rows)
 
 
 def write_trace(
@@ -172,7 +170,7 @@ def write_trace(
     prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> None:
     """Writes a Chrome trace (for Perfetto or chrome://tracing) of each of ``calls`` once."""
-    with marked(device.type), _profile(device) as prof:
+    with _profile(device) as prof:
         for name, call in calls.items():
             if prepare:
                 with record_function(f"forward passes of {name}"):

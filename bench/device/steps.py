@@ -87,7 +87,7 @@ def run(name: str, setting: Setting) -> dict:
         makers[f"{method} launched"] = partial(make, cuda_graph=False)
     case = _networks(setting)[network]
     named = next((backend(name) for name in how if name in NAMES), nullcontext())
-    # around the breakdown too, which marks the functions of the backend that it finds
+    # around the breakdown too
     with named, matmul_precision(high) if high else nullcontext():
         record = run_step_case(case, settings, sample=_SAMPLE, makers=makers, ours=method)
     told = {}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.core import bars
-from bench.core.breakdown import breakdown, write_trace
+from bench.core.breakdown import breakdown, breakdown_table, write_trace
 from bench.core.networks import SMALL, StepCase, at_224, jobs_on
 from bench.core.plots import ratio_panels, slowdown
 from bench.core.suite import Job, Settings, Suite, failed
@@ -117,8 +117,7 @@ def decorrelated_step(
     )
     if overlap:
         return plain_step(model, dtype, compiled, update.overlap)
-    # looked up at every call: a breakdown replaces the method
-    return _followed_by(plain_step(model, dtype, compiled), lambda: update.step())
+    return _followed_by(plain_step(model, dtype, compiled), update.step)
 
 
 def published_step(model: nn.Module, sample: float, dtype: torch.dtype) -> Step:
@@ -385,19 +384,6 @@ def sampling_table(records: Sequence[dict]) -> str:
             if None not in (idle, updating):
                 cells = [f"{(updating + (k - 1) * idle) / k:.3f}" for k in UPDATE_EVERY]
             rows.append([record["name"], f"{sample:.0%}", *cells])
-    return format_table(rows)
-
-
-def breakdown_table(records: Sequence[dict]) -> str:
-    """A column a network: milliseconds and share of the extra time of our step, part by part."""
-    rows = [["part", *(f"{record['name']}, ms" for record in records)]]
-    for part in dict.fromkeys(part for record in records for part in record["breakdown"]):
-        row = [part]
-        for record in records:
-            seconds, extra = (record["breakdown"].get(key, 0.0) for key in (part, "extra"))
-            share = f" ({seconds / extra:.0%})" if extra > 0 else ""
-            row.append(f"{seconds * 1e3:.1f}{share}")
-        rows.append(row)
     return format_table(rows)
 
 

@@ -96,8 +96,8 @@ def run_update_case(
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def forward(network: nn.Module) -> None:
+        # with gradients: a pass without them takes no samples
         half = settings.dtype != torch.float32
         with torch.autocast(settings.device.type, settings.dtype, enabled=half):
             network(images)

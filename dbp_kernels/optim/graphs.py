@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dbp_kernels import backends
 from dbp_kernels.optim.step import Job
+from dbp_kernels.phases import REPLAY, phase
 
 WARM_UP = 2  # steps with a key before it is replayed: they compile kernels and make tables
 KEPT = 8  # graphs; the one that has not been replayed for longest goes
@@ -93,6 +94,7 @@ class StepGraphs:
             self._do_and_capture((key, None), device, work, memory)
         return True
 
+    @phase(REPLAY)
     def _replay(self, key: Hashable, rates: tuple[float, ...]) -> None:
         replay = self._replays[key] = self._replays.pop(key)
         if replay.rates is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.optim.kinds import Patches, patches_of
+from dbp_kernels.phases import BACKWARD, CONDENSE, phase, span
 from dbp_kernels.precision import statistics_dtype
 from dbp_kernels.products.rows_times import rows_times, rows_times_transposed
 from dbp_kernels.sampling import Recorder, record, recorder_of
@@ -200,7 +201,8 @@ class Site:
     def form(self) -> None:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""
         weight = self.weight.detach()  # with its version counter
-        weight.copy_(self.condensed())
+        with span(CONDENSE):
+            weight.copy_(self.condensed())
 
     def layout(self) -> Hashable:
         """What decides what ``form`` launches, and on which memory."""
@@ -262,6 +264,7 @@ class Site:
         A = R.mT @ W if self.patches.transposed else rows_times(W, R) if R.dim() == 2 else W @ R
         return A.reshape(self.W.shape).to(self.W.dtype)
 
+    @phase(BACKWARD)
     def gradient_of_W(self, dA: Tensor) -> Tensor:
         """dL/dW = dL/dA R^T, in the gradient's dtype and its very layout, as fused optimisers want."""
         D, R = self._grouped(dA), self.R

@@ -15,6 +15,7 @@ from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.ops import check_update, patch_gram, patch_mean
+from dbp_kernels.phases import PATCHES, PRODUCTS, span
 from dbp_kernels.plain_call import plain
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -181,7 +182,8 @@ def _task(job: Job, backend: str) -> _Task | None:
     if len(inputs) > 1:
         if sum(input.geometry.samples for input in inputs) > R.shape[1]:
             return None
-        Z = torch.cat([rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
+        with span(PATCHES):
+            Z = torch.cat([rows(input.x, input.geometry, R.dtype) for input in inputs], 1)
         window = {"kernel_size": (), "groups": R.shape[0]}
         inputs = op_inputs([Z.transpose(0, 1).flatten(1)], window)
     (input,) = inputs
@@ -243,11 +245,13 @@ def _update_together(tasks: Sequence[_Task]) -> Batch:
         if job.demean:
             m = torch.cat([backend.patch_mean(*x) for x in inputs])
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        update = backend.gram_update(S, R, job.rule, overwrite=True)
+        with span(PRODUCTS):
+            update = backend.gram_update(S, R, job.rule, overwrite=True)
     else:
         Z = torch.cat([task.patches for task in tasks])
         work_out = backend.direct_update if plan == "direct" else backend.low_rank_update
-        update = work_out(Z, R, job.rule)
+        with span(PRODUCTS):
+            update = work_out(Z, R, job.rule)
     return Batch([task.job for task in tasks], R, update)
 
 
@@ -269,5 +273,7 @@ def moments_of(job: Job) -> distributed.Moments:
 def update_from(job: Job, moments: distributed.Moments) -> Batch:
     """The update of one job from the moments of all its samples."""
     R = job.grouped_R
-    update = backends.select(R.device).gram_update(moments.mean(), R, job.rule)
+    backend = backends.select(R.device)
+    with span(PRODUCTS):
+        update = backend.gram_update(moments.mean(), R, job.rule)
     return Batch([job], R, update)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Gauge, Guard, hold_rows_
 from dbp_kernels.optim.step import Batch
+from dbp_kernels.phases import WRITE, span
 
 State = Callable[[Tensor], dict[str, Tensor]]
 
@@ -30,8 +31,9 @@ def write_back(batches: Sequence[Batch], state_of: State, guard: Guard) -> None:
     by_device: dict[torch.device, list[Batch]] = {}
     for batch in batches:
         by_device.setdefault(batch.R.device, []).append(batch)
-    for device, own in by_device.items():
-        _to_device(own, state_of, guard.gauge(device))
+    with span(WRITE):
+        for device, own in by_device.items():
+            _to_device(own, state_of, guard.gauge(device))
 
 
 def _to_device(batches: Sequence[Batch], state_of: State, gauge: Gauge) -> None:

@@ -14,6 +14,7 @@ from dbp_kernels.backends.cuda.update import direct_update, gram_update
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.products.matmul import symmetric_product
@@ -23,6 +24,7 @@ patch_mean = eager.patch_mean  # bound by one pass over the input, in any implem
 low_rank_update = eager.low_rank_update  # products only
 
 
+@phase(MOMENTS)
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample.
 
@@ -98,6 +100,9 @@ def decor_update(
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        return gram_update(S, R, rule, overwrite=True)
+        with span(PRODUCTS):
+            return gram_update(S, R, rule, overwrite=True)
     plan = direct_update if choice.name == "direct" else low_rank_update
-    return plan(eager.patches(x, geometry, R.dtype, demean), R, rule)
+    Z = eager.patches(x, geometry, R.dtype, demean)
+    with span(PRODUCTS):
+        return plan(Z, R, rule)

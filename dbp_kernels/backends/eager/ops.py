@@ -9,6 +9,7 @@ from dbp_kernels import rules
 from dbp_kernels.backends.eager.self_wgrad import patch_gram_self_wgrad
 from dbp_kernels.backends.eager.shift import patch_gram_shift
 from dbp_kernels.backends.eager.unfold import patch_gram_unfold, rows, windows
+from dbp_kernels.phases import MOMENTS, PATCHES, PRODUCTS, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.precision import statistics_dtype
@@ -17,11 +18,12 @@ from dbp_kernels.products.matmul import matmul
 
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample."""
-    if choice.name == "shift":
-        return patch_gram_shift(x, geometry, choice.unfolded)
-    if choice.name == "self_wgrad":
-        return patch_gram_self_wgrad(x, geometry)
-    return patch_gram_unfold(x, geometry)
+    with span(MOMENTS):
+        if choice.name == "shift":
+            return patch_gram_shift(x, geometry, choice.unfolded)
+        if choice.name == "self_wgrad":
+            return patch_gram_self_wgrad(x, geometry)
+        return patch_gram_unfold(x, geometry)
 
 
 def patch_mean(x: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -57,8 +59,9 @@ low_rank_update = rules.low_rank_update
 
 def patches(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype, demean: bool) -> Tensor:
     """Z (groups, n, D) of a dtype, without its mean if ``demean``."""
-    Z = rows(x, geometry, dtype)
-    return Z - Z.mean(1, keepdim=True) if demean else Z
+    with span(PATCHES):
+        Z = rows(x, geometry, dtype)
+        return Z - Z.mean(1, keepdim=True) if demean else Z
 
 
 def decor_update(
@@ -75,10 +78,12 @@ def decor_update(
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        return rules.gram_update(S, R, rule, overwrite=True)
+        with span(PRODUCTS):
+            return rules.gram_update(S, R, rule, overwrite=True)
     Z = patches(x, geometry, R.dtype, demean)
     plan = rules.direct_update if choice.name == "direct" else rules.low_rank_update
-    return plan(Z, R, rule)
+    with span(PRODUCTS):
+        return plan(Z, R, rule)
 
 
 def fuses_stats(x: Tensor, geometry: ConvGeometry) -> bool:

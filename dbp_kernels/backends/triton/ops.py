@@ -16,6 +16,7 @@ from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, sta
 from dbp_kernels.backends.triton.gram_direct import direct_gram
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
+from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span
 from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.rules import UpdateRule
@@ -23,6 +24,7 @@ from dbp_kernels.rules import UpdateRule
 patch_mean = eager.patch_mean  # bound by one pass over the input, in any implementation
 
 
+@phase(MOMENTS)
 def patch_gram(x: Tensor, geometry: ConvGeometry, choice: Choice) -> Tensor:
     """S (groups, D, D), by the algorithm chosen. At least one sample."""
     return _gram(x, geometry, choice)(x)
@@ -92,9 +94,12 @@ def decor_update(
         if demean:
             m = patch_mean(x, geometry)
             S.baddbmm_(m.unsqueeze(2), m.unsqueeze(1), alpha=-1)
-        return gram_update(S, R, rule, overwrite=True)
+        with span(PRODUCTS):
+            return gram_update(S, R, rule, overwrite=True)
     plan = direct_update if choice.name == "direct" else low_rank_update
-    return plan(eager.patches(x, geometry, R.dtype, demean), R, rule)
+    Z = eager.patches(x, geometry, R.dtype, demean)
+    with span(PRODUCTS):
+        return plan(Z, R, rule)
 
 
 def gram_update(S: Tensor, R: Tensor, rule: UpdateRule, overwrite: bool = False) -> rules.Update:

@@ -17,6 +17,7 @@ import torch
 
 from bench import cli
 from bench.device import command, faults, groups
+from dbp_kernels import __main__ as package
 
 ROOT = Path(__file__).parents[3]
 NO_CHECKS = find_spec("dbp_kernels.verify.cases") is None
@@ -140,9 +141,10 @@ def test_a_whole_group(tmp_path, group):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("name", ["device-check", "tune"])
-def test_without_a_gpu_one_sentence_says_so(name, capsys):
-    assert cli.main([name]) == 2
+@pytest.mark.parametrize("command_line", [(cli.main, "device-check"), (package.main, "tune")])
+def test_without_a_gpu_one_sentence_says_so(command_line, capsys):
+    main, name = command_line
+    assert main([name]) == 2
     message = capsys.readouterr().err.strip()
     assert "CUDA device" in message
     assert len(message.splitlines()) == 1
