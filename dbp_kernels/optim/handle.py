@@ -97,6 +97,9 @@ class Attached:
             form(swap.sites)
             return
         self._tell_of_unseen()
+        for other in self._swaps:
+            if other is not swap:
+                other.take_over()
         self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
