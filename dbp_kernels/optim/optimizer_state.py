@@ -22,6 +22,12 @@ from dbp_kernels.optim.swap import some
 KEY = "dbp"
 
 
+def is_attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser's state has W and R of a handle already."""
+    hooks = optimizer._optimizer_state_dict_post_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), Checkpoint) for hook in hooks)
+
+
 class Checkpoint:
     """Adds what is ours to an optimiser's ``state_dict()``, and takes it out of a loaded one."""
 
