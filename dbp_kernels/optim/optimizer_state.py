@@ -65,11 +65,15 @@ class Checkpoint:
     # key is always there, and what changes its length is text.
 
     def _layer(self, site: Site) -> dict[str, Tensor]:
-        never = {
-            "loss": site.R.new_full((), torch.nan),
-            **dict.fromkeys((SKIPPED, CLIPPED), torch.zeros(()).long()),
-        }
-        return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, never)}
+        state = self._engine.state.get(site.R)
+        if state is None:  # never updated
+            counts = {kind: torch.zeros(()).long() for kind in (SKIPPED, CLIPPED)}
+            state = {"loss": site.R.new_full((), torch.nan), **counts}
+        own = {"R": site.R, **state}
+        if sum(site.R is other.R for other in self._engine._sites) > 1:
+            # torch.distributed.checkpoint loads into these, and what it loads may differ
+            own = {key: value.clone() for key, value in own.items()}
+        return {"W": site.W, **own}
 
     def _common(self) -> dict[str, Any]:
         own = self._engine.state_dict()
@@ -144,6 +148,8 @@ class Checkpoint:
                 for key, value in self._engine._state_of(site.R).items():
                     # saved before there was a clip, nothing was clipped
                     value.copy_(entry[key]) if key in entry else value.zero_()
+            else:
+                self._engine.state.pop(site.R, None)
         if loaded:
             self._restore(loaded[0])
         self._engine.discard()
