@@ -13,6 +13,7 @@ from torch import Tensor
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.state_dict import valid_phases
 from dbp_kernels.optim.swap import some
 
 # In each of the saved param_groups that has attached weights, by name. Not in "state": what is
@@ -151,18 +152,21 @@ class Checkpoint:
             else:
                 self._engine.state.pop(site.R, None)
         if loaded:
-            self._restore(loaded[0])
+            self._restore(loaded[0], same=not plain and not ignored)
         self._engine.discard()
         self.mark()
 
-    def _restore(self, common: dict[str, Any]) -> None:
+    def _restore(self, common: dict[str, Any], same: bool) -> None:
+        """Turns and budget begin anew unless they are the ``same`` layers'."""
         engine = self._engine
         progress = json.loads(common["progress"])
-        engine._steps, engine._phases = progress["steps"], progress["phases"]
+        phases = progress["phases"] if same else None
+        engine._steps = progress["steps"]
+        engine._phases = phases if valid_phases(phases, len(engine._sites)) else None
         engine._generator.set_state(common["generator"].cpu())
         engine._ranks_agree = False
         if engine._budget is not None:
-            engine._budget = engine._budget.restored(progress["budget"])
+            engine._budget = engine._budget.restored(progress["budget"] if same else None)
 
 
 def _layers(loaded: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:

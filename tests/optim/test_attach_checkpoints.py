@@ -72,3 +72,24 @@ def test_every_tensor_of_a_state_is_its_own():
         layers = state["param_groups"][0]["dbp"]["layers"].values()
         tensors = [tensor for layer in layers for tensor in layer.values()]
         assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+@pytest.mark.filterwarnings("ignore:the loaded optimiser state has")
+@pytest.mark.parametrize(
+    "options",
+    [{"update_every": 3}, {"budget": 0.3, "costs": "planned"}],
+    ids=["turns", "budget"],
+)
+@pytest.mark.parametrize("more", [False, True], ids=["fewer", "more"])
+def test_a_checkpoint_of_other_layers_goes_on(options, more):
+    """Whose turns and schedule are not those of ours."""
+    own, theirs = ({}, {"exclude": "head"}) if more else ({"exclude": "head"}, {})
+    first = trained(7, **theirs, **options)
+    form = OptimizerForm(OPTIMIZERS["adamw"], **OPTIONS, **own, **options)
+    form.model.load_state_dict(first.model.state_dict())
+    form.optimizer.load_state_dict(first.optimizer.state_dict())
+    for name in first.decor.decorrelated().keys() & form.decor.decorrelated().keys():
+        assert torch.equal(form.decor.R(name), first.decor.R(name))
+    train(form, 4)
+    assert form.decor._engine._steps == 11
+    assert form.decor.losses().keys() == form.decor.decorrelated().keys()
