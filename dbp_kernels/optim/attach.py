@@ -15,6 +15,7 @@ from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
+from dbp_kernels.optim.optimizer_state import is_attached
 from dbp_kernels.optim.site import Site, is_fed
 from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
@@ -95,8 +96,8 @@ def attach(
 
     Raises:
         TypeError: an argument has another type. Nothing is changed.
-        ValueError: there is nothing to attach, a layer is decorrelated or attached already, or an
-            option is out of range. Nothing is changed.
+        ValueError: there is nothing to attach, a layer is decorrelated already, it or an optimiser
+            is attached already, or an option is out of range. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -112,6 +113,11 @@ def attach(
     if not sites:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_alone.items())[:5])
         raise ValueError(f"found no layer to attach to in the model ({why or 'it has no weights'})")
+    if any(map(is_attached, optimizers)):
+        raise ValueError(
+            "optimizer is attached already, and its state has one handle's W and R: expected "
+            "detach() before, or all its layers in one model, such as torch.nn.ModuleList([a, b])"
+        )
     engine = Engine(
         sites,
         _grouped(sites, inner, groups),

@@ -44,10 +44,12 @@ class Attached:
         self._engine = engine
         self._left_alone, self._waiting = dict(left_alone), dict(waiting)
         of = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
-        by_optimizer: dict[int, tuple[torch.optim.Optimizer, list[Site]]] = {}
+        # also of those that have no layer yet: they may get one by add_param_group()
+        by_optimizer: dict[int, tuple[torch.optim.Optimizer, list[Site]]] = {
+            id(optimizer): (optimizer, []) for optimizer in optimizers
+        }
         for site in sites:
-            optimizer = of[id(site.weight)]
-            by_optimizer.setdefault(id(optimizer), (optimizer, []))[1].append(site)
+            by_optimizer[id(of[id(site.weight)])][1].append(site)
         self._swaps = [
             Swap(optimizer, own, self._stepped, functools.partial(self._join, own))
             for optimizer, own in by_optimizer.values()
@@ -92,11 +94,14 @@ class Attached:
 
     def _stepped(self, swap: Swap) -> None:
         """The weights of one optimiser have made their step."""
-        stepped = self._rounds.over_with(swap)
+        stepped = self._rounds.over_with(swap) if swap.sites else []
         if not stepped:
             form(swap.sites)
             return
         self._tell_of_unseen()
+        for other in self._swaps:
+            if other is not swap:
+                other.take_over()
         self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
         self._engine.step()
         for site in self._sites.values():
@@ -190,7 +195,8 @@ class Attached:
         """Put dL/dW = (dL/dA) R^T into ``.grad``, where ``backward()`` has put dL/dA.
 
         ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
-        clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends it.
+        clip or log the gradients of W; the step takes them as they are then. The optimiser's
+        ``zero_grad()`` ends it.
 
         Raises RuntimeError after ``detach()``.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
+from dbp_kernels.optim.state_dict import valid_phases
 from dbp_kernels.optim.swap import some
 
 # In each of the saved param_groups that has attached weights, by name. Not in "state": what is
@@ -20,6 +21,12 @@ from dbp_kernels.optim.swap import some
 # torch.distributed.checkpoint drops keys it does not know. It also drops, from states it has
 # flattened, what it does not find in the live groups: those have the key too, with None.
 KEY = "dbp"
+
+
+def is_attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser's state has W and R of a handle already."""
+    hooks = optimizer._optimizer_state_dict_post_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), Checkpoint) for hook in hooks)
 
 
 class Checkpoint:
@@ -59,11 +66,15 @@ class Checkpoint:
     # key is always there, and what changes its length is text.
 
     def _layer(self, site: Site) -> dict[str, Tensor]:
-        never = {
-            "loss": site.R.new_full((), torch.nan),
-            **dict.fromkeys((SKIPPED, CLIPPED), torch.zeros(()).long()),
-        }
-        return {"W": site.W, "R": site.R, **self._engine.state.get(site.R, never)}
+        state = self._engine.state.get(site.R)
+        if state is None:  # never updated
+            counts = {kind: torch.zeros(()).long() for kind in (SKIPPED, CLIPPED)}
+            state = {"loss": site.R.new_full((), torch.nan), **counts}
+        own = {"R": site.R, **state}
+        if sum(site.R is other.R for other in self._engine._sites) > 1:
+            # torch.distributed.checkpoint loads into these, and what it loads may differ
+            own = {key: value.clone() for key, value in own.items()}
+        return {"W": site.W, **own}
 
     def _common(self) -> dict[str, Any]:
         own = self._engine.state_dict()
@@ -138,19 +149,24 @@ class Checkpoint:
                 for key, value in self._engine._state_of(site.R).items():
                     # saved before there was a clip, nothing was clipped
                     value.copy_(entry[key]) if key in entry else value.zero_()
+            else:
+                self._engine.state.pop(site.R, None)
         if loaded:
-            self._restore(loaded[0])
+            self._restore(loaded[0], same=not plain and not ignored)
         self._engine.discard()
         self.mark()
 
-    def _restore(self, common: dict[str, Any]) -> None:
+    def _restore(self, common: dict[str, Any], same: bool) -> None:
+        """Turns and budget begin anew unless they are the ``same`` layers'."""
         engine = self._engine
         progress = json.loads(common["progress"])
-        engine._steps, engine._phases = progress["steps"], progress["phases"]
+        phases = progress["phases"] if same else None
+        engine._steps = progress["steps"]
+        engine._phases = phases if valid_phases(phases, len(engine._sites)) else None
         engine._generator.set_state(common["generator"].cpu())
         engine._ranks_agree = False
         if engine._budget is not None:
-            engine._budget = engine._budget.restored(progress["budget"])
+            engine._budget = engine._budget.restored(progress["budget"] if same else None)
 
 
 def _layers(loaded: list[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:

@@ -130,8 +130,8 @@ class Site:
         The weight may be there detached, or as torch.func wraps it; but not in compiled code, which
         cannot look through these.
         """
-        weight: Any = module._parameters[self.patches.weight]
-        if weight is self.weight or torch.compiler.is_compiling():
+        weight: Any = module._parameters.get(self.patches.weight)  # None: pruned, parametrised
+        if weight is None or weight is self.weight or torch.compiler.is_compiling():
             return weight is self.weight
         functorch = torch._C._functorch
         while functorch.is_gradtrackingtensor(weight):
@@ -183,6 +183,7 @@ class Site:
         """The gradient becomes dL/dW before the step, which will take it as such."""
         gradient = self.weight.grad
         if gradient is not None and gradient is not self._transformed:
+            self.to_follow()
             self._transformed = self.weight.grad = self.gradient_of_W(gradient)
 
     def forget_transformed(self) -> None:
@@ -297,9 +298,10 @@ class Site:
         set_identity_(self.R)
 
     def to_follow(self) -> None:
-        """After model.to(): W and R go where the parameter has gone."""
-        weight = self.weight
-        if weight.device != self.W.device or weight.dtype != self.W.dtype:
-            self.W = self.W.to(weight.device, weight.dtype)
-            self.R = self.R.to(weight.device, statistics_dtype(weight.dtype))
-            self.compared = False
+        """After model.to(): W and R go where the parameter has gone, and W has its memory layout."""
+        weight, W = self.weight.detach(), self.W
+        if (weight.device, weight.dtype, weight.stride()) != (W.device, W.dtype, W.stride()):
+            self.W = torch.empty_like(weight).copy_(W)
+        R = self.R.to(weight.device, statistics_dtype(weight.dtype))
+        if R is not self.R:
+            self.R, self.compared = R, False

@@ -119,6 +119,17 @@ class Swap:
             self.recover()
 
     @torch.no_grad()
+    def take_over(self) -> None:
+        """Have W follow weights that were written to, before A is formed anew."""
+        changed = [site.name for site in self.sites if site.take_over()]
+        if changed:
+            warnings.warn(
+                f"the weights of {some(changed)} were changed outside of their optimiser: the "
+                "network stays as it was made, and W becomes A R^-1",
+                stacklevel=7,
+            )
+
+    @torch.no_grad()
     def transform_gradients(self) -> None:
         """Gradients become those of W before the step."""
         with in_own_precision(self.sites):
@@ -212,13 +223,7 @@ class Swap:
 
     @torch.no_grad()
     def _enter(self) -> None:
-        changed = [site.name for site in self.sites if site.take_over()]
-        if changed:
-            warnings.warn(
-                f"the weights of {some(changed)} were changed outside of their optimiser: the "
-                "network stays as it was made, and W becomes A R^-1",
-                stacklevel=6,
-            )
+        self.take_over()
         self._inside = True
         with in_own_precision(self.sites):
             for site in self.sites:

@@ -1,9 +1,11 @@
 """Checkpoints of an optimiser with attach: resumed bit for bit, taken over, or plain."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from attach_forms import LAYERS, OPTIMIZERS, OPTIONS, OptimizerForm, batches, make, trained
+from attach_forms import LAYERS, OPTIMIZERS, OPTIONS, OptimizerForm, batches, make, train, trained
 
 import dbp_kernels as dbp
 
@@ -51,3 +53,43 @@ def test_a_plain_checkpoint_starts_at_the_identity_and_says_so():
         form.optimizer.load_state_dict(plain)
     assert torch.equal(form.decor.R("first"), torch.eye(27, dtype=torch.float64))
     assert torch.equal(form.decor.W("first"), form.model.first.weight)
+
+
+def test_a_state_from_before_the_first_step_has_no_losses():
+    form = OptimizerForm(OPTIMIZERS["adamw"], **OPTIONS)
+    model, state = copy.deepcopy((form.model.state_dict(), form.optimizer.state_dict()))
+    train(form, 2)
+    assert form.decor.losses()
+    form.model.load_state_dict(model)
+    form.optimizer.load_state_dict(state)
+    assert form.decor.losses() == form.decor.skipped() == {}
+
+
+def test_every_tensor_of_a_state_is_its_own():
+    """torch.distributed.checkpoint loads into those that are there."""
+    for form in (OptimizerForm(OPTIMIZERS["adamw"], **OPTIONS), trained(2)):
+        state = form.optimizer.state_dict()
+        layers = state["param_groups"][0]["dbp"]["layers"].values()
+        tensors = [tensor for layer in layers for tensor in layer.values()]
+        assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+@pytest.mark.filterwarnings("ignore:the loaded optimiser state has")
+@pytest.mark.parametrize(
+    "options",
+    [{"update_every": 3}, {"budget": 0.3, "costs": "planned"}],
+    ids=["turns", "budget"],
+)
+@pytest.mark.parametrize("more", [False, True], ids=["fewer", "more"])
+def test_a_checkpoint_of_other_layers_goes_on(options, more):
+    """Whose turns and schedule are not those of ours."""
+    own, theirs = ({}, {"exclude": "head"}) if more else ({"exclude": "head"}, {})
+    first = trained(7, **theirs, **options)
+    form = OptimizerForm(OPTIMIZERS["adamw"], **OPTIONS, **own, **options)
+    form.model.load_state_dict(first.model.state_dict())
+    form.optimizer.load_state_dict(first.optimizer.state_dict())
+    for name in first.decor.decorrelated().keys() & form.decor.decorrelated().keys():
+        assert torch.equal(form.decor.R(name), first.decor.R(name))
+    train(form, 4)
+    assert form.decor._engine._steps == 11
+    assert form.decor.losses().keys() == form.decor.decorrelated().keys()

@@ -78,3 +78,16 @@ def test_attaching_twice_is_an_error():
     form = trained(1)
     with pytest.raises(ValueError, match="'first' is attached already"):
         dbp.attach(form.model, form.optimizer)
+
+
+def test_an_optimiser_is_attached_once():
+    """Its state could hold only one handle's W and R."""
+    first, second = make(), make()
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    decor = dbp.attach(first, optimizer, include="head")
+    for model, chosen in ((second, None), (first, "first")):
+        with pytest.raises(ValueError, match=r"attached already.*ModuleList"):
+            dbp.attach(model, optimizer, include=chosen)
+    decor.detach()
+    decor = dbp.attach(nn.ModuleList([first, second]), optimizer)
+    assert {"0.head", "1.head"} <= set(decor.decorrelated())

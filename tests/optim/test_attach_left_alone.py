@@ -88,3 +88,29 @@ def test_subclasses_and_shared_weights():
         "2": "its weight is that of '3' too",
         "3": "its weight is that of '2' too",
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+    ],
+    ids=["pruned", "parametrised"],
+)
+def test_a_layer_that_is_changed_after_attach_learns_no_more(change):
+    """Its weight is another one's input now: the optimiser goes on with it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decor = dbp.attach(model, optimizer, lr=1e-2)
+    Rs = []
+    for step in range(3):
+        if step == 1:
+            change(model[0])
+        model(torch.randn(8, 4).double()).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        Rs.append([decor.R(name).clone() for name in ("0", "1")])
+    assert torch.equal(Rs[0][0], Rs[2][0])
+    assert not torch.equal(Rs[0][1], Rs[2][1])

@@ -161,3 +161,25 @@ def test_moving_the_model_takes_R_along():
     with pytest.warns(UserWarning, match="were changed outside"):  # by rounding to float32
         train(form, 1)
     assert form.decor.R("head").dtype == torch.float64
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw, fused"])
+def test_another_memory_layout_changes_nothing(optimizer):
+    """Fused optimisers take weights, gradients and states to lie in memory alike."""
+    forms = [OptimizerForm(OPTIMIZERS[optimizer], **OPTIONS) for _ in range(2)]
+    forms[1].model.to(memory_format=torch.channels_last)
+    for form in forms:
+        train(form, 3)
+    for name in LAYERS:
+        for ours, theirs in zip(*(form.of(name) for form in forms)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_moving_the_model_takes_R_along_to_gradients_before_the_step():
+    """On another device than dL/dA it could not be multiplied by."""
+    form = OptimizerForm(OPTIMIZERS["sgd"], **OPTIONS)
+    form.model.float()
+    weight = form.model.head.weight
+    weight.grad = torch.ones_like(weight)
+    form.decor.transform_gradients()
+    assert form.decor.R("head").dtype == torch.float32

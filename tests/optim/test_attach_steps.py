@@ -221,3 +221,21 @@ def test_a_gradient_scaler_that_skips_changes_nothing(skip, optimizer):
     after = [t for name in LAYERS for t in form.of(name)]
     assert all(map(torch.equal, before, after)) == skip
     assert not any(map(int, form.decor.skipped().values()))
+
+
+def test_an_optimiser_without_a_layer_may_get_one():
+    """Until then its steps end no round of the others."""
+    model = make()
+    first = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    optimizers = torch.optim.SGD(first, lr=0.1), torch.optim.SGD([model.head.bias], lr=0.1)
+    decor = dbp.attach(model, optimizers, **OPTIONS)
+    for step, (x, y) in enumerate(batches(4)):
+        if step == 2:
+            assert "head" in decor.left_alone()
+            optimizers[1].add_param_group({"params": [model.head.weight]})
+        F.cross_entropy(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert decor._engine._steps == step + 1
+    assert "head" in decor.losses()

@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attach_forms import (
     LAYERS,
+    OPTIONS,
     A_of,
     batches,
     make,
@@ -16,6 +18,7 @@ from attach_forms import (
 )
 from torch import nn
 
+import dbp_kernels as dbp
 from dbp_kernels.optim.kinds import Patches
 from dbp_kernels.optim.site import PROBED, Site
 
@@ -111,3 +114,45 @@ def test_every_row_and_column_is_looked_at(shape, transposed):
             assert site._untouched()
             layer.weight.data.select(dim, place).fill_(1)
             assert not site._untouched()
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_write_is_not_lost_when_the_step_of_another_optimiser_ends_the_round(rests):
+    """As where a critic's weights are clamped after its step, and the generator's step follows."""
+    model = make()
+    critic = list(model.head.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    own, other = (torch.optim.SGD(parameters, lr=0.1) for parameters in (critic, rest))
+    decor = dbp.attach(model, [own, other], **OPTIONS)
+    data = batches(6)
+
+    def step(*optimizers):
+        x, y = next(data)
+        F.cross_entropy(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            if optimizer is own:
+                with torch.no_grad():
+                    model.head.weight.clamp_(-0.05, 0.05)
+        model.zero_grad()
+
+    warnings.simplefilter("ignore")
+    for _ in range(2):
+        step(own, other)
+    if rests:
+        step(other)
+        with torch.no_grad():
+            model.head.weight.clamp_(-0.01, 0.01)
+    for group in decor._engine.param_groups:
+        group["lr"] = 0.0
+    before = model.head.weight.detach().clone()
+    with (
+        pytest.warns(UserWarning, match="weights of 'head' were changed")
+        if rests
+        else nullcontext()
+    ):
+        step(*([] if rests else [own]), other)
+    if rests:
+        torch.testing.assert_close(model.head.weight.detach(), before, rtol=0, atol=1e-12)
+    else:
+        assert model.head.weight.abs().max() <= 0.05 + 1e-12

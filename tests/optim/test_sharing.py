@@ -7,10 +7,15 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from attach_forms import OPTIMIZERS, OPTIONS
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.checkpoint import checkpoint
 
 import dbp_kernels as dbp
@@ -473,6 +478,21 @@ def test_a_checkpoint_with_different_Rs_tells_layers_apart():
     second.step(1)
     assert not second.shared("q", "k")
     assert second.shared("q", "v")
+
+
+def test_a_distributed_checkpoint_with_different_Rs_tells_layers_apart(tmp_path):
+    """It is loaded into the tensors of the state that is there, in which layers share."""
+    first, second = Form(), Form()
+    first.model.key_input = lambda x: x + 1
+    for form in (first, second):
+        form.step(0)
+    assert second.shared("q", "k", "v")
+    ours, theirs = (get_optimizer_state_dict(f.model, f.optimizer) for f in (first, second))
+    dcp.save(ours, checkpoint_id=tmp_path)
+    dcp.load(theirs, checkpoint_id=tmp_path)
+    second.model.load_state_dict(first.model.state_dict())
+    set_optimizer_state_dict(second.model, second.optimizer, theirs)
+    assert_equal(first, second, tolerance=0)
 
 
 def test_a_plain_checkpoint_sets_all_back_to_the_identity():
