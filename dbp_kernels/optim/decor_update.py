@@ -509,7 +509,7 @@ class DecorUpdate(torch.optim.Optimizer):
     def _jobs(self) -> list[Job]:
         """The layers to update in this step, samples or not: the same ones on every rank."""
         return [
-            Job(layer, recorder.samples, options, index)
+            Job(layer, recorder.samples, dict(options), index)  # as they are now: see overlap()
             for index, (place, layer, recorder) in enumerate(self._places())
             if (options := self._sampling_options(*place)) is not None
         ]
