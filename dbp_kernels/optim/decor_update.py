@@ -315,7 +315,7 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a layer no longer belongs to this optimiser.
-            ValueError: a group's lr, kappa or rule was set to what the constructor refuses.
+            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses.
             TypeError: an R was set to one of less than float32.
         """
         result = None
@@ -328,9 +328,9 @@ class DecorUpdate(torch.optim.Optimizer):
             if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
                 jobs, batches = self._work_out(jobs, many)
                 self._carry_out(jobs, batches)
-            self._guard.end(jobs, self._states)
             if self._budget is not None:
                 self._budget_step(begin, jobs)
+            self._guard.end(jobs, self._states)  # last, as its warnings may be made errors
         finally:
             self.discard()
         return result
@@ -379,8 +379,8 @@ class DecorUpdate(torch.optim.Optimizer):
             self._check_unchanged(jobs, versions, steps)
             with torch.no_grad():
                 self._carry_out(jobs, batches)
-            self._guard.end(jobs, self._states)
             self._opt_called = True  # what learning-rate schedulers look for
+            self._guard.end(jobs, self._states)
         finally:
             self._side.close()
             self.discard()
@@ -509,7 +509,7 @@ class DecorUpdate(torch.optim.Optimizer):
     def _jobs(self) -> list[Job]:
         """The layers to update in this step, samples or not: the same ones on every rank."""
         return [
-            Job(layer, recorder.samples, options, index)
+            Job(layer, recorder.samples, dict(options), index)  # as they are now: see overlap()
             for index, (place, layer, recorder) in enumerate(self._places())
             if (options := self._sampling_options(*place)) is not None
         ]
@@ -684,6 +684,8 @@ class DecorUpdate(torch.optim.Optimizer):
         self.defaults.setdefault("clip", None)  # pickled before there was one
         for group in self.param_groups:
             group.setdefault("clip", None)
+        for entry in filter(None, self.state.values()):
+            entry.setdefault(CLIPPED, torch.zeros_like(entry[SKIPPED]))
         # A copy that came with its model's copy; samples stay with the original.
         self._recorders = [
             _make_recorders(layers, self, index) for index, layers in enumerate(self._layers)

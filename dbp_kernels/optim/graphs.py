@@ -163,7 +163,7 @@ def step_key(
 
 def _job_key(job: Job, state: Mapping[str, Tensor]) -> Hashable:
     return (
-        *(job.options[name] for name in ("kappa", "rule", "demean")),
+        *(job.options[name] for name in ("kappa", "rule", "demean", "clip")),
         *job.layer._patch_geometry().values(),
         *map(_layout, (job.R, *state.values(), *job.samples)),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -87,10 +88,13 @@ class Gauge:
     def __init__(self, device: torch.device) -> None:
         # The longest row and the largest norm of an R when they were last looked at; the product of
         # 1 + ||lr M'|| since then, of the largest in each step; updates clipped, and skipped.
-        self.values = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=device)
+        self.values = torch.zeros(5, dtype=torch.float32, device=device)
+        self.values[2].fill_(1)  # by the device: a capture allows no copies from the host
         self.held = True
         self.everything: Callable[[], list[Tensor]] = list
-        self._seen: dict[int, tuple[Tensor, int]] = {}  # R and its version, by layer, after a step
+        # R and its version, by layer, after a step; weakly, as a model that moves leaves its R behind
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._clip = 0.0  # the largest there has been
         self._steps = 0
         self._reading: tuple[Later, int] | None = None
         self._known: list[float] | None = None
@@ -122,12 +126,13 @@ class Gauge:
             self._known = self._reading = None
             self._start_reading()
             self._read()
-        self.held = not self._reach(clip) <= MAX_ROW  # NaN: somebody has put it into an R
+        self._clip = max(self._clip, clip)
+        self.held = not self._reach(self._clip) <= MAX_ROW  # NaN: somebody has put it into an R
 
     def _same(self, layer: int, R: Tensor) -> bool:
         """Whether nobody else has written to R since our last step."""
-        before, version = self._seen.get(layer, (None, 0))
-        return before is R and version == _version(R)
+        before, version = self._seen.get(layer, (lambda: None, 0))
+        return before() is R and version == _version(R)
 
     def _reach(self, clip: float) -> float:
         """The longest that a row can be after the step to come."""
@@ -173,7 +178,7 @@ class Gauge:
         """
         self._steps += 1
         for layer, R in Rs.items():
-            self._seen[layer] = R, _version(R)
+            self._seen[layer] = weakref.ref(R), _version(R)
         if _capturing(self.values):
             return
         if self._reading is None:

@@ -66,6 +66,9 @@ class Job:
         R = self.R
         arguments = {key: self.options[key] for key in ("lr", "kappa", "rule")}
         check_update(R, **arguments, dim=R.shape[-1])
+        clip = self.clip
+        if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < 1):
+            raise ValueError(f"clip={clip!r}: expected None, or a number above 0 and below 1")
 
     def geometries(self) -> tuple[list[ConvGeometry], torch.device, torch.dtype]:
         """Those of the samples, batch by batch, and where and as what these are."""

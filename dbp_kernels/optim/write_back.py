@@ -6,6 +6,7 @@ factor that keeps a step within its clip are known to the device only: (G, 1, 1)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
@@ -128,7 +129,7 @@ def _change(
         batch.update.cancel_unless_(ok)
     factor = None if batch.rates is None else batch.of_groups(batch.rates)
     if over:
-        within = excess.nan_to_num(1.0, 1.0).clamp_(min=1).reciprocal_()
+        within = excess.nan_to_num(1.0, math.inf).clamp_(min=1).reciprocal_()  # of Inf, no step
         factor = within if factor is None else factor * within
     batch.update.apply_(R, batch.rate, None if factor is None else factor.view(-1, 1, 1))
     if hold and batch.clip is not None:

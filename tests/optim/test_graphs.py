@@ -212,6 +212,17 @@ def test_another_backend_is_captured_anew(log, monkeypatch):
     assert log[-1] == "replay graph 1"
 
 
+def test_another_clip_is_captured_anew(log):
+    """The factors of a graph are numbers that it holds fast."""
+
+    def prepare(decor, step):
+        decor.param_groups[0]["clip"] = (0.5, 0.1, None)[step // 5]
+
+    compare(batches(15), prepare)
+    assert captures(log) == 3
+    assert log[-1] == "replay graph 2"
+
+
 def test_learning_rates_that_change_at_every_step_need_one_graph(log):
     def schedule(decor, step):
         for factor, group in enumerate(decor.param_groups, 1):

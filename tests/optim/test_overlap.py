@@ -103,6 +103,19 @@ def test_bad_settings_are_found_before_the_block():
         pytest.fail("the block was entered")
 
 
+def test_options_are_those_at_the_beginning_of_the_block():
+    nets = [network() for _ in range(2)]
+    images = torch.randn(8, 3, 8, 8)
+    for net, changed in zip(nets, (False, True)):
+        decor = dbp.DecorUpdate(net, lr=0.01)
+        net(images)
+        with decor.overlap():
+            if changed:
+                decor.param_groups[0].update(lr=0.5, clip=None)
+    assert torch.equal(nets[0][0].R, nets[1][0].R)
+    assert torch.equal(nets[0][3].R, nets[1][3].R)
+
+
 def test_the_first_time_with_several_ranks_is_a_step_after_the_block(monkeypatch):
     net = network()
     decor = dbp.DecorUpdate(net, lr=0.1)
