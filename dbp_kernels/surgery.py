@@ -96,7 +96,8 @@ def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be decorrelated, in words; None if it can."""
     if dbp_nn.is_decorrelated(module):
         return "decorrelated already"
-    if any(getattr(hook, "site", None) for hook in module._forward_hooks.values()):
+    sites = (getattr(hook, "site", None) for hook in module._forward_hooks.values())
+    if any(site is not None and recorder_of(site) is not None for site in sites):
         return "dbp.attach has its R"
     if type(module) not in _DECORRELATED:
         return f"{type(module).__name__} is no kind that dbp.nn has decorrelated"

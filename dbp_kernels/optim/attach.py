@@ -69,7 +69,7 @@ def attach(
     Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
     and one update from their first step on, as long as they see the same and have the same options;
     ``print()`` of the handle says which. It changes no result, but that random samples are drawn
-    once for all of them. Layers in code compiled by torch.compile do not share, and none do with a
+    once for all of them, and that they have their turn at the same step. Layers in code compiled by torch.compile do not share, and none do with a
     budget or several ranks. Forward passes without gradients give no samples, but for the first of a
     reentrant activation checkpoint.
 

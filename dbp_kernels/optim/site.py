@@ -77,9 +77,9 @@ class GradientSeen:
 
 
 def is_fed(module: nn.Module) -> bool:
-    """Whether the module feeds a site already."""
+    """Whether the module feeds a site already, whose learner has not been garbage-collected."""
     hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, Feed))
-    return any(hook.site is not None for hook in hooks)
+    return any(hook.site is not None and recorder_of(hook.site) is not None for hook in hooks)
 
 
 class Site:
@@ -249,8 +249,9 @@ class Site:
             return False
         self.to_follow()
         weight = self.weight.detach()
-        tolerance = 8 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
-        if torch.allclose(weight, self.condensed(), rtol=0, atol=tolerance):
+        largest = float(weight.abs().nan_to_num(0.0, 0.0).max())
+        tolerance = 8 * torch.finfo(weight.dtype).eps * largest
+        if torch.allclose(weight, self.condensed(), rtol=0, atol=tolerance, equal_nan=True):
             return False
         A, R = self._grouped(weight).double(), self.R.double()
         # a solve, not an inverse: A = W R, or R^T W

@@ -1,5 +1,7 @@
 """What is attached, what is left alone and why, and each layer's options."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,3 +93,17 @@ def test_an_optimiser_is_attached_once():
     decor.detach()
     decor = dbp.attach(nn.ModuleList([first, second]), optimizer)
     assert {"0.head", "1.head"} <= set(decor.decorrelated())
+
+
+def test_a_layer_whose_optimiser_is_gone_may_be_attached_again():
+    """Who has not kept the handle could not detach it."""
+    form = trained(1)
+    model, R = form.model, form.decor.R("head")
+    with pytest.raises(ValueError, match="is attached already"):
+        dbp.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    del form
+    gc.collect()
+    assert dbp.attach(model, torch.optim.SGD(model.parameters(), lr=0.1)).R("head") is not R
+    gc.collect()
+    dbp.decorrelate_model(model)
+    assert dbp.nn.is_decorrelated(model.head)

@@ -156,3 +156,26 @@ def test_a_write_is_not_lost_when_the_step_of_another_optimiser_ends_the_round(r
         torch.testing.assert_close(model.head.weight.detach(), before, rtol=0, atol=1e-12)
     else:
         assert model.head.weight.abs().max() <= 0.05 + 1e-12
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_numbers_may_be_moved_and_replaced(value):
+    form = trained(2)
+    weight = form.model.head.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = value
+    x, y = next(batches(1))
+    for groups in (form.optimizer.param_groups, form.decor._engine.param_groups):
+        for group in groups:
+            group.update(lr=0.0, weight_decay=0.0)
+    with pytest.warns(UserWarning, match="weights of 'head' were changed"):
+        form.optimizer.step()
+    weight.data = weight.data.clone()
+    form.optimizer.step()
+    with torch.no_grad():
+        weight.copy_(kept)
+    F.cross_entropy(form.model(x), y).backward()
+    with pytest.warns(UserWarning, match="weights of 'head' were changed"):
+        form.optimizer.step()
+    torch.testing.assert_close(weight.detach(), kept, rtol=0, atol=1e-12)
