@@ -124,8 +124,8 @@ BARS: tuple[Bar, ...] = (
     Bar("step", "convnet 32x32 b128", "slowdown", "bp", 1.20, 1.10, pairs=25, needs="published"),
     Bar("step", "resnet18 32x32 b128", "overhead", "published", 0.5, needs="bp"),
     *(
-        Bar("passes", f"{network} 32x32 b128", "slowdown", "bp", 1.02, pairs=25)
-        for network in ("convnet", "resnet18")
+        Bar("passes", f"{network} 32x32 b128", "slowdown", "bp", 1.02, pairs=pairs)
+        for network, pairs in (("convnet", 25), ("resnet18", 9))
     ),
     _predicted("gram"),
     _predicted("update"),
