@@ -6,8 +6,8 @@ Of the narrow ResNet-50, whose matrices are tiny, ``step()`` is Python and launc
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import dbp_kernels as dbp
 from bench.core.networks import SMALL, StepCase, jobs_on
 from bench.core.plots import ratio_panels, slowdown
-from bench.core.suite import Job, Settings, Suite, failed
+from bench.core.suite import Job, Settings, Suite
 from bench.core.table import format_table, milliseconds
-from bench.suites.steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, start, verdict
+from bench.suites.steps import BP, DECOR_LR, KAPPA, LAYERS, LR, OURS, start, those_right
 from dbp_kernels.tools.timing import time_interleaved
 from experiments.models import resnet50
 
@@ -92,21 +92,17 @@ def run_passes_case(
     """
     batch = batch or case.batch
     model, images, labels = start(case, settings, batch)
-    records: dict[str, dict] = {}
-    networks: dict[str, _Network] = {}
-    expected = None
-    for method in (BP, OURS, LAYERS):
-        try:
-            own = _network(copy.deepcopy(model), method, images, labels, settings, sample)
-            loss = float(own.passes().detach())
-            own.step()
-        except Exception as failure:  # whatever it is, the other methods get their numbers
-            records[method] = failed(failure)
-            continue
-        expected = loss if expected is None else expected
-        records[method] = verdict(loss, expected)
-        if records[method]["status"] == "ok":
-            networks[method] = own
+
+    def make(method: str, own: nn.Module) -> _Network:
+        return _network(own, method, images, labels, settings, sample)
+
+    def first(own: _Network) -> Tensor:
+        loss = own.passes()
+        own.step()
+        return loss
+
+    makers = {method: partial(make, method) for method in (BP, OURS, LAYERS)}
+    records, networks = those_right(makers, model, first)
     pairs = settings.pairs or case.pairs
     passes = {name: own.passes for name, own in networks.items()}
     common = {"device": settings.device, "warmup": settings.warmup}

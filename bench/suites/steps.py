@@ -6,7 +6,9 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ _BY_NAME = {case.name.split()[0]: case for case in at_224(256, 9)}
 GPU_STEP_CASES = tuple(_BY_NAME[name] for name in ("resnet50", "resnet18", "resnet34"))
 
 Step = Callable[[Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
 
 def plain_step(
@@ -267,20 +270,8 @@ def time_steps(
 
     Each starts from a copy of the network; its first loss must be that of the first variant.
     """
-    records: dict[str, dict] = {}
-    calls: dict[str, Callable[[], Tensor]] = {}
-    expected = None
-    for name, make in makers.items():
-        try:
-            step = make(copy.deepcopy(model))
-            loss = float(step(images, labels).detach())
-        except Exception as failure:  # whatever it is, the other variants get their numbers
-            records[name] = failed(failure)
-            continue
-        expected = loss if expected is None else expected
-        records[name] = verdict(loss, expected)
-        if records[name]["status"] == "ok":
-            calls[name] = lambda step=step: step(images, labels)
+    records, steps = those_right(makers, model, lambda step: step(images, labels))
+    calls = {name: partial(step, images, labels) for name, step in steps.items()}
     times = time_interleaved(
         calls,
         settings.pairs or pairs,
@@ -292,6 +283,30 @@ def time_steps(
     for name, spread in times.items():
         records[name]["seconds"] = spread.as_dict()
     return records, calls
+
+
+def those_right(
+    makers: Mapping[str, Callable[[nn.Module], T]], model: nn.Module, first: Callable[[T], Tensor]
+) -> tuple[dict[str, dict], dict[str, T]]:
+    """(every variant's record, what the right ones have made of a copy of the network).
+
+    ``first`` gives the first loss of what was made: that of the first variant, for the others.
+    """
+    records: dict[str, dict] = {}
+    right: dict[str, T] = {}
+    expected = None
+    for name, make in makers.items():
+        try:
+            own = make(copy.deepcopy(model))
+            loss = float(first(own).detach())
+        except Exception as failure:  # whatever it is, the other variants get their numbers
+            records[name] = failed(failure)
+            continue
+        expected = loss if expected is None else expected
+        records[name] = verdict(loss, expected)
+        if records[name]["status"] == "ok":
+            right[name] = own
+    return records, right
 
 
 def verdict(loss: float, expected: float) -> dict:
