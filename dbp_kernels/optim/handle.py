@@ -22,6 +22,7 @@ from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.step import Job, plan_of
 from dbp_kernels.optim.swap import Swap, form, some
 from dbp_kernels.sampling import recorder_of
+from dbp_kernels.surgery import mib, shape_of
 
 
 class Attached:
@@ -266,4 +267,4 @@ class _Recovery:
 
 
 def _size(R: Tensor) -> str:
-    return f"R {' x '.join(map(str, R.shape))}, {R.nbytes / 2**20:.2f} MiB"
+    return f"R {shape_of(R)}, {mib(R):.2f} MiB"
