@@ -1,5 +1,6 @@
 # make demo   train by plain and by decorrelated backpropagation on real images, side by side
 # make test   the test suite          make bench  speed against the alternatives
+# make test-hostile   errors, signals, threads, broken files, long runs: many seeded cases, counted
 # make bench-check   in three minutes: has anything become slower than the committed results?
 # make cuda   compiles the CUDA kernels for this clone (nvcc), compares what they need with its limits
 # make device-check   on a machine with a GPU: everything about every kernel, in under ten minutes
@@ -15,17 +16,21 @@ BIN = $(abspath $(VENV))/bin
 CPP = $(shell find csrc tests examples -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 READY = $(VENV)/.dbp-kernels-installed
 
-.PHONY: demo test test-all bench bench-check cuda device-check lint format clean
+.PHONY: demo test test-all test-hostile bench bench-check cuda device-check lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
 
 # One thread a process: the tests are small, and run side by side.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not hostile"
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not hostile"
+
+# MINUTES=60: as long as that, with further seeds.
+test-hostile: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/hostile --minutes $(or $(MINUTES),0)
 
 bench: $(READY)
 	$(BIN)/python -m bench --save

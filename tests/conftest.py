@@ -27,6 +27,14 @@ settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMM
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hostile cases (tests/hostile)")
+    group.addoption("--minutes", type=float, default=0, help="go on with further seeds for so long")
+    group.addoption(
+        "--tally", metavar="FILE", help="write the cases tried and failed, by kind, as JSON"
+    )
+
+
 @pytest.fixture(scope="module")
 def poison():
     """Fills what torch.empty returns with NaN, so that an element nobody writes shows.
