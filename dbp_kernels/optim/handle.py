@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels import distributed
+from dbp_kernels import distributed, user_warnings
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.kinds import Patches, patches_of
@@ -20,7 +19,7 @@ from dbp_kernels.optim.rounds import Rounds
 from dbp_kernels.optim.sharing import users
 from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.step import Job, plan_of
-from dbp_kernels.optim.swap import Swap, form, some
+from dbp_kernels.optim.swap import Swap, some
 from dbp_kernels.sampling import recorder_of
 from dbp_kernels.surgery import mib, shape_of
 
@@ -93,20 +92,27 @@ class Attached:
         for checkpoint in self._checkpoints:
             checkpoint.mark()
 
-    def _stepped(self, swap: Swap) -> None:
-        """The weights of one optimiser have made their step."""
-        stepped = self._rounds.over_with(swap) if swap.sites else []
-        if not stepped:
-            form(swap.sites)
+    def _stepped(self, swap: Swap, *_: Any) -> None:
+        """Hook: an optimiser's step() comes to its end."""
+        if not swap.is_over():
             return
-        self._tell_of_unseen()
-        for other in self._swaps:
-            if other is not swap:
-                other.take_over()
-        self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
-        self._engine.step()
-        for site in self._sites.values():
-            site.formed()
+        try:
+            stepped = self._rounds.over_with(swap) if swap.sites else []
+            if stepped:
+                self._tell_of_unseen()
+                for other in self._swaps:
+                    if other is not swap:
+                        other.take_over()
+                self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
+                self._engine.step()
+        except BaseException:  # R is as it was, but the weights have made their step
+            swap.form()
+            raise
+        if stepped:
+            for site in self._sites.values():
+                site.formed()
+        else:
+            swap.form()
 
     def _tell_of_unseen(self) -> None:
         """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""
@@ -123,12 +129,11 @@ class Attached:
         ]
         if unseen:
             self._told_of_unseen = True
-            warnings.warn(
+            user_warnings.warn(
                 f"{some(unseen)} got a gradient, but attach() never saw an input of theirs: their R "
                 "learns nothing. Either the model was compiled and called before: torch.compile does "
                 "not notice hooks that come after the first call, so call torch.compiler.reset(), or "
-                "attach() before it. Or their weight is used without calling the layer: exclude them",
-                stacklevel=6,
+                "attach() before it. Or their weight is used without calling the layer: exclude them"
             )
 
     # What it tells.
