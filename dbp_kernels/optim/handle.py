@@ -201,10 +201,11 @@ class Attached:
         """Put dL/dW = (dL/dA) R^T into ``.grad``, where ``backward()`` has put dL/dA.
 
         ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
-        clip or log the gradients of W; the step takes them as they are then. The optimiser's
-        ``zero_grad()`` ends it.
+        clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends
+        it, the optimiser's or the model's.
 
-        Raises RuntimeError after ``detach()``.
+        Raises RuntimeError after ``detach()``; ``backward()`` does, if it is to add to gradients that
+        are those of W already.
         """
         if not self._attached:
             raise RuntimeError(
