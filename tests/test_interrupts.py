@@ -11,6 +11,7 @@ import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
 from dbp_kernels import rules
 from dbp_kernels.interrupts import uninterrupted
+from dbp_kernels.optim.write_back import WriteBack
 
 
 def interrupt():
@@ -89,8 +90,8 @@ def test_a_step_is_done_or_not_done(images, monkeypatch):
         return [net[0].R, net[1].R], update.state_dict()
 
     Rs, state = step(interrupted=False)
-    apply_ = rules.Update.apply_
-    monkeypatch.setattr(rules.Update, "apply_", lambda *a: (interrupt(), apply_(*a)))
+    write = WriteBack.__call__
+    monkeypatch.setattr(WriteBack, "__call__", lambda *a: (interrupt(), write(*a)))
     multiply = rules.add_product_
     monkeypatch.setattr(rules, "add_product_", lambda *a: (interrupt(), multiply(*a)))
     found, found_state = step(interrupted=True)
