@@ -254,6 +254,8 @@ class Budget:
     ) -> None:
         """Take note of a step, once, and choose the layers of the next one.
 
+        A call that raises has changed nothing.
+
         Args:
             reading: of the step.
             begin: when ``step()`` began, on ``device``.
@@ -261,6 +263,31 @@ class Budget:
         """
         if reading.end is not None:
             return
+        before = self._before_step()
+        try:
+            self._finish(reading, begin, device, possible, every, process_group)
+        except BaseException:
+            vars(self.schedule).update(before.pop("schedule"))
+            vars(self).update(before)
+            if not distributed.active(process_group):  # one rank must not ask the others twice
+                reading.end = None
+            raise
+
+    def _before_step(self) -> dict[str, Any]:
+        """All that ``finish`` changes."""
+        lists = {key: list(getattr(self, key)) for key in ("images", "plain", "_measured")}
+        queues = {"_pending": self._pending.copy(), "_recent": self._recent.copy()}
+        return {**vars(self), **lists, **queues, "schedule": self.schedule.copies()}
+
+    def _finish(
+        self,
+        reading: Reading,
+        begin: Mark,
+        device: torch.device,
+        possible: Sequence[int],
+        every: Sequence[int],
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
         reading.end = end = mark(device)
         reading.spans = [*self._choosing, *self._spans, (begin, end)]
         reading.before = self._end if self._where == device else None  # or the model has moved
