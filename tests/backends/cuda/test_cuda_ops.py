@@ -126,6 +126,21 @@ def test_packed_input_is_not_copied(dtype):
     assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
 
 
+@pytest.mark.parametrize("form", ["shift", "box"])
+@pytest.mark.parametrize("c", [case(2, 13, (6, 7), 3, padding=1), rows((5, 7, 13))], ids=str)
+def test_rows_with_room_are_not_copied(c, form):
+    x = c.input(torch.bfloat16)
+    dim = 1 if c.kernel else -1
+    roomy = strided(x.movedim(dim, 1), "rows").movedim(1, dim)
+    if not c.kernel:
+        form = "box"
+    with emulated() as launched:
+        S = FORMS[form](roomy, c.geometry)
+        assert "pack" not in launched
+        assert torch.equal(S, FORMS[form](x, c.geometry))
+        assert "pack" in launched
+
+
 @pytest.mark.parametrize(
     "c",
     [case(2, 8, (6, 5), 3, padding=1), case(3, 3, (9, 9), 5, stride=2), case(2, 24, (4, 4), 1)],

@@ -5,14 +5,15 @@ import itertools
 import pytest
 import simulator
 import torch
-from helpers import DEVICE, LAYOUTS, case, cases, moment_error
+from helpers import DEVICE, LAYOUTS, case, cases, moment_error, random, strided
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dbp_kernels import reference
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs
-from dbp_kernels.backends.triton.gram_shift import patch_gram_shift
+from dbp_kernels.backends.triton.gram_shift import patch_gram_shift, shift_gram
+from dbp_kernels.backends.triton.pack import pack
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -37,6 +38,16 @@ def test_any_geometry(case_, dtype, layout, parallel):
     x = case_.input(dtype, layout=layout)
     S = patch_gram_shift(x.to(DEVICE), case_.geometry, SMALL, parallel)
     check(case_, x, S)
+
+
+def test_rows_with_room_are_not_copied():
+    x = random((2, 13, 6, 7), torch.bfloat16).to(DEVICE)
+    roomy = strided(x, "rows")
+    geometry = case(2, 13, (6, 7), 3, padding=1).geometry
+    in_place, copying = shift_gram(roomy, geometry), shift_gram(x, geometry)
+    assert pack not in in_place.steps
+    assert copying.steps == (pack,)
+    assert torch.equal(in_place(roomy), copying(x))
 
 
 CASES = [
