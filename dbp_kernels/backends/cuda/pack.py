@@ -14,13 +14,15 @@ from dbp_kernels.backends.prepared import prepared
 from dbp_kernels.backends.rows import empty
 
 
-def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None) -> None:
-    """Copies x (N, C, *spatial) minus ``mean`` (C) to out, zeros to channels out has more.
+def packing(x: Tensor, out: Tensor) -> Callable[..., None]:
+    """Copies what looks like x (N, C, *spatial) to what looks like out, zeros to channels out has more.
+
+    To be called with x, out and mean, which is None or (C) and subtracted.
 
     Args:
         out: (N, C', *spatial) in rows.
     """
-    _launch(x, out.dtype, out.shape[1], out.stride())(x=x, out=out, mean=mean)
+    return _launch(x, out.dtype, out.shape[1], out.stride())
 
 
 @prepared
@@ -46,5 +48,5 @@ def _launch(
 def pack(x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
     """A copy of x (N, C, *spatial) minus ``mean`` in channels-last order, channels padded by zeros."""
     out = empty(x, dtype)
-    pack_into(out, x, mean)
+    packing(x, out)(x=x, out=out, mean=mean)
     return out

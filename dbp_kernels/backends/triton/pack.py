@@ -86,15 +86,21 @@ def merged(
     return dims
 
 
-def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None, index64: bool = False) -> None:
-    """Copies x (N, C, *spatial) minus ``mean`` (C) to out, zeros to channels out has more.
+def packing(x: Tensor, out: Tensor, index64: bool = False) -> Launch:
+    """Copies what looks like x (N, C, *spatial) to what looks like out, zeros to channels out has more.
+
+    To be called with x, out and mean, which is None or (C) and subtracted.
 
     Args:
         out: (N, C', *spatial) in rows.
         index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
     """
-    if out.numel() > 0:
-        _launch(x, out.dtype, out.shape[1], out.stride(), index64)(x=x, out=out, mean=mean)
+    return _launch(x, out.dtype, out.shape[1], out.stride(), index64)
+
+
+def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None, index64: bool = False) -> None:
+    """Copies x (N, C, *spatial) minus ``mean`` (C) to out; see ``packing``."""
+    packing(x, out, index64)(x=x, out=out, mean=mean)
 
 
 @prepared
