@@ -43,7 +43,7 @@ class SampleMemory:
     ) -> None:
         self._layout = _layout(batch, dtype)
         self._packing: Callable[[Tensor, Tensor], Callable[..., None]] | None = None
-        self._kept: tuple[tuple[int, torch.dtype], Callable[..., None]] | None = None
+        self._kept: tuple[tuple[object, ...], Callable[..., None]] | None = None
         if kernels is None:
             taken = batch[:size] if chosen is None else batch[chosen]
             self.images = taken.to(dtype, copy=chosen is None)
@@ -75,7 +75,7 @@ class SampleMemory:
 
     def _pack(self, x: Tensor, rows: Tensor) -> None:
         """Copies by a kernel. Its launch is kept here: to look it up takes as long as to make it."""
-        kind = len(x), x.dtype
+        kind = len(x), x.stride(), x.dtype
         if self._kept is None or self._kept[0] != kind:
             assert self._packing is not None
             self._kept = kind, self._packing(x, rows)

@@ -202,6 +202,16 @@ def test_what_kernels_do_not_copy_torch_does(launched):
     assert len(launched) == 1
 
 
+def test_images_that_lie_otherwise_than_the_last_are_copied_as_well(launched):
+    """Of a batch with gaps, the first images have them too; chosen ones lie close."""
+    x = images((4, 5, 6, 8))[..., :5]
+    memory = SampleMemory(x, 4, None, torch.float32, "triton")
+    chosen = torch.tensor([2, 0, 3, 1], device=DEVICE)
+    for order in (None, chosen, None):
+        assert torch.equal(memory.write(x, 4, order), x if order is None else x[order])
+    assert len(launched) == 4
+
+
 def test_layers_fed_by_one_tensor_share_the_rows(launched):
     class Projections(nn.Module):
         def __init__(self):

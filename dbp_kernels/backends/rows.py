@@ -1,8 +1,8 @@
 """Rows of channels: how kernels read images, and how samples lie that are taken for them.
 
 The channels of a pixel follow each other. A row begins at a multiple of 16 bytes and has room up to the
-next one, as vector loads, cp.async and TMA want it. The order of the pixels is free. What is in a
-row's room behind its channels meets nothing but itself in a product, and nothing of that is kept.
+next one, as vector loads, cp.async and TMA want it. The order of the pixels is free. What lies in the
+room behind a row's channels may be anything: products of it are computed, and none is read.
 """
 
 from __future__ import annotations
