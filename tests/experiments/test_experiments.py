@@ -21,7 +21,6 @@ from experiments.configs import PRESETS, Config, Setting
 from experiments.data import load, read_parquet
 from experiments.extras import need
 from experiments.loop import Row, Trainer
-from experiments.models import ConvNet, build_model, resnet18, resnet50
 from experiments.plots import plot_report
 from experiments.results import COLUMNS, ResultsDirectory, Run, group_runs, read_rows
 from experiments.runner import write_report
@@ -36,43 +35,6 @@ import pyarrow.parquet as pq  # noqa: E402
 
 BP = Setting("bp", 1e-3)
 DBP = Setting("dbp", 1e-3, 1e-3)
-
-
-# --- models -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet18"])
-def test_models_take_every_image_size(name: str, shape: tuple[int, int, int]) -> None:
-    model = build_model(name, shape, 10)
-    assert model(torch.randn(2, *shape)).shape == (2, 10)
-
-
-def test_convnet_layers_are_the_ones_asked_for() -> None:
-    model = ConvNet(3, (64, 64, 128), image_size=32, batch_norm=True)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 64), (64, 64), (64, 128)]
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 3
-    plain = ConvNet(3, (8,), batch_norm=False)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
-
-
-def test_resnets_have_torchvisions_sizes_and_names() -> None:
-    # torchvision.models: 11,689,512 and 25,557,032 parameters.
-    model = resnet18()
-    assert sum(p.numel() for p in model.parameters()) == 11_689_512
-    assert sum(p.numel() for p in resnet50().parameters()) == 25_557_032
-    names = set(model.state_dict())
-    assert {"conv1.weight", "layer2.0.downsample.1.running_mean", "layer4.1.bn2.bias"} <= names
-    assert {"fc.weight", "fc.bias"} <= names
-    assert resnet18(10, stem="cifar").conv1.weight.shape == (64, 3, 3, 3)
-
-
-def test_build_model_names_the_bad_value() -> None:
-    with pytest.raises(ValueError, match="'vgg'"):
-        build_model("vgg", (3, 32, 32), 10)
-    with pytest.raises(ValueError, match="resnet18"):
-        build_model("resnet18", (3, 32, 32), 10, batch_norm=False)
 
 
 # --- data -------------------------------------------------------------------------------------
