@@ -69,14 +69,16 @@ class Augment:
             drawn: (5, n), of `draw`.
 
         Returns:
-            (n, C, H, W) in ``torch.channels_last``: all is one gather.
+            (n, C, H, W).
         """
-        height, width = images.shape[2:]
+        channels, height, width = images.shape[1:]
         rows = _mirrored(drawn[0], self.crop, height)
         columns = _mirrored(drawn[1], self.crop, width)
         columns = torch.where(drawn[2][:, None] == 1, columns.flip(1), columns)
-        gathered = images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return gathered.permute(0, 3, 1, 2)
+        # One gather within each channel: faster than to index rows and columns.
+        at = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+        at = at[:, None].expand(-1, channels, -1)
+        return images[chosen].flatten(2).gather(2, at).unflatten(2, (height, width))
 
     def cut(self, x: Tensor, drawn: Tensor) -> Tensor:
         """x (n, C, H, W), normalised, with a square of zeros in each."""
