@@ -243,6 +243,7 @@ class _Run:
             self.trainer.load_state_dict(state["trainer"])
             self.rows = [Row(**row) for row in state["rows"]]
             self.energy = state["energy"]
+            self._write_metrics()  # it was left as it was before the checkpoint, or is ahead of it
 
     def train(self, progress: bool) -> dict[str, Any]:
         """The epochs that are missing."""
@@ -257,19 +258,22 @@ class _Run:
         ):
             while not self._over():
                 self._epoch(bar)
-                if first:
-                    self._tell(board)
+                self._write_metrics()
+                if board is not None:
+                    self._show(board)
                 bar.set_postfix_str(f"test score {self.rows[-1].test_score:.4f}", refresh=False)
         return self._finish()
 
-    def _tell(self, board: Any) -> None:
-        text = to_csv(self.rows)
-        checkpoint.write_atomically(self.directory / "metrics.csv", text.encode())
-        if board is not None:
-            last = self.rows[-1]
-            for name, value in dataclasses.asdict(last).items():
-                if isinstance(value, float):
-                    board.add_scalar(name, value, last.step)
+    def _write_metrics(self) -> None:
+        if parallel.rank() == 0:
+            text = to_csv(self.rows)
+            checkpoint.write_atomically(self.directory / "metrics.csv", text.encode())
+
+    def _show(self, board: Any) -> None:
+        last = self.rows[-1]
+        for name, value in dataclasses.asdict(last).items():
+            if isinstance(value, float):
+                board.add_scalar(name, value, last.step)
 
     def _over(self) -> bool:
         return len(self.rows) == self.config.epochs or self._diverged()
@@ -287,7 +291,7 @@ class _Run:
         for count, batch in enumerate(trainer.task.batches(len(self.rows)), start=1):
             sums += trainer.step(batch)
             bar.update()
-            if count % CHECK_EVERY == 0 and not math.isfinite(sums[0].item()):
+            if count % CHECK_EVERY == 0 and not parallel.mean(sums).isfinite().all():
                 break
         self._synchronize()
         seconds = time.perf_counter() - start
