@@ -7,7 +7,7 @@ from experiments.models.build import MODELS, build_model
 from experiments.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50
 from experiments.models.resnet9 import ResNet9
 from experiments.models.small import MLP, ConvNet
-from experiments.models.vae import VAE, negative_elbo
+from experiments.models.vae import VAE, negative_elbo, sample
 from experiments.models.vit import ViT
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "sample",
 ]
