@@ -11,8 +11,8 @@ from typing import Any
 
 from experiments.config import RunConfig, parse_yaml
 from experiments.configs import PRESETS, Config
-from experiments.data import DATASETS
-from experiments.models import MODELS
+from experiments.data import IN_MEMORY
+from experiments.models import CLASSIFIERS
 from experiments.results import read_config
 
 
@@ -56,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     floats, ints = _list_of(float), _list_of(int)
     add("--preset", choices=sorted(PRESETS), help="a fixed comparison; other options override it")
     add("--method", dest="methods", type=_list_of(str), help="bp, dbp or bp,dbp (default)")
-    add("--model", choices=MODELS)
-    add("--data", choices=DATASETS)
+    add("--model", choices=CLASSIFIERS)
+    add("--data", choices=IN_MEMORY)
     add("--data-dir", help="folder of train-*.parquet and test-*.parquet (default: data)")
     add("--seeds", type=seeds, help="a list such as 0,1,2, or a count such as 3 (default 3)")
     add("--epochs", type=int)

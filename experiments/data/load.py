@@ -16,8 +16,9 @@ from experiments.data.sets import Dataset, Split, kept_of, mean_and_deviation
 from experiments.data.streamed import load_streamed
 from experiments.extras import need
 
+IN_MEMORY = ("digits", *KNOWN)
 STREAMED = ("folder", "parquet")
-DATASETS = ("digits", *KNOWN, *STREAMED)
+DATASETS = (*IN_MEMORY, *STREAMED)
 
 DIGITS_TEST = 450
 
