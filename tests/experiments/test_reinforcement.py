@@ -97,10 +97,11 @@ def test_an_agent_learns(choice: type[Choice], tmp_path: Path, decor: dict | Non
 def test_a_run_goes_on_exactly_where_it_was_interrupted(
     choice: type[Choice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = config(decor={"lr": 1e-3})
+    options = {**BASE["options"], "frames": 60, "random_first": 20, "evaluated": 1}
+    some = config(decor={"lr": 1e-3}, options=options)
     run(some, tmp_path / "whole", progress=False)
-    # In the second epoch, after what warming up, the first epoch and its evaluations have played.
-    monkeypatch.setattr(choice, "last", choice.played + 54 + 250 + 80 + 70)
+    # Within the second epoch: warming up takes fewer than 30 frames, an epoch 60, evaluations 20.
+    monkeypatch.setattr(choice, "last", choice.played + 30 + 20 + 60 + 20 + 20)
     with pytest.raises(KeyboardInterrupt):
         run(some, tmp_path / "parts", progress=False)
     assert len(read(tmp_path / "parts" / "metrics.csv")) == 1
