@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig, parse_yaml
 from experiments.configs import PRESETS, Config
-from experiments.data import DATASETS
-from experiments.models import MODELS
+from experiments.data import IN_MEMORY
+from experiments.models import CLASSIFIERS
 from experiments.results import read_config
 
 
@@ -35,6 +36,14 @@ def sample(text: str) -> float | int:
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """ "optimizer.lr=1e-3" as (key, value); the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    return key, parse_yaml(value)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m experiments",
@@ -47,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     floats, ints = _list_of(float), _list_of(int)
     add("--preset", choices=sorted(PRESETS), help="a fixed comparison; other options override it")
     add("--method", dest="methods", type=_list_of(str), help="bp, dbp or bp,dbp (default)")
-    add("--model", choices=MODELS)
-    add("--data", choices=DATASETS)
+    add("--model", choices=CLASSIFIERS)
+    add("--data", choices=IN_MEMORY)
     add("--data-dir", help="folder of train-*.parquet and test-*.parquet (default: data)")
     add("--seeds", type=seeds, help="a list such as 0,1,2, or a count such as 3 (default 3)")
     add("--epochs", type=int)
@@ -77,8 +86,23 @@ def parser() -> argparse.ArgumentParser:
     existing.add_argument("--overwrite", action="store_true", help="replace earlier results")
     existing.add_argument("--resume", action="store_true", help="skip runs that are finished")
     add("--no-progress", action="store_true", help="no progress bar")
+    run = commands.add_parser("run", help="train once, as a YAML file says")
+    run.add_argument("config", type=Path, help="the file; experiments/configs/ has some")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=setting,
+        metavar="KEY=VALUE",
+        help="change one value: optimizer.lr=1e-3; may be given several times",
+    )
+    run.add_argument("--out", type=Path, help="directory (default: a new one under runs/)")
+    run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    run.add_argument("--no-progress", action="store_true", help="no progress bar")
     report = commands.add_parser("report", help="rebuild summary.md and curves.png")
     report.add_argument("directory", type=Path)
+    fisher = commands.add_parser("fisher", help="condition of the Fisher matrix, BP and DBP")
+    fisher.add_argument("--out", type=Path, default=Path("runs/fisher"))
     return top
 
 
@@ -92,6 +116,18 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return Config(**{**values, **{k: v for k, v in given.items() if k in names}})
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    from experiments.train import run
+
+    config = RunConfig.from_yaml(arguments.config).override(dict(arguments.set))
+    out = arguments.out
+    if out is None:
+        out = Path("runs") / f"{arguments.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = run(config, out, resume=arguments.resume, progress=not arguments.no_progress)
+    print(f"{result['status']} after {result['epochs']} epochs, {result['seconds']:.2f} s: {out}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for bad arguments or missing data (one line on stderr); 130 if interrupted."""
     arguments = parser().parse_args(argv)
@@ -101,6 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             read_config(arguments.directory)
             print(write_report(arguments.directory))
+            return 0
+        if arguments.command == "run":
+            return _run(arguments)
+        if arguments.command == "fisher":
+            from experiments.fisher import Settings, run
+
+            print(run(Settings(), arguments.out))
             return 0
         from experiments.runner import run_comparison
 

@@ -217,7 +217,8 @@ class Attached:
     def detach(self) -> None:
         """Stop, for good: the optimiser goes on from the weights A as they are, as without us.
 
-        The handle then tells how things were.
+        The handle then tells how things were. Model and optimiser are freed with the last name for
+        them, like plain ones; those still attached when Python's garbage collector comes by.
         """
         for swap in self._swaps:
             swap.remove()
@@ -226,6 +227,7 @@ class Attached:
         for checkpoint in self._checkpoints:
             checkpoint.remove()
         self._engine.detach()
+        self._swaps, self._hooks, self._checkpoints = [], [], []
         self._attached = False
 
     def __reduce__(self) -> tuple[Any, ...]:

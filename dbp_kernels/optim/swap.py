@@ -106,6 +106,7 @@ class Swap:
                 del own[name]
             else:
                 own[name] = before
+        self._handles, self._wrapped = [], []  # which hold the optimiser, as it did us
 
     def recover(self) -> None:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
