@@ -91,7 +91,7 @@ def carry_through(*writes: Callable[[], object]) -> None:
     """Make all of the writes, in order; where one raises, make it again, and the others; then raise.
 
     Each can be made again, whether it had its effect when it raised or not. One that raises again
-    ends this at once: if it is the first, nothing has been written.
+    ends this at once, and leaves what has been written.
     """
     errors: list[BaseException] = []
     for write in writes:

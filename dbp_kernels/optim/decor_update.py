@@ -123,7 +123,7 @@ class DecorUpdate(torch.optim.Optimizer):
     """
 
     _inputs: Inputs | None = None  # every layer takes samples of its own
-    _next_phases: list[int] | None = None  # from the end of the present step on
+    _next_phases: list[int] | None = None  # chosen in the present step, for those after it
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class DecorUpdate(torch.optim.Optimizer):
         super().add_param_group({**options, "params": params})
         self._layers.append(list(layers.values()))
         self._recorders.append(_make_recorders(layers.values(), self, index))
-        self._phases = None
+        self._phases = self._next_phases = None
         if self._budget is not None:
             self._budget.restart(sum(map(len, self._layers)))
 
@@ -301,9 +301,17 @@ class DecorUpdate(torch.optim.Optimizer):
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
         samples or result are not finite (see `skipped`). Nothing waits for the device (but see
-        `costs`). If an error is raised, no R has changed (but for the first step's broadcast,
-        below); a KeyboardInterrupt comes before or after all of the changes. Small layers of equal
-        shape and options are computed together.
+        `costs`). Small layers of equal shape and options are computed together.
+
+        Nothing is half done. Whatever raises, every R, the reports, the count of steps, turns and the
+        budget's schedule are all as before the step, or all as after it (but for the first step's
+        broadcast, below). R that cannot be written to is found before any changes. Of what changes
+        them a call that raises is made again, then the rest, and the error raised at the end; only if
+        the same call fails twice, as when a device is lost, are some changed and others not. Signals
+        that have Python handlers (SIGINT and its KeyboardInterrupt, a program's own for SIGTERM,
+        SIGALRM, SIGUSR1, ...) wait meanwhile: the handlers are called when all is done. So a
+        checkpoint can be written wherever the error is caught. A step left before it began, by a
+        signal, has kept its samples: `discard()` drops them.
 
         With several ranks, the first step (also after ``load_state_dict()``, and in a copy) sets
         every R to that of the group's first rank, then updates it from all ranks' samples. These
@@ -317,7 +325,8 @@ class DecorUpdate(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: a layer no longer belongs to this optimiser.
+            RuntimeError: a layer no longer belongs to this optimiser; or its R or reports cannot be
+                written to in place, as they were expanded or made in inference mode.
             ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses.
             TypeError: an R was set to one of less than float32.
         """
@@ -424,7 +433,7 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
-        self._next_phases = self._phases
+        self._next_phases = None
         if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
             self._next_phases = self._turns(jobs, many)
         self._guard.begin(jobs, self._guarded)
@@ -462,7 +471,9 @@ class DecorUpdate(torch.optim.Optimizer):
 
     def _count(self, steps: int) -> None:
         """So many steps have been made."""
-        self._steps, self._phases = steps, self._next_phases
+        self._steps = steps
+        if self._next_phases is not None:
+            self._phases = self._next_phases
 
     def _following(self) -> list[Callable[[], None]]:
         """What else is to be done once R has changed; each may be called again."""
@@ -663,7 +674,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 state[kind] = torch.as_tensor(count, dtype=torch.int64, device=R.device).clone()
         self._guard = Guard()
         self._steps = state_dict["steps"]
-        self._phases = state_dict.get("phases")
+        self._phases, self._next_phases = state_dict.get("phases"), None
         self._generator.set_state(generator.get_state())
         self._ranks_agree = False
         self._budget = budget

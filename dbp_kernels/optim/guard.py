@@ -158,7 +158,7 @@ class Gauge:
         return tuple(R.data_ptr() for R in self.everything())
 
     def note(self, excess: Tensor, clip: float, counts: Tensor) -> None:
-        """Take note of a step, when R has changed.
+        """Take note of a step, when R has changed. Of one noted twice R is taken to have grown twice.
 
         Args:
             excess: of each layer, ||lr M'|| over its clip.
