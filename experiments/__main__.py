@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig, parse_yaml
 from experiments.configs import PRESETS, Config
 from experiments.data import DATASETS
 from experiments.models import MODELS
@@ -33,6 +34,14 @@ def seeds(text: str) -> tuple[int, ...]:
 def sample(text: str) -> float | int:
     """ "0.1" is a fraction of the batch, "6" a number of images."""
     return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """ "optimizer.lr=1e-3" as (key, value); the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    return key, parse_yaml(value)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +86,19 @@ def parser() -> argparse.ArgumentParser:
     existing.add_argument("--overwrite", action="store_true", help="replace earlier results")
     existing.add_argument("--resume", action="store_true", help="skip runs that are finished")
     add("--no-progress", action="store_true", help="no progress bar")
+    run = commands.add_parser("run", help="train once, as a YAML file says")
+    run.add_argument("config", type=Path, help="the file; experiments/configs/ has some")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=setting,
+        metavar="KEY=VALUE",
+        help="change one value: optimizer.lr=1e-3; may be given several times",
+    )
+    run.add_argument("--out", type=Path, help="directory (default: a new one under runs/)")
+    run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    run.add_argument("--no-progress", action="store_true", help="no progress bar")
     report = commands.add_parser("report", help="rebuild summary.md and curves.png")
     report.add_argument("directory", type=Path)
     return top
@@ -92,6 +114,18 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return Config(**{**values, **{k: v for k, v in given.items() if k in names}})
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    from experiments.train import run
+
+    config = RunConfig.from_yaml(arguments.config).override(dict(arguments.set))
+    out = arguments.out
+    if out is None:
+        out = Path("runs") / f"{arguments.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = run(config, out, resume=arguments.resume, progress=not arguments.no_progress)
+    print(f"{result['status']} after {result['epochs']} epochs, {result['seconds']:.2f} s: {out}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for bad arguments or missing data (one line on stderr); 130 if interrupted."""
     arguments = parser().parse_args(argv)
@@ -102,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             read_config(arguments.directory)
             print(write_report(arguments.directory))
             return 0
+        if arguments.command == "run":
+            return _run(arguments)
         from experiments.runner import run_comparison
 
         config = config_from(arguments)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-from dbp_kernels.planning.calibration import cpu_name
 from experiments.configs import GRID_FIELDS, Config, Setting
+from experiments.environment import environment
 from experiments.loop import Row
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -173,37 +167,3 @@ def read_config(path: Path) -> Config:
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no comparison: config.json is missing")
     return Config.from_dict(json.loads(file.read_text())["config"])
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they matter for repeating a comparison."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("dbp-kernels", "numpy", "scikit-learn", "pyarrow", "pillow", "matplotlib"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "processor": cpu_name(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-        "command": ["python", "-m", "experiments", *sys.argv[1:]],
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+changes" when tracked files differ from it."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-
-        def git(*arguments: str) -> str:
-            command = ["git", "-C", str(root), *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        changes = git("status", "--porcelain", "--untracked-files=no").strip()
-        return git("rev-parse", "HEAD").strip() + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
