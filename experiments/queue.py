@@ -165,8 +165,10 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
                 run = folder / planned.id
                 bar.set_postfix_str(planned.id, refresh=True)
                 if not ((run / PLANNED).is_file() and _over(read_run(run), options)):
-                    free = attempt(run, planned, options, launch) and free
-                    _tell(bar, run)
+                    if attempt(run, planned, options, launch):
+                        _tell(bar, run)
+                    else:
+                        free = False
                 bar.update()
             return free
 

@@ -130,13 +130,7 @@ def _number(cell: str) -> float:
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    rows = []
-    for line in lines:
-        if None in line or None in line.values():  # a last line that was cut short
-            continue
-        rows.append({name: _number(cell) for name, cell in line.items()})
-    return rows
+        return [{name: _number(c) for name, c in line.items()} for line in csv.DictReader(file)]
 
 
 def write_tables(folder: Path, study: Study, records: Mapping[str, Record]) -> None:

@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.extras import need
+import yaml
+
+from experiments.config import flat, parse_yaml
 from experiments.space import Dimension, draws
 
 FOLDER = Path(__file__).resolve().parent / "studies"
@@ -195,26 +197,14 @@ def merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; keys that have dots already stay."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def parse(text: str, source: str = "study") -> Study:
     """A study from YAML text.
 
     Raises ValueError for keys that are not known, values that make no sense, and a space and a
     ``set`` that both name a key.
     """
-    yaml = need("yaml", "pyyaml", "reading a study")
     try:
-        declared = yaml.safe_load(text)
+        declared = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not YAML: {error}") from error
     if not isinstance(declared, dict):
@@ -228,7 +218,7 @@ def parse(text: str, source: str = "study") -> Study:
         raise ValueError(f"{source}: name must be letters, digits, - and _, got {name!r}")
     shared = declared.get("space") or {}
     groups = declared.get("groups") or {"": {}}
-    names = {str(group): flatten(changes or {}) for group, changes in groups.items()}
+    names = {str(group): flat(changes or {}) for group, changes in groups.items()}
     methods = {}
     for method, values in declared["methods"].items():
         methods[str(method)] = _method(str(method), values or {}, shared, source)
@@ -241,7 +231,7 @@ def parse(text: str, source: str = "study") -> Study:
         simple["tuning_seeds"] = tuple(declared["tuning_seeds"])
     return Study(
         name=name,
-        base=flatten(declared["base"]),
+        base=flat(declared["base"]),
         groups=names,
         methods=methods,
         final_seeds=tuple(declared["final_seeds"]),
@@ -264,7 +254,7 @@ def _method(name: str, values: Mapping[str, Any], shared: Mapping[str, Any], sou
     if settings_of and values.get("space"):
         raise ValueError(f"{where}: takes its settings from {settings_of}, and has no space")
     space = {} if settings_of else {**shared, **(values.get("space") or {})}
-    changes = flatten(values.get("set") or {})
+    changes = flat(values.get("set") or {})
     both = sorted(set(changes) & set(space))
     if both:
         raise ValueError(f"{where}: {both[0]} is both set and drawn from the space")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("scipy")
-pytest.importorskip("yaml")
 
 from experiments.choice import winners
 from experiments.records import Record
