@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import queue
 from experiments.config import RunConfig, parse_yaml
 from experiments.configs import PRESETS, Config
 from experiments.data import DATASETS
 from experiments.models import MODELS
+from experiments.records import STUDY
 from experiments.results import read_config
 
 
@@ -99,8 +101,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="directory (default: a new one under runs/)")
     run.add_argument("--resume", action="store_true", help="continue what is in --out")
     run.add_argument("--no-progress", action="store_true", help="no progress bar")
-    report = commands.add_parser("report", help="rebuild summary.md and curves.png")
-    report.add_argument("directory", type=Path)
+    queue.arguments(commands.add_parser("queue", help="make the runs of studies, and their pages"))
+    report = commands.add_parser("report", help="rebuild the tables and the plots of results")
+    report.add_argument("directory", type=Path, help="of a comparison, or of a study")
     return top
 
 
@@ -130,6 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for bad arguments or missing data (one line on stderr); 130 if interrupted."""
     arguments = parser().parse_args(argv)
     try:
+        if arguments.command == "queue":
+            return queue.main(arguments)
+        if arguments.command == "report" and (arguments.directory / STUDY).is_file():
+            from experiments.pages import make
+
+            print(make(arguments.directory))
+            return 0
         if arguments.command == "report":
             from experiments.runner import write_report
 

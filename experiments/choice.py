@@ -4,9 +4,8 @@
 * ``best``: the highest score at any evaluation.
 * ``earliest``: the fewest training seconds to the best baseline's score, which is the highest last
   score of any baseline's trial; trials that do not get there follow by their last score.
-
-Ties go to the lower validation loss at the last evaluation, then to the earlier trial. A trial that
-diverged or failed is below all others, and counts as one of the method's trials.
+* Ties go to the lower validation loss at the last evaluation, then to the earlier trial. A trial that
+  diverged or failed is below all others, and counts as one of the method's trials.
 """
 
 from __future__ import annotations

@@ -17,13 +17,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import worker
 from experiments.choice import winners
+from experiments.config import RunConfig
 from experiments.extras import need
+from experiments.pages import RESULTS, make
 from experiments.records import ATTEMPTS, PLANNED, STUDY, Record, read, read_run, write_planned
 from experiments.study import PlannedRun, Study, load
 
@@ -43,7 +47,7 @@ class Options:
     deadline: float | None = None
     data_dir: str | None = None
     retry_failed: bool = False
-    progress: bool = True
+    progress: bool | None = None  # None: on a terminal
 
 
 Launch = Callable[[Path, Options, int], int]
@@ -59,7 +63,7 @@ def launch(folder: Path, options: Options, lock: int) -> int:
     command += [] if options.data_dir is None else [str(Path(options.data_dir).resolve())]
     with (folder / LOG).open("ab") as log:
         # A session of its own: Ctrl-C at the terminal reaches the queue alone, which passes it on.
-        worker = subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, pass_fds=(lock,), start_new_session=True
         )
         try:
@@ -68,15 +72,25 @@ def launch(folder: Path, options: Options, lock: int) -> int:
                 if left is not None and left <= 0:
                     raise OutOfTime
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return worker.wait(left)
+                    return process.wait(left)
         finally:
-            if worker.poll() is None:
-                worker.terminate()
+            if process.poll() is None:
+                process.terminate()
                 try:
-                    worker.wait(20)
+                    process.wait(20)
                 except subprocess.TimeoutExpired:
-                    worker.kill()
-                    worker.wait()
+                    process.kill()
+                    process.wait()
+
+
+def launch_here(folder: Path, options: Options, lock: int) -> int:
+    """Makes the run in this process: no start of Python for each, but a crash ends the queue too."""
+    try:
+        worker.main(folder, options.data_dir)
+    except Exception:
+        (folder / LOG).write_text(traceback.format_exc())
+        return 1
+    return 0
 
 
 @contextlib.contextmanager
@@ -99,9 +113,10 @@ def locked(folder: Path) -> Iterator[int | None]:
 
 
 def _cpu_seconds() -> float:
-    """Of all children that have ended: one run at a time, so a difference is that run's."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Of this process and all its children that have ended: with one run at a time, differences are
+    that run's."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _append(folder: Path, entry: dict[str, Any]) -> None:
@@ -157,16 +172,24 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
     tqdm = need("tqdm", "tqdm", "the progress bar").tqdm
     tuning = list(study.tuning_runs())
     total = len(tuning) + len(study.groups) * len(study.methods) * len(study.final_seeds)
-    with tqdm(total=total, unit="run", disable=not options.progress, desc=study.name) as bar:
+    hidden = None if options.progress is None else not options.progress
+    begin, seen, made = time.monotonic(), 0, 0
+    with tqdm(total=total, unit="run", disable=hidden, desc=study.name) as bar:
 
         def through(planned_runs: list[PlannedRun]) -> bool:
+            nonlocal seen, made
             free = True
             for planned in planned_runs:
                 run = folder / planned.id
-                bar.set_postfix_str(planned.id, refresh=True)
+                bar.set_postfix_str(planned.id)
+                seen += 1
                 if not ((run / PLANNED).is_file() and _over(read_run(run), options)):
+                    if options.deadline is not None and time.monotonic() >= options.deadline:
+                        raise OutOfTime
                     if attempt(run, planned, options, launch):
-                        _tell(bar, run)
+                        made += 1
+                        left = (time.monotonic() - begin) / made * (total - seen) / 60
+                        bar.write(f"{_told(read_run(run))}; {seen}/{total}, {left:.0f} min left")
                     else:
                         free = False
                 bar.update()
@@ -177,16 +200,12 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
         return through(list(study.final_runs(winners(study, read(folder)[1], folder))))
 
 
-def _tell(bar: Any, folder: Path) -> None:
+def _told(record: Record) -> str:
     """A line for the log of a queue that is left alone."""
-    record = read_run(folder)
-    score = [
-        v for k, v in (record.rows[-1] if record.rows else {}).items() if k.startswith("validation")
-    ]
-    numbers = " ".join(f"{value:.4g}" for value in score)
-    bar.write(
-        f"{time.strftime('%H:%M:%S')} {record.id}: {record.status} {numbers} {record.error}".rstrip()
-    )
+    text = f"{time.strftime('%H:%M:%S')} {record.id}: {record.status}"
+    if record.rows:
+        text += f", validation score {record.rows[-1]['validation_score']:.4g}"
+    return f"{text} {record.error}".rstrip()
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +218,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, help="folder of the reports")
     parser.add_argument("--data-dir", help="folder of the data sets, instead of the studies' own")
     parser.add_argument("--retry-failed", action="store_true", help="make failed runs once more")
+    parser.add_argument(
+        "--here", action="store_true", help="no process for each run: quicker if tiny, less safe"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -212,14 +234,13 @@ def main(given: argparse.Namespace) -> int:
     for study in studies:
         check(study)
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    options = Options(
-        given.runs, deadline, given.data_dir, given.retry_failed, not given.no_progress
-    )
+    progress = False if given.no_progress else None
+    options = Options(given.runs, deadline, given.data_dir, given.retry_failed, progress)
     signal.signal(signal.SIGTERM, _terminated)
     left = False
     for study in studies:
         try:
-            if not work(study, options):
+            if not work(study, options, launch_here if given.here else launch):
                 left = True
                 print(f"{study.name}: some of its runs are in another queue's hands")
                 continue
@@ -229,16 +250,12 @@ def main(given: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"\n{study.name}: stopped; the same command goes on", file=sys.stderr)
             return 130
-        from experiments.pages import RESULTS, make
-
         print(make(options.root / study.name, given.results or RESULTS))
     return 3 if left else 0
 
 
 def check(study: Study) -> None:
     """Raises ValueError for a configuration that the training program would refuse."""
-    from experiments.config import RunConfig
-
     for group in study.groups:
         for method in study.methods.values():
             RunConfig().override(study.config(group, method))

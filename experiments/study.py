@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,12 +214,9 @@ def parse(text: str, source: str = "study") -> Study:
     missing = [key for key in ("name", "base", "methods", "final_seeds") if not declared.get(key)]
     if missing:
         raise ValueError(f"{source}: missing: {', '.join(missing)}")
-    name = str(declared["name"])
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"{source}: name must be letters, digits, - and _, got {name!r}")
     shared = declared.get("space") or {}
     groups = declared.get("groups") or {"": {}}
-    names = {str(group): flat(changes or {}) for group, changes in groups.items()}
+    named = {_name(group, source): flat(changes or {}) for group, changes in groups.items()}
     methods = {}
     for method, values in declared["methods"].items():
         methods[str(method)] = _method(str(method), values or {}, shared, source)
@@ -230,9 +228,9 @@ def parse(text: str, source: str = "study") -> Study:
     if "tuning_seeds" in declared:
         simple["tuning_seeds"] = tuple(declared["tuning_seeds"])
     return Study(
-        name=name,
+        name=_name(declared["name"], source),
         base=flat(declared["base"]),
-        groups=names,
+        groups=named,
         methods=methods,
         final_seeds=tuple(declared["final_seeds"]),
         text=text,
@@ -246,8 +244,15 @@ def _known(declared: Mapping[str, Any], keys: set[str], where: str) -> None:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {sorted(keys)}")
 
 
+def _name(name: object, where: str) -> str:
+    """It is part of file names."""
+    if not re.fullmatch(r"[\w.+-]*", str(name)):
+        raise ValueError(f"{where}: a name must be of letters, digits and _.+-, got {name!r}")
+    return str(name)
+
+
 def _method(name: str, values: Mapping[str, Any], shared: Mapping[str, Any], source: str) -> Method:
-    where = f"{source}, method {name}"
+    where = f"{source}, method {_name(name, source)}"
     _known(values, METHOD_KEYS, where)
     settings_of = values.get("settings_of") or ()
     settings_of = (settings_of,) if isinstance(settings_of, str) else tuple(settings_of)

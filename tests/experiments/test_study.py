@@ -113,7 +113,7 @@ def test_ids_are_the_same_for_the_same_configuration_only() -> None:
         ("set: {optimizer.name: adam}", "set: {optimizer: {lr: 1}}", "both set and drawn"),
         ("set: {decor: null}", "sets: {}", "unknown key 'sets'"),
         ("tuning_seeds", "select: test\ntuning_seeds", "select must be"),
-        ("name: small", "name: a/b", "name must be"),
+        ("name: small", "name: a/b", "a name must be"),
         ("name: small", "name: [", "not YAML"),
         ("trials: 4", "trials: 4\nwinners_from: other", "nothing is drawn"),
     ],
