@@ -41,10 +41,12 @@ def of_all(value: Any) -> list[Any]:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Over the processes."""
-    if active():
-        dist.all_reduce(values)
-    return values / world()
+    """Over the processes, in which they are of the same shape."""
+    if not active():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world()
 
 
 @contextmanager

@@ -55,6 +55,9 @@ class Task(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+EVALUATED = 512  # images at a time: they need no gradients
+
+
 class Classification:
     """Images and their classes by cross-entropy; the score is accuracy.
 
@@ -75,27 +78,33 @@ class Classification:
             train_size=data.train_size,
             test_size=data.test_size,
             validation_fraction=data.validation_fraction,
+            augment=data.augment,
+            **data.options,
         ).to(device, config.channels_last)
         model = build_model(
             config.model.name, self.data.image_shape, self.data.num_classes, **config.model.options
         )
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=layout)
-        self.steps_per_epoch = len(self.data.train) // config.batch_size
+        self.device = device
+        self.model = model.to(device=device, memory_format=layout)
+        images, processes = len(self.data.train), parallel.world()
+        self.steps_per_epoch = images // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"batch_size is {config.batch_size}: expected at most {len(self.data.train)}, the "
-                "number of training images"
+                f"batch_size is {config.batch_size}: expected at most {images}, the number of "
+                "training images"
+            )
+        if config.batch_size % processes:
+            raise ValueError(
+                f"batch_size is {config.batch_size}: expected a multiple of {processes}, the number "
+                "of processes"
             )
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of equal size: the few images that are left over come first in no epoch but by chance."""
+        """Of equal size: which images are left over is another matter of chance each time."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        train = self.data.train
-        order = torch.randperm(len(train), generator=generator).to(train.y.device)
-        for index in order.split(self.batch_size)[: self.steps_per_epoch]:
-            own = index[parallel.rank() :: parallel.world()]
-            yield train.x[own], train.y[own]
+        part = parallel.rank(), parallel.world()
+        return self.data.train.batches(self.batch_size, generator, part=part, drop_last=True)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
@@ -103,11 +112,11 @@ class Classification:
         loss = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
         return loss, (logits.detach().argmax(1) == y).float().mean()
 
-    def evaluate(self, split: str, batch_size: int = 1024) -> tuple[float, float]:
+    def evaluate(self, split: str) -> tuple[float, float]:
         part = getattr(self.data, split)
-        loss = torch.zeros((), device=part.y.device)
-        hits = torch.zeros((), device=part.y.device, dtype=torch.int64)
-        for x, y in zip(part.x.split(batch_size), part.y.split(batch_size), strict=True):
+        loss = torch.zeros((), device=self.device)
+        hits = torch.zeros((), device=self.device, dtype=torch.int64)
+        for x, y in part.batches(EVALUATED):
             logits = self.model(x)
             loss += F.cross_entropy(logits.float(), y, reduction="sum")
             hits += (logits.argmax(1) == y).sum()

@@ -22,20 +22,47 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import checkpoint, decorrelation, optimizers, parallel, schedules, tasks
+import dbp_kernels as dbp
+from experiments import checkpoint, parallel, schedules, tasks
 from experiments.config import RunConfig
+from experiments.energy import Meter
 from experiments.environment import environment
 from experiments.extras import need
 from experiments.metrics import Row, to_csv
+from experiments.optimizers import Optimizers
 
 WARM_UP_STEPS = 3
+# In what a run may differ that is continued: it decides nothing.
+MAY_CHANGE = ("data.dir", "checkpoint_every", "save_model")
+
+
+def _product(added: Any, a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _factorisation(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return math.prod(matrix) * matrix[-1] // 3
+
+
+def _inverse(factor: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(factor) * factor[-1] // 3
+
+
+# What torch's counter leaves out, of the shapes it gives.
+UNCOUNTED = {
+    torch.ops.aten.addmm_: _product,
+    torch.ops.aten.baddbmm_: _product,
+    torch.ops.aten.linalg_cholesky_ex: _factorisation,
+    torch.ops.aten.cholesky_inverse: _inverse,
+}
 # How often a long epoch looks whether its loss is still finite, for which a GPU has to be waited for.
 CHECK_EVERY = 100
 
@@ -47,44 +74,28 @@ class Trainer:
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
         self.task = tasks.build(config, device)
-        self.optimizers = optimizers.build(config.optimizer, self.task.model)
-        self.decor = None
-        if config.decor is not None:
-            self.decor = decorrelation.attach(
-                config.decor, self.task.model, self.optimizers, config.seed
-            )
+        self.optimizers = Optimizers(config, self.task.model)
         self.model: Any = self.task.model
         if parallel.world() > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
             self.model = torch.compile(self.model)
         self.steps = config.epochs * self.task.steps_per_epoch
-        self.step_number = 0
-        for group in self.groups():
-            group["initial_lr"] = group["lr"]
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimisers' parameter groups, which ``load_state_dict`` makes anew."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.done = 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.amp is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any, model: nn.Module | None = None) -> Tensor:
         """One step of all optimisers; loss and score of the batch, (2,)."""
-        factor = schedules.factor(self.config.schedule, self.step_number, self.steps)
-        for group in self.groups():
-            group["lr"] = group["initial_lr"] * factor
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         with self.autocast():
-            loss, score = self.task.loss(self.model, batch)
+            loss, score = self.task.loss(model or self.model, batch)
         loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step_number += 1
+        self.optimizers.step(schedules.factor(self.config.schedule, self.done, self.steps))
+        self.done += 1
         return torch.stack([loss.detach().float(), score.detach().float()])
 
     def evaluate(self, split: str) -> tuple[float, float]:
@@ -99,15 +110,16 @@ class Trainer:
 
     def decorrelation_loss(self) -> float | None:
         """Mean over layers at their last updates; ``None`` where R does not learn."""
-        losses = [] if self.decor is None else list(self.decor.losses().values())
+        decor = self.optimizers.decor
+        losses = [] if decor is None else list(decor.losses().values())
         return torch.stack([v.float() for v in losses]).mean().item() if losses else None
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.task.model.state_dict(),
             "task": self.task.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step_number": self.step_number,
+            "optimizers": self.optimizers.state_dict(),
+            "done": self.done,
             "random": parallel.of_all(checkpoint.random_states()),
         }
 
@@ -119,24 +131,33 @@ class Trainer:
             )
         self.task.model.load_state_dict(state["model"])
         self.task.load_state_dict(state["task"])
-        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-        self.step_number = state["step_number"]
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.done = state["done"]
         checkpoint.set_random_states(state["random"][parallel.rank()])
 
     def warm_up(self) -> int:
         """Steps that leave nothing behind, so that the run does not pay for first calls.
 
-        Returns the floating point operations of one of them, multiply-adds counted twice.
+        Returns the floating point operations of a step of all processes, multiply-adds counted
+        twice: those of products, convolutions and FOOF's inverses, on average over a period of the optimisers.
         """
         state = copy.deepcopy(self.state_dict())
-        self.model.train()
-        counter = FlopCounterMode(display=False)
-        for number, batch in zip(range(WARM_UP_STEPS), self.task.batches(0), strict=False):
-            with counter if number == 0 else contextlib.nullcontext():
+        self.task.model.train()
+        flops = counted = 0
+        for batch in self.task.batches(0):
+            if counted < self.optimizers.period:
+                counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+                # kernels of our own are not seen by the counter, nor is compiled code
+                with counter, dbp.backend("eager"):
+                    self.step(batch, self.task.model)
+                flops += counter.get_total_flops()
+                counted += 1
+            elif self.done < counted + WARM_UP_STEPS:
                 self.step(batch)
+            else:
+                break
         self.load_state_dict(state)
-        return counter.get_total_flops()
+        return flops * parallel.world() // counted
 
 
 def run(
@@ -160,7 +181,7 @@ def run(
     with parallel.processes(_device(config)) as device:
         finished = parallel.of_first(_prepare(config, directory, resume))
         if finished is not None:
-            return finished
+            return cast(dict[str, Any], finished)
         threads = torch.get_num_threads()
         torch.set_num_threads(config.threads or threads)
         try:
@@ -191,7 +212,11 @@ def _prepare(config: RunConfig, directory: Path, resume: bool) -> dict[str, Any]
             f"{directory} has files already: expected another one, or resume to continue its run"
         )
     if written.exists():
-        changed = RunConfig.from_yaml(written).differences(config)
+        changed = [
+            line
+            for line in RunConfig.from_yaml(written).differences(config)
+            if line.split(":")[0] not in MAY_CHANGE
+        ]
         if changed:
             raise ValueError(f"{directory} has another run (then, now): {'; '.join(changed)}")
         if (directory / "result.json").exists():
@@ -210,11 +235,15 @@ class _Run:
         self.trainer = Trainer(config, device)
         self.flops = self.trainer.warm_up()
         self.rows: list[Row] = []
+        self.energy: float | None = 0.0
+        self.meter = Meter(device)
         self.checkpoint = directory / "checkpoint.pt"
         if self.checkpoint.exists():
             state = checkpoint.load(self.checkpoint)
             self.trainer.load_state_dict(state["trainer"])
             self.rows = [Row(**row) for row in state["rows"]]
+            self.energy = state["energy"]
+            self._write_metrics()  # it was left as it was before the checkpoint, or is ahead of it
 
     def train(self, progress: bool) -> dict[str, Any]:
         """The epochs that are missing."""
@@ -223,14 +252,28 @@ class _Run:
         steps = self.config.epochs * self.trainer.task.steps_per_epoch
         done = self.rows[-1].step if self.rows else 0
         hidden = not (progress and first)
-        with tqdm(total=steps, initial=done, unit="step", disable=hidden, file=sys.stderr) as bar:
+        with (
+            _board(self.directory, done) if first else contextlib.nullcontext() as board,
+            tqdm(total=steps, initial=done, unit="step", disable=hidden, file=sys.stderr) as bar,
+        ):
             while not self._over():
                 self._epoch(bar)
-                if first:
-                    text = to_csv(self.rows)
-                    checkpoint.write_atomically(self.directory / "metrics.csv", text.encode())
+                self._write_metrics()
+                if board is not None:
+                    self._show(board)
                 bar.set_postfix_str(f"test score {self.rows[-1].test_score:.4f}", refresh=False)
         return self._finish()
+
+    def _write_metrics(self) -> None:
+        if parallel.rank() == 0:
+            text = to_csv(self.rows)
+            checkpoint.write_atomically(self.directory / "metrics.csv", text.encode())
+
+    def _show(self, board: Any) -> None:
+        last = self.rows[-1]
+        for name, value in dataclasses.asdict(last).items():
+            if isinstance(value, float):
+                board.add_scalar(name, value, last.step)
 
     def _over(self) -> bool:
         return len(self.rows) == self.config.epochs or self._diverged()
@@ -243,15 +286,16 @@ class _Run:
         trainer.model.train()
         sums = torch.zeros(2, device=self.device)
         self._synchronize()
-        start = time.perf_counter()
+        joules, start = self.meter.joules(), time.perf_counter()
         count = 0
         for count, batch in enumerate(trainer.task.batches(len(self.rows)), start=1):
             sums += trainer.step(batch)
             bar.update()
-            if count % CHECK_EVERY == 0 and not math.isfinite(sums[0].item()):
+            if count % CHECK_EVERY == 0 and not parallel.mean(sums).isfinite().all():
                 break
         self._synchronize()
         seconds = time.perf_counter() - start
+        self._count_energy(joules)
         loss, score = (parallel.mean(sums) / count).tolist()
         step = count + (before.step if before else 0)
         validation, test = trainer.evaluate("validation"), trainer.evaluate("test")
@@ -267,7 +311,7 @@ class _Run:
                 validation_score=validation[1],
                 test_loss=test[0],
                 test_score=test[1],
-                lr=trainer.groups()[0]["lr"],
+                lr=trainer.optimizers.groups()[0]["lr"],
                 decorrelation_loss=trainer.decorrelation_loss(),
             )
         )
@@ -275,10 +319,21 @@ class _Run:
         if every and (self._over() or len(self.rows) % every == 0):
             self._save()
 
+    def _count_energy(self, before: float | None) -> None:
+        """What all processes' devices have taken since; ``None`` once one of them does not know."""
+        after = self.meter.joules()
+        own = None if before is None or after is None else after - before
+        taken = parallel.of_all(own)
+        if self.energy is None or None in taken:
+            self.energy = None
+        else:
+            self.energy += sum(taken)
+
     def _save(self) -> None:
         state = {
             "trainer": self.trainer.state_dict(),
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "energy": self.energy,
         }
         if parallel.rank() == 0:
             checkpoint.save(self.checkpoint, state)
@@ -289,6 +344,7 @@ class _Run:
             "epochs": len(self.rows),
             "seconds": self.rows[-1].seconds,
             "flops_per_step": self.flops,
+            "energy_joules": self.energy,
             **environment(),
         }
         if parallel.rank() == 0:
@@ -302,3 +358,12 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _board(directory: Path, done: int) -> contextlib.AbstractContextManager[Any]:
+    """TensorBoard's writer, if that is installed; what was told of steps after ``done`` is void."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return contextlib.nullcontext()
+    return SummaryWriter(str(directory), purge_step=done + 1)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import data as data_module
 from experiments import report as rules
 from experiments.__main__ import config_from, main, parser, sample, seeds
 from experiments.configs import PRESETS, Config, Setting
-from experiments.data import load, read_parquet
-from experiments.extras import need
+from experiments.data import load
 from experiments.loop import Row, Trainer
-from experiments.models import ConvNet, build_model, resnet18, resnet50
 from experiments.plots import plot_report
 from experiments.results import COLUMNS, ResultsDirectory, Run, group_runs, read_rows
 from experiments.runner import write_report
@@ -32,146 +27,9 @@ pyarrow = pytest.importorskip("pyarrow")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
-import pyarrow.parquet as pq  # noqa: E402
 
 BP = Setting("bp", 1e-3)
 DBP = Setting("dbp", 1e-3, 1e-3)
-
-
-# --- models -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet18"])
-def test_models_take_every_image_size(name: str, shape: tuple[int, int, int]) -> None:
-    model = build_model(name, shape, 10)
-    assert model(torch.randn(2, *shape)).shape == (2, 10)
-
-
-def test_convnet_layers_are_the_ones_asked_for() -> None:
-    model = ConvNet(3, (64, 64, 128), image_size=32, batch_norm=True)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels) for c in convolutions] == [(3, 64), (64, 64), (64, 128)]
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 3
-    plain = ConvNet(3, (8,), batch_norm=False)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
-
-
-def test_resnets_have_torchvisions_sizes_and_names() -> None:
-    # torchvision.models: 11,689,512 and 25,557,032 parameters.
-    model = resnet18()
-    assert sum(p.numel() for p in model.parameters()) == 11_689_512
-    assert sum(p.numel() for p in resnet50().parameters()) == 25_557_032
-    names = set(model.state_dict())
-    assert {"conv1.weight", "layer2.0.downsample.1.running_mean", "layer4.1.bn2.bias"} <= names
-    assert {"fc.weight", "fc.bias"} <= names
-    assert resnet18(10, stem="cifar").conv1.weight.shape == (64, 3, 3, 3)
-
-
-def test_build_model_names_the_bad_value() -> None:
-    with pytest.raises(ValueError, match="'vgg'"):
-        build_model("vgg", (3, 32, 32), 10)
-    with pytest.raises(ValueError, match="resnet18"):
-        build_model("resnet18", (3, 32, 32), 10, batch_norm=False)
-
-
-# --- data -------------------------------------------------------------------------------------
-
-
-def png(pixels: torch.Tensor) -> bytes:
-    """uint8 (H, W) or (H, W, 3) -> PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def make_parquet(path: Path, images: list[bytes], labels: list[int], column: str) -> None:
-    """A hub-like file: ``column`` is a struct {bytes, path}, or raw bytes if its name has a dot."""
-    if "." in column:
-        cells = pyarrow.array(images, pyarrow.binary())
-    else:
-        cells = pyarrow.array([{"bytes": b, "path": None} for b in images])
-    pq.write_table(pyarrow.table({column: cells, "label": labels}), path)
-
-
-@pytest.mark.parametrize("column", ["image", "img", "image.bytes"])
-def test_parquet_gives_back_the_pixels(tmp_path: Path, column: str) -> None:
-    pixels = torch.randint(0, 256, (5, 6, 4, 3), dtype=torch.uint8)
-    make_parquet(tmp_path / "a.parquet", [png(p) for p in pixels], [3, 1, 4, 1, 5], column)
-    images, labels = read_parquet(tmp_path / "a.parquet")
-    assert labels == [3, 1, 4, 1, 5]
-    assert torch.equal(torch.stack(images), pixels.permute(0, 3, 1, 2))
-    images, labels = read_parquet(tmp_path / "a.parquet", limit=2)
-    assert labels == [3, 1]
-    assert len(images) == 2
-
-
-def test_loading_joins_shards_in_order_and_splits_off_the_last_for_validation(
-    tmp_path: Path,
-) -> None:
-    pixels = torch.randint(0, 256, (14, 5, 5), dtype=torch.uint8)
-    encoded = [png(p) for p in pixels]
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    make_parquet(folder / "train-00001-of-00002.parquet", encoded[6:10], [6, 7, 8, 9], "image")
-    make_parquet(folder / "train-00000-of-00002.parquet", encoded[:6], [0, 1, 2, 3, 4, 5], "image")
-    make_parquet(folder / "test-00000-of-00001.parquet", encoded[10:], [1, 2, 3, 4], "image")
-    loaded = load("mnist", tmp_path, validation_fraction=0.2)
-    assert loaded.train.y.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert loaded.validation.y.tolist() == [8, 9]
-    assert loaded.test.y.tolist() == [1, 2, 3, 4]
-    assert loaded.image_shape == (1, 5, 5)
-    # Normalised by the training split alone.
-    raw = pixels.float().unsqueeze(1) / 255
-    mean, std = raw[:8].mean(), raw[:8].std()
-    torch.testing.assert_close(loaded.train.x, (raw[:8] - mean) / std)
-    torch.testing.assert_close(loaded.test.x, (raw[10:] - mean) / std)
-    limited = load("mnist", tmp_path, train_size=7, test_size=2, validation_fraction=0.2)
-    assert limited.train.y.tolist() + limited.validation.y.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert limited.test.y.tolist() == [1, 2]
-
-
-def test_missing_data_names_every_place_that_was_looked_at(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as error:
-        load("cifar10", tmp_path / "nowhere")
-    text = str(error.value)
-    assert "train-*.parquet" in text
-    assert str(tmp_path / "nowhere") in text
-    assert str(tmp_path / "nowhere" / "cifar10") in text
-    assert "not a folder" in text
-    assert "uoft-cs/cifar10" in text
-
-
-def test_wrong_columns_are_named(tmp_path: Path) -> None:
-    pq.write_table(pyarrow.table({"picture": [b"x"], "label": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"no image column.*found picture, label"):
-        read_parquet(tmp_path / "a.parquet")
-
-
-def test_digits_are_split_without_overlap_and_the_same_every_time() -> None:
-    first, second = load("digits"), load("digits")
-    assert torch.equal(first.train.x, second.train.x)
-    sizes = len(first.train), len(first.validation), len(first.test)
-    assert sum(sizes) == 1797
-    assert sizes[2] == data_module.DIGITS_TEST
-    assert first.image_shape == (1, 8, 8)
-    assert abs(first.train.x.mean().item()) < 1e-5
-    # Every class is in every split.
-    for split in (first.train, first.validation, first.test):
-        assert split.y.unique().numel() == 10
-
-
-def test_empty_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="split empty"):
-        load("digits", train_size=1)
-    with pytest.raises(ValueError, match="'imagenet'"):
-        load("imagenet")
-
-
-def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"scikit-learn.*dbp-kernels\[experiments\]"):
-        need("sklearn.datasets", "scikit-learn", "the digits images")
 
 
 # --- rules of the report ------------------------------------------------------------------------
