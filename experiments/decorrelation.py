@@ -52,5 +52,5 @@ def rotate(W: Tensor, R: Tensor, transposed: bool, generator: torch.Generator) -
 def orthogonal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Orthogonal matrices (..., D, D) from the uniform (Haar) distribution, float64."""
     Q, upper = torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64))
-    signs = torch.diagonal(upper, dim1=-2, dim2=-1).sign()
-    return Q * signs.unsqueeze(-2)
+    signs: Tensor = torch.diagonal(upper, dim1=-2, dim2=-1).sign()
+    return signs.unsqueeze(-2) * Q

@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def read(path: Path) -> list[Row]:
 
 
 def _row(line: dict[str, str]) -> Row:
-    loss = line.pop("decorrelation_loss")
-    ints = {name: int(line.pop(name)) for name in ("epoch", "step", "examples")}
-    floats = {name: float(cell) for name, cell in line.items()}
-    return Row(**ints, **floats, decorrelation_loss=float(loss) if loss else None)
+    values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in line.items()}
+    ints = {name: int(line[name]) for name in ("epoch", "step", "examples")}
+    return Row(**{**values, **ints})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-_MAKE = {
+_MAKE: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {
     "sgd": functools.partial(_plain, torch.optim.SGD),
     "adam": functools.partial(_plain, torch.optim.Adam),
     "adamw": functools.partial(_plain, torch.optim.AdamW),

@@ -129,7 +129,7 @@ class Classification:
         pass
 
 
-TASKS = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification}
 
 
 def build(config: RunConfig, device: torch.device) -> Task:

@@ -291,7 +291,7 @@ class _Run:
         for count, batch in enumerate(trainer.task.batches(len(self.rows)), start=1):
             sums += trainer.step(batch)
             bar.update()
-            if count % CHECK_EVERY == 0 and not parallel.mean(sums).isfinite().all():
+            if count % CHECK_EVERY == 0 and not parallel.mean(sums)[0].isfinite():
                 break
         self._synchronize()
         seconds = time.perf_counter() - start

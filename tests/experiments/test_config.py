@@ -10,6 +10,10 @@ import pytest
 
 import dbp_kernels as dbp
 from experiments.config import DecorConfig, RunConfig, parse_yaml
+from experiments.data import Augment
+from experiments.models import build_model
+from experiments.optimizers import Optimizers
+from experiments.schedules import factor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
 
@@ -106,6 +110,19 @@ def test_decor_has_the_options_of_attach() -> None:
     assert {name: theirs[name].default for name in ours} == ours
 
 
+SHAPES = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "parquet": (3, 224, 224),
+}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_files_are_valid(path: Path) -> None:
-    RunConfig.from_yaml(path)
+    config = RunConfig.from_yaml(path)
+    shape = SHAPES[config.data.name]
+    model = build_model(config.model.name, shape, 10, **config.model.options)
+    Optimizers(config.override({"decor": None}), model)  # whose R would take gigabytes
+    factor(config.schedule, 0, 10)
+    Augment.parse(config.data.augment).check(*shape[1:])

@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from experiments import checkpoint
+from experiments import checkpoint, tasks
 from experiments.__main__ import main
 from experiments.checkpoint import random_states, set_random_states
 from experiments.config import RunConfig
+from experiments.energy import Meter
 from experiments.metrics import COLUMNS, read
 from experiments.train import run
 
@@ -74,6 +77,26 @@ def assert_same(a: Path, b: Path) -> None:
     assert status_a == status_b
     assert model_a.keys() == model_b.keys()
     assert all(torch.equal(model_a[name], model_b[name]) for name in model_a)
+
+
+class Death(BaseException):
+    pass
+
+
+def dying(patch: pytest.MonkeyPatch, write: int, after: bool = False) -> None:
+    """The process ends before (or after) its so-manieth file gets its name."""
+    replace, done = os.replace, 0
+
+    def dies(a: Any, b: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == write and not after:
+            raise Death
+        replace(a, b)
+        if done == write:
+            raise Death
+
+    patch.setattr(os, "replace", dies)
 
 
 # --- what comes out ---------------------------------------------------------------------------
@@ -176,16 +199,51 @@ def test_a_long_epoch_is_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read(tmp_path / "run" / "metrics.csv")[0].step < 270 // 8
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was told of an epoch before its checkpoint was there is told once in the end."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(config(), tmp_path / "run", progress=False)
-    events = EventAccumulator(str(tmp_path / "run"))
+    out, own = tmp_path / "run", config(checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        dying(patch, 3)  # at the checkpoint of the second epoch, the first one's metrics are told
+        with pytest.raises(Death):
+            run(own, out, progress=False)
+    run(own, out, resume=True, progress=False)
+    events = EventAccumulator(str(out))
     events.Reload()
-    rows = read(tmp_path / "run" / "metrics.csv")
+    rows = read(out / "metrics.csv")
     told = [(event.step, event.value) for event in events.Scalars("test_loss")]
     assert told == [(row.step, pytest.approx(row.test_loss)) for row in rows]
+
+
+def test_energy_is_read_where_nvml_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([1000, 2000, 5500])
+
+    class Nvml:
+        @staticmethod
+        def nvmlInit() -> None:
+            pass
+
+        @staticmethod
+        def nvmlDeviceGetHandleByUUID(uuid: bytes) -> str:
+            return uuid.decode()
+
+        @staticmethod
+        def nvmlDeviceGetTotalEnergyConsumption(handle: str) -> int:
+            assert handle == "GPU-17"
+            return next(readings)
+
+    class Properties:
+        uuid = 17
+
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    meter = Meter(torch.device("cuda"))
+    assert [meter.joules(), meter.joules()] == [2.0, 5.5]
+    assert Meter(torch.device("cpu")).joules() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]
+    assert Meter(torch.device("cuda")).joules() is None
 
 
 # --- controls ---------------------------------------------------------------------------------
@@ -213,33 +271,17 @@ def test_orthogonal_is_plain_for_sgd_and_not_for_adam(tmp_path: Path) -> None:
 # --- going on ---------------------------------------------------------------------------------
 
 
-class Death(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("after", [False, True])
 def test_death_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
-    """Before or after each file gets its name, the process ends; another one goes on."""
+    """Another process goes on, whichever file was the last to be written."""
     own = config(**METHODS["adamw+dbp"])
     run(own, tmp_path / "whole", progress=False)
-    replace = os.replace
     writes = 0
     while True:
         writes += 1
         out = tmp_path / f"died-{writes}"
-        left = [writes]
-
-        def dying(a: Any, b: Any, left: list[int] = left) -> None:
-            left[0] -= 1
-            if after:
-                replace(a, b)
-            if left[0] == 0:
-                raise Death
-            if not after:
-                replace(a, b)
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", dying)
+            dying(patch, writes, after)
             try:
                 run(own, out, progress=False)
                 died = False
@@ -255,6 +297,48 @@ def test_death_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aft
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Walk:
+    """A task that learns to say where a walk of its own is, as an agent's environment has a state."""
+
+    steps_per_epoch = 5
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.model: nn.Module = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+        self.place = torch.zeros(config.batch_size, 3)
+
+    def batches(self, epoch: int) -> Iterator[torch.Tensor]:
+        for _ in range(self.steps_per_epoch):
+            self.place = self.place + torch.randn_like(self.place)
+            yield self.place
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = (model(batch) - batch).square().mean()
+        return loss, -loss.detach()
+
+    def evaluate(self, split: str) -> tuple[float, float]:
+        loss, score = self.loss(self.model, torch.ones(1, 3))
+        return loss.item(), score.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def test_a_task_with_a_state_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators and dropout, too; and the steps of the warm-up are forgotten."""
+    monkeypatch.setitem(tasks.TASKS, "walk", Walk)
+    own = config(task="walk", decor={"lr": 1e-3}, epochs=4)
+    run(own, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        dying(patch, 6)
+        with pytest.raises(Death):
+            run(own, tmp_path / "died", progress=False)
+    run(own, tmp_path / "died", resume=True, progress=False)
+    assert_same(tmp_path / "whole", tmp_path / "died")
 
 
 def program(file: Path, out: Path) -> subprocess.Popen[bytes]:
