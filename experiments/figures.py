@@ -180,8 +180,8 @@ def _tuning_panel(
     bottom: float,
     look: dict[str, dict[str, Any]],
 ) -> None:
-    kinds = {d.kind for m in analysis.study.methods.values() for d in m.space if d.key == key}
-    if "choice" in kinds:
+    dimensions = [d for m in analysis.study.methods.values() for d in m.space if d.key == key]
+    if any(d.kind == "choice" for d in dimensions):
         order = list(dict.fromkeys(str(run.settings[key]) for run in runs))
         order.sort(key=lambda text: (len(text), text))
         places = {run.id: float(order.index(str(run.settings[key]))) for run in runs}
@@ -192,7 +192,14 @@ def _tuning_panel(
         places = {run.id: places[run.id] + shift[run.method] for run in runs}
     else:
         places = {run.id: float(run.settings[key]) for run in runs}
-        axis.set_xscale("log" if "log" in kinds else "linear")
+        low, high = (f(d.values[i] for d in dimensions) for i, f in enumerate((min, max)))
+        if all(d.kind == "log" for d in dimensions):
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            ticks = np.geomspace(low, high, 4)
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            room = (high / low) ** 0.04
+            axis.set_xlim(low / room, high * room)
     for method in dict.fromkeys(run.method for run in runs):
         colour = look[method]["color"]
         own = [run for run in runs if run.method == method]
@@ -200,6 +207,7 @@ def _tuning_panel(
         through = [run for run in own if math.isfinite(last[run.id])]
         lost = [run for run in own if not math.isfinite(last[run.id])]
         style: dict[str, Any] = {"color": colour, "linestyle": "none", "markersize": 5}
+        style["alpha"] = 0.75  # of two at one place both are seen
         axis.plot(
             [places[r.id] for r in through],
             [last[r.id] for r in through],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from experiments import choice, statistics
 from experiments.analysis import UNITS, Analysis, Group, Line, analyse, times_to
 from experiments.figures import draw_scores, draw_times, draw_tuning
 from experiments.records import ENVIRONMENTS, RUNS, Record, read, write_tables
-from experiments.report import markdown_table
 from experiments.statistics import ALPHA, Comparison
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,8 +43,9 @@ def make(folder: Path, results: Path = RESULTS) -> str:
     pictures = {group: _pictures(found, group, folder) for group in study.groups}
     (folder / RESULT).write_text(json.dumps(_numbers(found), indent=1) + "\n")
     (folder / REPORT).write_text(_page(found, folder, pictures))
-    lines = [f"{study.name}: {len(records)} runs", *verdicts(found), f"Page: {folder / REPORT}"]
-    return "\n".join(line.replace("**", "") for line in lines)
+    tables = [_final_table(found, group) for group in found.groups if group.lines]
+    sentences = [sentence.replace("**", "") for sentence in verdicts(found)]
+    return "\n".join([*tables, *sentences, f"Page: {folder / REPORT}"])
 
 
 def _pictures(found: Analysis, name: str, folder: Path) -> list[tuple[str, str]]:
@@ -66,7 +67,18 @@ def _pictures(found: Analysis, name: str, folder: Path) -> list[tuple[str, str]]
     return pictures
 
 
-# --- words -----------------------------------------------------------------------------------------
+# --- tables and words -----------------------------------------------------------------------------------------
+
+
+def markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """An aligned table that reads as plain text and renders as markdown."""
+    widths = [max(len(line[i]) for line in [headers, *lines]) for i in range(len(headers))]
+
+    def render(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([render(headers), rule, *map(render, lines)])
 
 
 def _g(value: float, digits: int = 4) -> str:
@@ -254,7 +266,7 @@ def _provenance(found: Analysis, folder: Path) -> str:
     load = [r.facts["load"] for r in records if "load" in r.facts]
     lines = [
         f"- Made by `python -m experiments queue {study.name}`; this page alone, from the tables "
-        f"beside it: `python -m experiments report experiments/results/{folder.name}`.",
+        f"beside it: `python -m experiments report {_shown(folder)}`.",
         f"- {len(records)} runs took {hours:.2f} hours of CPU time, {wall:.2f} hours by the clock, with "
         "evaluation, starts and repeated attempts.",
     ]
@@ -278,6 +290,13 @@ def _provenance(found: Analysis, folder: Path) -> str:
         "- Files: `study.yaml` (the declaration), `runs.csv`, `epochs.csv`, `result.json`."
     )
     return "\n".join(lines)
+
+
+def _shown(folder: Path) -> str:
+    """From the clone's root, where it lies within: pages name nobody's machine."""
+    resolved = folder.resolve()
+    root = RESULTS.parents[1]
+    return str(resolved.relative_to(root) if resolved.is_relative_to(root) else folder.name)
 
 
 def _run_table(found: Analysis) -> str:
