@@ -7,8 +7,8 @@ The rules, fixed before any run, beside those of ``experiments.choice`` and ``ex
 * A group's target is the final score that the best of its baselines reaches with half of its seeds
   or more: the lower median, of the baseline for which it is the highest. That baseline is what all
   others are compared with.
-* A method whose median run never reaches the target has lost in time to the baseline, whatever p:
-  where both miss it with a seed, which the target makes common, the test leaves the seed out.
+* Against others a run of the baseline that ends below the target, which the target makes common,
+  counts as if it had been reached with its last step: that can only make a method look slower.
 * A control is compared, besides, with the method whose settings it has.
 """
 
@@ -129,14 +129,19 @@ def final_score(record: Record) -> float:
     return -math.inf if math.isnan(score) else score
 
 
+def times_of(record: Record) -> dict[str, list[float]]:
+    """When its evaluations were, by unit; not a number where FLOPs are not known."""
+    scales = {"TFLOP": record.facts.get("flops_per_step", math.nan) / 1e12}
+    return {
+        unit: [row[column] * scales.get(unit, 1.0) for row in record.rows]
+        for unit, column in UNITS.items()
+    }
+
+
 def times_to(record: Record, target: float) -> dict[str, float]:
     """By unit. A run that diverges later has reached the target all the same if it had it before."""
     scores = [row["test_score"] for row in record.rows]
-    times = {}
-    for unit, column in UNITS.items():
-        scale = record.facts.get("flops_per_step", math.nan) / 1e12 if unit == "TFLOP" else 1.0
-        times[unit] = time_to([row[column] * scale for row in record.rows], scores, target)
-    return times
+    return {unit: time_to(times, scores, target) for unit, times in times_of(record).items()}
 
 
 def _group(
@@ -170,18 +175,22 @@ def _group(
         lines[method] = Line(method, chosen[name, method], records, values, times)
     for method, line in lines.items():
         if baseline is not None and method != baseline:
-            line.against_baseline.update(_misses_lose(_compare(line, lines[baseline])))
+            line.against_baseline.update(_compare(line, _at_most_all(lines[baseline])))
         parent = line.winner.method
         if parent != method and parent in lines:
             line.against_parent.update(_compare(line, lines[parent]))
     return Group(name, lines, target, baseline)
 
 
-def _misses_lose(found: dict[str, Comparison]) -> dict[str, Comparison]:
-    return {
-        unit: replace(c, verdict="loss") if c.verdict == "tie" and c.value == math.inf else c
-        for unit, c in found.items()
-    }
+def _at_most_all(line: Line) -> Line:
+    """The baseline's line with its misses taken for the whole runs; lost runs are never there."""
+    times = {unit: dict(by_seed) for unit, by_seed in line.times.items()}
+    for seed, record in line.records.items():
+        if record.status == "finished":
+            whole = times_of(record)
+            for unit, by_seed in times.items():
+                by_seed[seed] = min(by_seed[seed], whole[unit][-1])
+    return replace(line, times=times)
 
 
 def _compare(line: Line, other: Line) -> dict[str, Comparison]:

@@ -182,14 +182,13 @@ def _tuning_panel(
 ) -> None:
     dimensions = [d for m in analysis.study.methods.values() for d in m.space if d.key == key]
     if any(d.kind == "choice" for d in dimensions):
-        order = list(dict.fromkeys(str(run.settings[key]) for run in runs))
-        order.sort(key=lambda text: (len(text), text))
-        places = {run.id: float(order.index(str(run.settings[key]))) for run in runs}
+        order = list(dict.fromkeys(str(value) for d in dimensions for value in d.values))
         axis.set_xticks(range(len(order)), order)
-        names = list(analysis.study.methods)
+        axis.set_xlim(-0.5, len(order) - 0.5)
+        names = list(dict.fromkeys(run.method for run in runs))
         # Beside each other, or they would hide each other.
-        shift = {name: 0.12 * (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
-        places = {run.id: places[run.id] + shift[run.method] for run in runs}
+        shift = dict(zip(names, np.linspace(-0.3, 0.3, len(names)), strict=True))
+        places = {r.id: order.index(str(r.settings[key])) + shift[r.method] for r in runs}
     else:
         places = {run.id: float(run.settings[key]) for run in runs}
         low, high = (f(d.values[i] for d in dimensions) for i, f in enumerate((min, max)))

@@ -19,6 +19,7 @@ from experiments.analysis import analyse
 from experiments.choice import winners
 from experiments.pages import make, verdicts
 from experiments.records import Record, read, write_tables
+from experiments.statistics import median
 from experiments.study import PlannedRun, Study, parse
 
 SEEDS = list(range(10, 18))
@@ -98,10 +99,28 @@ def test_target_and_times_are_those_of_the_best_baseline(study: Study, tmp_path:
     assert decor.against_baseline["seconds"].verdict == "gain"
     assert decor.against_baseline["seconds"].p == 2 / 2**8
     slow = group.lines["slow"].against_baseline["seconds"]
-    assert (slow.verdict, slow.value, slow.p) == ("loss", math.inf, 2 / 2**5)
+    assert (slow.verdict, slow.value, slow.p) == ("loss", math.inf, 2 / 2**8)
     assert group.lines["slow"].against_baseline["score"].verdict == "loss"
     assert not decor.against_parent
     assert group.lines["matched"].against_parent["epochs"].verdict == "loss"
+
+
+def test_a_baselines_miss_is_its_whole_run_against_others(study: Study, tmp_path: Path) -> None:
+    """Three of plain's seeds end below the target: they would make every ratio's median fragile."""
+    found = analyse(study, everything(study, tmp_path), tmp_path)
+    lines = found.groups[0].lines
+    times = list(lines["plain"].times["epochs"].values())
+    assert times.count(math.inf) == 3
+    comparison = lines["decor"].against_baseline["epochs"]
+    assert comparison.value == pytest.approx(
+        median(list(lines["decor"].times["epochs"].values())) / median([min(t, 4) for t in times])
+    )
+    assert comparison.interval is not None
+    assert 0.4 < comparison.interval[0] < comparison.interval[1] < 0.6
+    # Against a control's parent, and of a baseline's run that was lost, a miss is one.
+    lost = analyse(study, everything(study, tmp_path, plain="failed"), tmp_path).groups[0].lines
+    assert lost["decor"].against_baseline["epochs"].better == 8
+    assert lost["slow"].against_baseline["epochs"].worse == 7
 
 
 def test_a_final_run_that_is_lost_is_a_miss_and_not_left_out(study: Study, tmp_path: Path) -> None:
