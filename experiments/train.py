@@ -139,7 +139,8 @@ class Trainer:
         """Steps that leave nothing behind, so that the run does not pay for first calls.
 
         Returns the floating point operations of a step of all processes, multiply-adds counted
-        twice: those of products, convolutions and FOOF's inverses, on average over a period of the optimisers.
+        twice: those of products, convolutions and FOOF's inverses, on average over the optimisers'
+        period.
         """
         state = copy.deepcopy(self.state_dict())
         self.task.model.train()

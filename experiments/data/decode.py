@@ -66,7 +66,10 @@ def pixels_of(image: Any) -> Tensor:
 def decode(data: bytes, max_pixels: int) -> Tensor:
     """PNG or JPEG bytes -> uint8 (C, H, W); greyscale has one channel, everything else three.
 
-    Raises ValueError as `open_image` does.
+    Raises ValueError as `open_image` does, and for far more bytes than so few pixels need.
     """
+    most = 2**16 + 8 * max_pixels  # of what is said about an image, and of its channels
+    if len(data) > most:
+        raise ValueError(f"has {len(data)} bytes: expected at most {most}")
     image = open_image(data, max_pixels)
     return pixels_of(image if image.mode in ("L", "RGB") else image.convert("RGB"))

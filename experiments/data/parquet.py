@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,32 +110,47 @@ def _rows(path: Path, limit: int | None) -> Iterator[tuple[bytes | None, int | N
     """(an image's bytes, its label) of each of the first ``limit`` rows."""
     arrow = need("pyarrow", "pyarrow", "reading parquet files")
     parquet = need("pyarrow.parquet", "pyarrow", "reading parquet files")
+    with _one_error(path), parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    image = _column(IMAGE_COLUMNS, schema.names, path, "image")
+    label = _column(LABEL_COLUMNS, schema.names, path, "label")
+    kind = schema.field(image).type
+    in_struct = arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    cells = kind.field("bytes").type if in_struct else kind
+    if not (arrow.types.is_binary(cells) or arrow.types.is_large_binary(cells)):
+        raise ValueError(f"{path}: column {image!r} is of type {kind}: expected bytes")
+    if not arrow.types.is_integer(schema.field(label).type):
+        kind = schema.field(label).type
+        raise ValueError(f"{path}: column {label!r} is of type {kind}: expected integers")
+    wanted = f"{image}.bytes" if in_struct else image
+    # As a dictionary, or what a file has once and many rows refer to would be copied for each.
+    with _one_error(path):
+        file = parquet.ParquetFile(path, read_dictionary=[wanted])
+    with file:
+        left = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
+        batches = file.iter_batches(batch_size=256, columns=[wanted, label])
+        while left > 0:
+            with _one_error(path):
+                batch = next(batches).slice(0, left)
+                column = batch[image].field("bytes") if in_struct else batch[image]
+            left -= len(batch)
+            for cell, number in zip(column, batch[label]):
+                with _one_error(path):
+                    pair = cell.as_py(), number.as_py()
+                yield pair
+
+
+@contextlib.contextmanager
+def _one_error(path: Path) -> Iterator[None]:
     try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            image = _column(IMAGE_COLUMNS, schema.names, path, "image")
-            label = _column(LABEL_COLUMNS, schema.names, path, "label")
-            kind = schema.field(image).type
-            in_struct = arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-            cells = kind.field("bytes").type if in_struct else kind
-            if not (arrow.types.is_binary(cells) or arrow.types.is_large_binary(cells)):
-                raise ValueError(f"{path}: column {image!r} is of type {kind}: expected bytes")
-            if not arrow.types.is_integer(schema.field(label).type):
-                kind = schema.field(label).type
-                raise ValueError(f"{path}: column {label!r} is of type {kind}: expected integers")
-            wanted = [f"{image}.bytes" if in_struct else image, label]
-            left = file.metadata.num_rows if limit is None else limit
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
-                batch = batch.slice(0, left)
-                left -= len(batch)
-                for cell, number in zip(batch[image].to_pylist(), batch[label].to_pylist()):
-                    yield (cell and cell["bytes"]) if in_struct else cell, number
-                if left <= 0:
-                    break
+        yield
     except FileNotFoundError:
         raise
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: no parquet file that can be read: {error}") from error
+    except (
+        Exception
+    ) as error:  # what arrow makes of a broken file: its own, OSError, Unicode's, ...
+        what = str(error) or type(error).__name__
+        raise ValueError(f"{path}: no parquet file that can be read: {what}") from error
 
 
 def _column(candidates: Sequence[str], columns: Sequence[str], path: Path, what: str) -> str:

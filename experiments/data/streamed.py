@@ -209,7 +209,7 @@ def load_streamed(
         ValueError: what ``datasets`` cannot read; no split to test on; no column of images or of
             labels; a label that is no integer from 0, with its split and row; an empty split.
     """
-    datasets = need("datasets", "datasets", "reading sets of large images")
+    datasets = need("datasets", "datasets", "reading sets of large images", extra="imagenet")
     if not data_dir.is_dir():
         raise FileNotFoundError(f"{data_dir} is not a folder")
     splits = {name: sorted(data_dir.glob(f"{name}-*.parquet")) for name in ("train", *TEST_SPLITS)}

@@ -161,6 +161,22 @@ def test_a_bomb_in_a_parquet_file_is_refused_by_its_row(tmp_path: Path) -> None:
         load("mnist", tmp_path)
 
 
+def test_what_a_file_has_once_is_not_copied_for_each_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    cell = noise(4, 4) + bytes(20_000_000)
+    for column in ("image", "img.bytes"):
+        make_parquet(path, [noise(4, 4), cell], [0, 1], column)
+        with pytest.raises(ValueError, match=r"row 1: the image has 20\d+ bytes: expected at most"):
+            read_parquet(path)
+    rows = pyarrow.DictionaryArray.from_arrays([0] * 2000, pyarrow.array([cell]))
+    table = pyarrow.table({"image.bytes": rows, "label": [0] * 2000})
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    before = pyarrow.default_memory_pool().max_memory()  # 40 GB otherwise
+    with pytest.raises(ValueError, match=r"row 0: the image has 20\d+ bytes: expected at most"):
+        read_parquet(path)
+    assert pyarrow.default_memory_pool().max_memory() - before < 10 * len(cell)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -20,7 +20,7 @@ def test_without_datasets_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"large images needs datasets.*pip install datasets"):
+    with pytest.raises(ImportError, match=r"large images needs datasets.*dbp-kernels\[imagenet\]"):
         load("folder", tmp_path)
 
 
