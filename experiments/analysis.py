@@ -92,10 +92,6 @@ class Analysis:
     missing: int
     superseded: list[str]
 
-    @property
-    def tuned(self) -> bool:
-        return bool(self.winners)
-
 
 def analyse(study: Study, records: dict[str, Record], folder: Path) -> Analysis:
     """``folder`` is the study's, which another one's may lie beside (``winners_from``)."""

@@ -213,7 +213,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "studies", nargs="+", metavar="STUDY", help="names, or YAML files, in order"
     )
-    parser.add_argument("--minutes", type=float, help="stop after so long; start again to go on")
+    parser.add_argument("--minutes", type=float, help="stop after so long, as Ctrl-C does")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (runs)")
     parser.add_argument("--results", type=Path, help="folder of the reports")
     parser.add_argument("--data-dir", help="folder of the data sets, instead of the studies' own")
@@ -236,22 +236,25 @@ def main(given: argparse.Namespace) -> int:
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     progress = False if given.no_progress else None
     options = Options(given.runs, deadline, given.data_dir, given.retry_failed, progress)
-    signal.signal(signal.SIGTERM, _terminated)
-    left = False
-    for study in studies:
-        try:
-            if not work(study, options, launch_here if given.here else launch):
-                left = True
+    launcher = launch_here if given.here else launch
+    status = 0
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        for study in studies:
+            if work(study, options, launcher):
+                print(make(options.root / study.name, given.results or RESULTS))
+            else:
+                status = 3
                 print(f"{study.name}: some of its runs are in another queue's hands")
-                continue
-        except OutOfTime:
-            print(f"{study.name}: time is over; the same command goes on", file=sys.stderr)
-            return 3
-        except KeyboardInterrupt:
-            print(f"\n{study.name}: stopped; the same command goes on", file=sys.stderr)
-            return 130
-        print(make(options.root / study.name, given.results or RESULTS))
-    return 3 if left else 0
+    except OutOfTime:
+        print("time is over; the same command goes on", file=sys.stderr)
+        status = 3
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        status = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return status
 
 
 def check(study: Study) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.checkpoint import write_atomically
 from experiments.study import PlannedRun, Study, parse
 
 STUDY, PLANNED, ATTEMPTS = "study.yaml", "planned.json", "attempts.jsonl"
@@ -104,7 +105,7 @@ def write_planned(folder: Path, planned: PlannedRun) -> None:
     """Before a run begins: what it is."""
     names = (*IDENTITY, "settings", "config")
     document = {"study": planned.study} | {name: getattr(planned, name) for name in names}
-    (folder / PLANNED).write_text(json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / PLANNED, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
@@ -164,7 +165,7 @@ def write_tables(folder: Path, study: Study, records: Mapping[str, Record]) -> N
 
 
 def _short(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.7g}"
+    return "" if value is None or math.isnan(value) else f"{value:.9g}"
 
 
 def _write_csv(path: Path, header: list[str], lines: list[list[Any]]) -> None:
