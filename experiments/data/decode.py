@@ -50,9 +50,7 @@ def _one_error(pillow: ModuleType) -> Iterator[None]:
         yield
     except pillow.UnidentifiedImageError as error:
         raise ValueError("is no image that can be read: expected PNG or JPEG") from error
-    except (
-        Exception
-    ) as error:  # whatever a decoder makes of a broken file: OSError, SyntaxError, ...
+    except Exception as error:  # of a decoder: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot be decoded: {error or type(error).__name__}") from error
 
 

@@ -16,10 +16,11 @@ from experiments.data.sets import Dataset, Split, kept_of, mean_and_deviation
 from experiments.data.streamed import load_streamed
 from experiments.extras import need
 
+IN_MEMORY = ("digits", *KNOWN)
 STREAMED = ("folder", "parquet")
-DATASETS = ("digits", *KNOWN, *STREAMED)
+DATASETS = (*IN_MEMORY, *STREAMED)
 
-DIGITS_TEST = 450
+DIGITS_TEST, DIGITS_CLASSES = 450, 10
 
 
 def load(
@@ -91,7 +92,7 @@ def load(
         Split(train[0][kept:], train[1][kept:], mean, std),
         Split(*test, mean, std),
         tuple(train[0].shape[1:]),
-        10,
+        KNOWN[name].classes if name in KNOWN else DIGITS_CLASSES,
     )
 
 

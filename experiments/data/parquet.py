@@ -146,9 +146,7 @@ def _one_error(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (
-        Exception
-    ) as error:  # what arrow makes of a broken file: its own, OSError, Unicode's, ...
+    except Exception as error:  # arrow's own, OSError, Unicode's, StopIteration, ...
         what = str(error) or type(error).__name__
         raise ValueError(f"{path}: no parquet file that can be read: {what}") from error
 

@@ -26,7 +26,7 @@ class Split:
         mean, std: float32 (C, 1, 1), in pixel values: what makes batches of zero mean and unit
             deviation.
         augment: what ``batches`` does to images that are trained on.
-        channels_last: memory format of batches.
+        channels_last: memory format of batches, and of ``x``.
     """
 
     images: Tensor
@@ -42,7 +42,7 @@ class Split:
     @cached_property
     def x(self) -> Tensor:
         """All images, normalised: float32 (N, C, H, W), four times as large, made at first use."""
-        return self._normalised(self.images)
+        return self._normalised(self.images).contiguous(memory_format=self._layout)
 
     def to(self, device: torch.device, channels_last: bool = False) -> Split:
         tensors = {name: getattr(self, name).to(device) for name in ("images", "y", "mean", "std")}
@@ -88,7 +88,6 @@ class Split:
         bounds: Iterator[tuple[int, int]],
         part: tuple[int, int],
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         for start, stop in bounds:
             own = slice(start + part[0], stop, part[1])
             chosen = numbers[own]
@@ -97,7 +96,11 @@ class Split:
             else:
                 x = self._normalised(self.augment.crops(self.images, chosen, drawn[:, own]))
                 x = self.augment.cut(x, drawn[:, own])
-            yield x.contiguous(memory_format=layout), self.y[chosen]
+            yield x.contiguous(memory_format=self._layout), self.y[chosen]
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean).div_(self.std)

@@ -79,6 +79,12 @@ class Rows:
             image = image.transpose(pillow.Transpose.FLIP_LEFT_RIGHT)
         return pixels_of(image), row[self.label]
 
+    def together(self, images: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """One batch; of a small last one some process may have no image."""
+        if not images:
+            return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), torch.empty(0).long()
+        return torch.stack([image for image, _ in images]), torch.tensor([y for _, y in images])
+
 
 def middle(width: int, height: int) -> tuple[float, float, float, float]:
     """(left, upper, right, lower) of the square in the middle that is evaluated."""
@@ -166,6 +172,7 @@ class StreamedSplit:
             self.rows,  # type: ignore[arg-type]
             batch_sampler=chosen(),
             num_workers=self.workers,
+            collate_fn=self.rows.together,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # workers' seeds, of no use here, are not drawn from torch's
         )
@@ -209,6 +216,13 @@ def load_streamed(
         ValueError: what ``datasets`` cannot read; no split to test on; no column of images or of
             labels; a label that is no integer from 0, with its split and row; an empty split.
     """
+    for key, value, least in (
+        ("size", size, 1),
+        ("workers", workers, 0),
+        ("max_pixels", max_pixels, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} is {value!r}: expected an integer from {least}")
     datasets = need("datasets", "datasets", "reading sets of large images", extra="imagenet")
     if not data_dir.is_dir():
         raise FileNotFoundError(f"{data_dir} is not a folder")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from experiments.models.alexnet import AlexNet
-from experiments.models.build import MODELS, build_model
+from experiments.models.build import CLASSIFIERS, MODELS, build_model
 from experiments.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50
 from experiments.models.resnet9 import ResNet9
 from experiments.models.small import MLP, ConvNet
-from experiments.models.vae import VAE, negative_elbo
+from experiments.models.vae import VAE, negative_elbo, sample
 from experiments.models.vit import ViT
 
 __all__ = [
+    "CLASSIFIERS",
     "MLP",
     "MODELS",
     "VAE",
@@ -26,4 +27,5 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "sample",
 ]

@@ -89,6 +89,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vae": _vae,
 }
 MODELS = tuple(BUILDERS)
+CLASSIFIERS = tuple(name for name in MODELS if name != "vae")
 
 # What a network has that has no such option: saying so is no mistake.
 USUAL = {"batch_norm": True, "pool_every": 1}
@@ -99,8 +100,8 @@ def build_model(name: str, image_shape: ImageShape, num_classes: int, **options:
 
     Args:
         name: one of ``MODELS``, or "package.module:function" for a function (or class) that returns
-            a module: it is called with those of ``image_shape``, ``num_classes`` and the options
-            that it takes.
+            a module: it is called with the options, and with ``image_shape`` and ``num_classes`` if
+            it takes them.
         image_shape: (channels, height, width).
         num_classes: number of logits; a vae has none.
         options: of that network; one that is None counts as left out.
@@ -121,7 +122,8 @@ def build_model(name: str, image_shape: ImageShape, num_classes: int, **options:
     """
     given = {key: value for key, value in options.items() if value is not None}
     if ":" in name:
-        return build_own(name, image_shape=image_shape, num_classes=num_classes, **given)
+        known = {"image_shape": image_shape, "num_classes": num_classes}
+        return build_own(name, known, given)
     if name not in BUILDERS:
         known = ", ".join(MODELS)
         raise ValueError(f"model must be one of {known} or package.module:function, got {name!r}")

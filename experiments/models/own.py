@@ -26,17 +26,22 @@ def function_of(name: str) -> Callable[..., Any]:
     return function
 
 
-def build_own(name: str, **known: Any) -> nn.Module:
-    """Calls the function called ``name`` with those of the ``known`` arguments that it takes.
+def build_own(name: str, known: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """Calls the function called ``name`` with its options, and what it takes of what is ``known``.
 
-    Raises ValueError as `function_of` does, and if what comes back is no ``torch.nn.Module``.
+    Raises ValueError as `function_of` does, for an option that it does not take, and if what comes
+    back is no ``torch.nn.Module``.
     """
     function = function_of(name)
     parameters = inspect.signature(function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        known = {key: value for key, value in known.items() if key in takes}
-    model = function(**known)
+    takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        takes += [*known, *options]
+    for key, value in options.items():
+        if key not in takes:
+            raise ValueError(f"{name} has no option {key!r} (got {value!r}): expected {takes}")
+    told = {key: value for key, value in known.items() if key in takes}
+    model = function(**told, **options)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -53,13 +53,27 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*up)
         he_initialise(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, (N, latent) each, of images (N, *image_shape)."""
         features = self.encoder(x)
-        mean, log_variance = self.mean(features), self.log_variance(features)
+        return self.mean(features), self.log_variance(features)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Logits (N, *image_shape) of latent vectors (N, latent)."""
+        logits: Tensor = self.decoder(z)
+        return logits
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = self.encode(x)
         z = mean
         if self.training:
-            z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        return self.decoder(z), mean, log_variance
+            z = sample(mean, log_variance, torch.randn_like(mean))
+        return self.decode(z), mean, log_variance
+
+
+def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """Latent vectors from standard normal noise, all (N, latent)."""
+    return mean + (0.5 * log_variance).exp() * noise
 
 
 def negative_elbo(logits: Tensor, mean: Tensor, log_variance: Tensor, images: Tensor) -> Tensor:

@@ -236,8 +236,18 @@ def test_a_set_is_held_as_bytes_and_moves_as_one() -> None:
     assert loaded.train.images.dtype == torch.uint8
     moved = loaded.to(torch.device("meta"), channels_last=True)
     assert {s.images.device.type for s in (moved.train, moved.validation, moved.test)} == {"meta"}
-    x, _ = next(loaded.to(torch.device("cpu"), channels_last=True).train.batches(4))
-    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_have_the_memory_format_that_was_asked_for(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        files = [noise(5, 4, seed=i) for i in range(4)]
+        make_parquet(tmp_path / f"{split}-0.parquet", files, [0] * 4)
+    loaded = load("cifar10", tmp_path, validation_fraction=0.25, augment=["crop:2"])
+    for channels_last in (False, True):
+        train = loaded.to(torch.device("cpu"), channels_last).train
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for x in (next(train.batches(3))[0], next(train.batches(3, torch.Generator()))[0], train.x):
+            assert x.is_contiguous(memory_format=layout)
 
 
 def test_batches_in_order_are_the_whole_split_normalised() -> None:

@@ -191,6 +191,8 @@ def test_a_users_own_model_gets_the_arguments_that_it_takes(own: types.ModuleTyp
         {"image_shape": CIFAR, "num_classes": 10, "depth": 2},
         {"num_classes": 10, "depth": 2},
     ]
+    with pytest.raises(ValueError, match=r"little has no option 'width' \(got 3\).*'depth'"):
+        build_model("package_of_a_user:little", CIFAR, 10, width=3)
     built = build_model("experiments.models:ConvNet", CIFAR, 7)
     assert isinstance(built, ConvNet)
     assert built.classifier.out_features == 7

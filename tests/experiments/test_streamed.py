@@ -120,6 +120,8 @@ def test_batches_are_the_same_from_any_number_of_workers_and_in_the_middle(tmp_p
     for (x, _), *shares in zip(whole, *parts):
         for rank, (own, _) in enumerate(shares):
             assert torch.equal(own, x[rank::2])
+    # 22 images in batches of 7: one is left over, which the second process has no part of.
+    assert [len(y) for _, y in split.batches(7, part=(1, 2))] == [3, 3, 3, 0]
     moved = split.to(torch.device("cpu"), channels_last=True)
     assert next(moved.batches(4))[0].is_contiguous(memory_format=torch.channels_last)
 
@@ -202,6 +204,8 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
         loaded(folder, augment=["flip"])
     with pytest.raises(ValueError, match="folder has no option 'normalise'"):
         loaded(folder, normalise=False)
+    with pytest.raises(ValueError, match="workers is -1: expected an integer from 0"):
+        loaded(folder, workers=-1)
     with pytest.raises(ValueError, match="leave a split empty"):
         loaded(folder, train_size=1)
     bad = tmp_path / "bad"

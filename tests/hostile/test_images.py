@@ -37,7 +37,6 @@ OTHERS = (
     "SGI",
     "DDS",
     "PDF",
-    "IM",
 )
 
 # What all cases of a test together may add to the most memory the process ever had. One image of
