@@ -64,6 +64,11 @@ class Line:
         values = list(self.scores.values())
         return median(values), median_interval(values)
 
+    def fact(self, name: str) -> float:
+        """Median of a number about whole runs; NaN if none tells."""
+        known = [r.facts[name] for r in self.records.values() if name in r.facts]
+        return median(known) if known else math.nan
+
     def time(self, unit: str) -> tuple[float, tuple[float, float] | None]:
         """Median and its interval."""
         values = list(self.times[unit].values())

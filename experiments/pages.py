@@ -171,7 +171,7 @@ def _page(found: Analysis, folder: Path, pictures: dict[str, list[tuple[str, str
 
 def _final_table(found: Analysis, group: Group) -> str:
     headers = ["method", "final test score", "reached", "seconds to target", "epochs", "TFLOP"]
-    headers += ["seconds / best baseline's", "p", "verdict in seconds"]
+    headers += ["peak MB", "seconds / best baseline's", "p", "verdict in seconds"]
     lines = []
     for line in group.lines.values():
         seconds = line.against_baseline.get("seconds")
@@ -185,6 +185,7 @@ def _final_table(found: Analysis, group: Group) -> str:
                 f"{line.reached}/{len(line.records)}",
                 *(_with_interval(*line.time(u), 3) for u in ("seconds", "epochs")),
                 _with_interval(*line.time("TFLOP"), 3) if "TFLOP" in line.times else "",
+                _g(line.fact("peak_memory_bytes") / 1e6, 4),
                 _ratio(seconds),
                 _p(seconds),
                 "" if seconds is None else seconds.verdict,

@@ -24,7 +24,7 @@ RUNS, EPOCHS, ENVIRONMENTS = "runs.csv", "epochs.csv", "environments.json"
 # Of runs that are over: what has another status is still to be done.
 OVER = ("finished", "diverged", "failed")
 IDENTITY = ("group", "method", "phase", "trial", "seed")
-RESULT_FACTS = ("seconds", "flops_per_step", "energy_joules")
+RESULT_FACTS = ("seconds", "flops_per_step", "energy_joules", "peak_memory_bytes")
 FACTS = (*RESULT_FACTS, "cpu_seconds", "wall_seconds", "attempts", "load")
 # Of ``result.json``: what is of this run alone. The rest is versions and machine.
 OWN = {*RESULT_FACTS, "status", "epochs", "command"}
