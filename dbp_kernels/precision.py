@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dbp_kernels.precision_switch import FULL, Within
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,8 +44,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 # torch's precision of float32 products is read and set backend by backend here. The functions
 # torch.get_float32_matmul_precision and allow_tf32 raise once a user has set it that way.
 
-_mkldnn: Any = torch.backends.mkldnn  # their operations are found at run time only
-_cudnn: Any = torch.backends.cudnn
+_CUDA: Any = torch.backends.cuda.matmul
+_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # found at run time only
+_CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 # What the names of torch.set_float32_matmul_precision mean: precision on CUDA, and on a CPU.
 MATMUL_PRECISIONS = {
@@ -56,14 +58,14 @@ MATMUL_PRECISIONS = {
 
 def tf32() -> bool:
     """Whether products of float32 on CUDA may round their operands to TF32, torch's and ours."""
-    precision: str = torch.backends.cuda.matmul.fp32_precision
+    precision: str = _CUDA.fp32_precision
     return precision == "tf32"
 
 
 def matmul_precision(name: str) -> AbstractContextManager[None]:
     """Products of float32 within it have this one of MATMUL_PRECISIONS."""
     cuda, cpu = MATMUL_PRECISIONS[name]
-    return _set({torch.backends.cuda.matmul: cuda, _mkldnn.matmul: cpu})
+    return Within({_CUDA: cuda, _CPU: cpu})
 
 
 # Without a name the update's products are float32, but on CUDA the last one, M' R, is TF32 (plan
@@ -86,10 +88,7 @@ def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
 
 
 def _full_float32(cuda: bool) -> AbstractContextManager[None]:
-    used = [_mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
-    # "none": nobody has set anything. Small layers on CPUs would notice what setting takes.
-    lower = [operation for operation in used if operation.fp32_precision not in ("ieee", "none")]
-    return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
+    return Within({_CPU: FULL, _CUDA: FULL} if cuda else {_CPU: FULL})
 
 
 def products_in(precision: str) -> AbstractContextManager[None]:
@@ -110,7 +109,7 @@ def rounding(R: Tensor) -> float:
         return 2.0**-48
     if on_cuda(R):
         return 2.0**-9 if _by_default.get() or tf32() else 2.0**-18
-    return 2.0**-6 if _mkldnn.matmul.fp32_precision == "bf16" else 2.0**-18
+    return 2.0**-6 if _CPU.fp32_precision == "bf16" else 2.0**-18
 
 
 def update_products() -> str:
@@ -127,7 +126,7 @@ def update_products() -> str:
 
 def tf32_products() -> AbstractContextManager[None]:
     """Products of float32 on CUDA within it are in TF32."""
-    return _set({torch.backends.cuda.matmul: "tf32"})
+    return Within({_CUDA: "tf32"})
 
 
 def computed_in_half(weight: Tensor) -> bool:
@@ -144,45 +143,4 @@ def convolutions_as_matmul(x: Tensor) -> AbstractContextManager[None]:
     """cuDNN convolutions within it have the precision of products."""
     if not x.is_cuda:
         return nullcontext()
-    return _set({_cudnn.conv: "tf32" if tf32() else "ieee"})
-
-
-# Where products that have no precision of their own take it from.
-_PARENTS = {
-    torch.backends.cuda.matmul: _cudnn,  # that is, all of CUDA
-    _mkldnn.matmul: _mkldnn,
-}
-
-
-def _own_precision(operation: Any) -> str:
-    """As set, and "none" where it is that of a parent, which the operation is to follow."""
-    precision, parent = operation.fp32_precision, _PARENTS.get(operation)
-    inherited = parent is not None and parent.fp32_precision == precision
-    return "none" if inherited else precision
-
-
-# Operations that are set just now: how many times, and what they were before the first of them.
-# Threads set the same ones (nn.DataParallel), and leave in any order.
-_changed: dict[Any, tuple[int, str]] = {}
-_changing = threading.Lock()
-
-
-@contextmanager
-def _set(precisions: dict[Any, str]) -> Iterator[None]:
-    """Within it torch's operations, as ``torch.backends`` names them, have these precisions."""
-    found: dict[Any, str] = {}
-    try:
-        for operation, precision in precisions.items():
-            with _changing:
-                found[operation] = _own_precision(operation)
-                times, first = _changed.get(operation, (0, found[operation]))
-                _changed[operation] = times + 1, first
-                operation.fp32_precision = precision
-        yield
-    finally:
-        for operation, precision in found.items():
-            with _changing:
-                times, first = _changed.pop(operation)
-                operation.fp32_precision = first if times == 1 else precision
-                if times > 1:
-                    _changed[operation] = times - 1, first
+    return Within({_CONVOLUTIONS: "tf32" if tf32() else "ieee"})

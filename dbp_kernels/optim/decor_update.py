@@ -650,7 +650,8 @@ class DecorUpdate(torch.optim.Optimizer):
             "process_group": self.process_group,
             "_layers": self._layers,
             "_steps": self._steps,
-            "_generator": self._generator.get_state(),
+            # numbers: a spawned process is handed a tensor's memory, which must outlast the start
+            "_generator": bytes(self._generator.get_state().tolist()),
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
             "_cuda_graph": self._graphs is not None,
@@ -663,7 +664,7 @@ class DecorUpdate(torch.optim.Optimizer):
             super().__setstate__(state)
             return
         generator = torch.Generator()
-        generator.set_state(state["_generator"])
+        generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
         graphed = state.pop("_cuda_graph", False)
         super().__setstate__(
             {
