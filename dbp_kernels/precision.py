@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbp_kernels.precision_switch import FULL, Within
+from dbp_kernels.precision_switch import FULL, Within, by_default
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,8 +62,11 @@ def tf32() -> bool:
 
 def matmul_precision(name: str) -> AbstractContextManager[None]:
     """Products of float32 within it have this one of MATMUL_PRECISIONS."""
-    cuda, cpu = MATMUL_PRECISIONS[name]
-    return Within({_CUDA: cuda, _CPU: cpu})
+    return Within(_precisions(name))
+
+
+def _precisions(name: str) -> dict[Any, str]:
+    return dict(zip((_CUDA, _CPU), MATMUL_PRECISIONS[name]))
 
 
 # Without a name the update's products are float32, but on CUDA the last one, M' R, is TF32 (plan
@@ -73,22 +74,11 @@ def matmul_precision(name: str) -> AbstractContextManager[None]:
 # with them in TF32, R does not converge where S is badly conditioned. M' R costs next to nothing in
 # TF32: its error shrinks with the change of R. From bench/results/precision (python -m bench
 # precision). Kernels of ours form M by three products of TF32, which lose no more than float32.
-_by_default: ContextVar[bool] = ContextVar("dbp_update_by_default", default=False)
-
-
-@contextmanager
-def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
+def update_precision(name: str | None, cuda: bool) -> AbstractContextManager[None]:
     """An update's products, some on CUDA or none, have this one of MATMUL_PRECISIONS, or None's."""
-    token = _by_default.set(name is None)
-    try:
-        with _full_float32(cuda) if name is None else matmul_precision(name):
-            yield
-    finally:
-        _by_default.reset(token)
-
-
-def _full_float32(cuda: bool) -> AbstractContextManager[None]:
-    return Within({_CPU: FULL, _CUDA: FULL} if cuda else {_CPU: FULL})
+    if name is not None:
+        return Within(_precisions(name), by_default=False)
+    return Within({_CPU: FULL, _CUDA: FULL} if cuda else {_CPU: FULL}, by_default=True)
 
 
 def products_in(precision: str) -> AbstractContextManager[None]:
@@ -98,7 +88,7 @@ def products_in(precision: str) -> AbstractContextManager[None]:
 
 def products_of_change(R: Tensor) -> AbstractContextManager[None]:
     """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
-    if _by_default.get() and on_cuda(R):
+    if by_default() and on_cuda(R):
         return tf32_products()
     return nullcontext()
 
@@ -108,7 +98,7 @@ def rounding(R: Tensor) -> float:
     if R.dtype == torch.float64:
         return 2.0**-48
     if on_cuda(R):
-        return 2.0**-9 if _by_default.get() or tf32() else 2.0**-18
+        return 2.0**-9 if by_default() or tf32() else 2.0**-18
     return 2.0**-6 if _CPU.fp32_precision == "bf16" else 2.0**-18
 
 
@@ -121,7 +111,7 @@ def update_products() -> str:
     """
     if tf32():
         return "tf32"
-    return "tf32x3" if _by_default.get() else "ieee"
+    return "tf32x3" if by_default() else "ieee"
 
 
 def tf32_products() -> AbstractContextManager[None]:

@@ -33,21 +33,28 @@ class Within:
     """Within it operations, as ``torch.backends`` names them, have these precisions, or FULL.
 
     Within another one of the same thread it adds to what that asks for, until it ends.
+
+    Args:
+        precisions: by operation.
+        by_default: what ``by_default()`` says within it; None: what it says around.
     """
 
-    def __init__(self, precisions: Mapping[Any, str]) -> None:
+    def __init__(self, precisions: Mapping[Any, str], by_default: bool | None = None) -> None:
         self.precisions = dict(precisions)
         self.needs: dict[Any, str] = {}  # the same, with what FULL comes to
+        self.by_default = by_default
         self._outer: Within | None = None
 
     def __enter__(self) -> None:
-        self._outer = _current()
-        if self._outer is not None:
-            self.precisions = {**self._outer.precisions, **self.precisions}
+        self._outer = outer = _current()
+        if outer is not None:
+            self.precisions = {**outer.precisions, **self.precisions}
+        if self.by_default is None:
+            self.by_default = outer is not None and outer.by_default
         try:
             _become(self)
         except BaseException:  # Ctrl-C, while waiting
-            _become(self._outer)
+            _become(outer)
             raise
 
     def __exit__(
@@ -63,12 +70,20 @@ class Within:
             raise
 
 
+def by_default() -> bool:
+    """Whether this thread is within an update that nobody has named a precision for."""
+    block = _current()
+    return block is not None and bool(block.by_default)
+
+
 # The innermost block of each thread, but of those that wait: these need nothing, so that no two can
 # wait for each other. Weakly: one that an interrupt has kept from ending is gone with its frame.
 _within: dict[int, weakref.ref[Within]] = {}
 # Of operations that have been set here: as they were found, and all that they were set to since.
 _changed: dict[Any, tuple[str, set[str]]] = {}
-_turn = threading.Condition()
+# ``with`` takes it by a single call of C, which no interrupt can come between, as it can a Condition.
+_lock = threading.RLock()
+_turn = threading.Condition(_lock)
 
 
 def _current() -> Within | None:
@@ -79,7 +94,7 @@ def _current() -> Within | None:
 def _become(block: Within | None) -> None:
     """Have this be the thread's innermost block, once no other thread needs anything else."""
     thread = threading.get_ident()
-    with _turn:
+    with _lock:
         _within.pop(thread, None)
         if block is not None:
             block.needs = {op: _needed(op, to) for op, to in block.precisions.items()}
@@ -141,9 +156,10 @@ def _found(operation: Any) -> str:
 
 def _forked() -> None:
     """In a child process the other threads are gone, and what they were within is over."""
-    global _turn
-    _turn = threading.Condition()
-    with _turn:
+    global _lock, _turn
+    _lock = threading.RLock()
+    _turn = threading.Condition(_lock)
+    with _lock:
         for thread in _within.keys() - {threading.get_ident()}:
             del _within[thread]
         _settle()
@@ -151,7 +167,7 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: _turn.acquire(),
-        after_in_parent=lambda: _turn.release(),
+        before=lambda: _lock.acquire(),
+        after_in_parent=lambda: _lock.release(),
         after_in_child=_forked,
     )

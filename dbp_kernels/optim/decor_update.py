@@ -103,7 +103,9 @@ class DecorUpdate(torch.optim.Optimizer):
             on GPUs what forms R S R^T is as exact as in float32, large products of it by three of
             TF32 in Triton's kernels (from patches in half precision S is of exact products), and
             M' R, by which R changes, is TF32. In TF32 the former would not let R converge where S
-            is badly conditioned. None does not follow torch's own setting.
+            is badly conditioned. None does not follow torch's own setting. That is the process's:
+            updates in other threads that need another precision wait, and products of other threads
+            that are not an update's may meanwhile have this one.
         stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
             all, each is due at every k-th step, but not the same one, so that steps cost about the
             same. A budget does so by itself.

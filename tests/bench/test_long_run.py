@@ -1,11 +1,14 @@
 """Long runs: the command notices what grows; the committed one has nothing that does."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from bench import cli
 from bench.suites import long_run
+
+RESULT = Path(__file__).parents[2] / "bench" / "results" / "epyc-long-run.json"
 
 
 def record(**last: float) -> dict:
@@ -44,3 +47,11 @@ def test_the_command_prints_and_saves(tmp_path, monkeypatch, capsys):
     assert [r["name"] for r in records] == list(long_run.FORMS)
     assert all(r["windows"][-1]["steps"] == 60 for r in records)
     assert cli.main(["long-run", "--save", str(path)]) == 2
+
+
+def test_the_committed_run_is_long_and_constant():
+    records = json.loads(RESULT.read_text())["long_run"]
+    assert {r["name"] for r in records} == set(long_run.FORMS)
+    for own in records:
+        assert own["windows"][-1]["steps"] >= 20_000
+        assert long_run.grows(own) == []

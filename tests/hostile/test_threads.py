@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 import sys
 import threading
 
@@ -109,6 +110,46 @@ def test_every_block_has_its_precision_and_leaves_torchs(campaign):
         assert now() == found
 
 
+class Alarm(Exception):
+    pass
+
+
+@pytest.fixture
+def alarm():
+    """Has a signal's handler raise Alarm after so many seconds."""
+
+    def ring(number, frame):
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.kind("signals")
+def test_interrupted_blocks_are_over_at_the_next_one(campaign, alarm):
+    for rng in campaign.cases(1000):
+        try:
+            alarm(rng.uniform(1e-6, 5e-5))
+            for _ in range(100):  # it has rung by then, be it where an error is lost
+                name = rng.choice(("medium", "high", None))
+                with precision.update_precision(name, True), precision.tf32_products():
+                    pass
+        except Alarm:
+            pass
+        with precision.matmul_precision("highest"):
+            assert now() == ("ieee", "ieee")
+        assert now() == ("none", "none")
+        assert not precision.by_default()
+
+    def enter():
+        with precision.tf32_products():
+            return now()[0]
+
+    assert at_once([enter]) == ["tf32"]  # no lock is left
+
+
 def make_net(rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     """A small network of sizes that no other case has likely planned for, and its input's shape."""
     a, b = rng.randint(3, 40), rng.randint(3, 40)
@@ -169,7 +210,7 @@ class Training:
 
 @pytest.mark.kind("threads")
 def test_trainings_at_once_equal_each_alone(campaign):
-    for rng in campaign.cases(150):
+    for rng in campaign.cases(100):
         trainings = [Training(rng) for _ in range(rng.choice((2, 2, 3)))]
         together = at_once([training.run for training in trainings])
         for training, found in zip(trainings, together):
