@@ -1,8 +1,8 @@
 """torch's precision of float32 products as threads need it, though it is the whole process's.
 
 Torch has no such argument of a call: what one thread sets, all see. Threads whose needs agree compute
-together, others one after the other, and each setting is left as it was found. Products of somebody
-else's, in other threads, meanwhile have the precision that is set here.
+together, others one after the other, and each setting is left as it was found, or as others have set it
+meanwhile. Products that are not ours, in other threads, meanwhile have the precision that is set here.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _others() -> list[Within]:
 def _settle() -> None:
     """Set every operation as the blocks need it, and else as it was found; wake those that wait."""
     needed = {op: to for block in _others() for op, to in block.needs.items() if to != AS_FOUND}
-    for operation in _changed.keys() - needed.keys() if _changed else ():
+    for operation in [op for op in _changed if op not in needed]:
         operation.fp32_precision = _found(operation)
         del _changed[operation]
     for operation, precision in needed.items():
@@ -138,9 +138,11 @@ def _settle() -> None:
 def _needed(operation: Any, precision: str) -> str:
     if precision != FULL:
         return precision
-    found = _found(operation) if _changed else operation.fp32_precision
-    if found == "none" and _changed and operation in _PARENTS:
-        found = _PARENTS[operation].fp32_precision
+    found = operation.fp32_precision
+    if operation in _changed:  # it is not as it was found, nor as its parent is
+        found = _found(operation)
+        if found == "none" and operation in _PARENTS:
+            found = _PARENTS[operation].fp32_precision
     return AS_FOUND if found in ("ieee", "none") else "ieee"
 
 

@@ -270,7 +270,6 @@ class Thread:
             self.seen = now()
             self.entered.set()
             self._end.wait(20)
-        self.left = now()
 
     def leave(self) -> None:
         self._end.set()
@@ -331,7 +330,7 @@ def test_what_somebody_else_sets_meanwhile_stays():
     assert now() == ("ieee", "none")
 
 
-def test_an_interrupt_while_waiting_leaves_the_thread_as_it_was(monkeypatch):
+def test_an_interrupt_while_waiting_leaves_the_thread_as_it_was():
     other = Thread(precision.matmul_precision("medium"))
     assert other.entered.wait(20)
 
