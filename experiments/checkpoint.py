@@ -44,13 +44,13 @@ def load(path: Path) -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """Of Python's, numpy's and torch's global generators, those of all CUDA devices included."""
+    """Of Python's, numpy's and torch's global generators, that of the current GPU included."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (what others may use)
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -59,5 +59,5 @@ def set_random_states(states: dict[str, Any]) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -96,7 +96,7 @@ class ScheduleConfig:
         _demand(0 <= self.final <= 1, "schedule.final", self.final, "from 0 to 1")
 
 
-MODES = ("learned", "identity", "orthogonal")
+MODES = ("learned", "identity", "orthogonal", "features")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class DecorConfig:
     Attributes:
         mode: "learned"; or one of the controls, whose R stands still: "identity" (R = I) and
             "orthogonal" (R random orthogonal). They pay for A = W R and dL/dW = dL/dA R^T; nothing
-            is learnt, so that ``lr`` and what belongs to it is not used.
+            is learnt, so that ``lr`` and what belongs to it is not used. "features": for models of
+            ``feature_maps.py``, by ``dbp.DecorUpdate``.
     """
 
     lr: float = 1e-5
@@ -135,7 +136,7 @@ class DecorConfig:
         """The arguments of ``dbp.attach``."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del options["mode"]
-        return options if self.mode == "learned" else {**options, "lr": 0.0}
+        return {**options, "lr": 0.0} if self.mode in ("identity", "orthogonal") else options
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,17 @@ from experiments.config import DecorConfig
 
 def attach(
     config: DecorConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seed: int
-) -> dbp.Attached:
-    """``seed`` is that of the random orthogonal R, nothing else. Raises as ``dbp.attach``."""
+) -> dbp.Attached | dbp.DecorUpdate:
+    """``seed`` is that of the random orthogonal R, nothing else. Raises as ``dbp.attach``.
+
+    A ``DecorUpdate``, for whole feature maps, is to make a step after the optimisers have.
+    """
+    if config.mode == "features":
+        taken = inspect.signature(dbp.DecorUpdate).parameters
+        options = config.attach_options().items()
+        given = {key: value for key, value in options if key in taken}
+        given["cuda_graph"] = bool(given["cuda_graph"])  # None: as attach thinks best
+        return dbp.DecorUpdate(model, **given)
     decor = dbp.attach(model, optimizers, **config.attach_options())
     if config.mode == "orthogonal":
         generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,15 @@ from dbp_kernels.planning.calibration import cpu_name
 def environment() -> dict[str, Any]:
     """Ready for JSON."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("dbp-kernels", "numpy", "scikit-learn", "pyarrow", "pillow", "matplotlib"):
+    for package in (
+        "dbp-kernels",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pyarrow",
+        "pillow",
+        "matplotlib",
+    ):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -56,6 +56,7 @@ class Foof:
                 raise ValueError(f"{name} is {locals()[name]!r}: expected {expected}")
         self.damping, self.decay, self.every, self.sample = damping, decay, every, sample
         self.steps = 0
+        self.due = True  # told apart from the steps, for which each would be compiled anew
         self.fresh: dict[str, Tensor] = {}  # this step's
         self.S: dict[str, Tensor] = {}
         self.inverses: dict[str, Tensor] = {}
@@ -72,7 +73,7 @@ class Foof:
 
     def _seen(self, name: str, patches: Patches) -> Any:
         def hook(module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
-            if not (module.training and torch.is_grad_enabled() and self.steps % self.every == 0):
+            if not (self.due and module.training and torch.is_grad_enabled()):
                 return
             x = patches.input(arguments, named)
             if x is None:
@@ -100,6 +101,7 @@ class Foof:
                 direction = gradient.reshape(groups, -1, D) @ inverse
             gradient.copy_(direction.reshape(gradient.shape))
         self.steps += 1
+        self.due = self.steps % self.every == 0
 
     def _inverse(self, name: str) -> Tensor:
         """Of S + damping I, (groups, D, D). In float64: S is often singular."""
@@ -116,6 +118,7 @@ class Foof:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
+        self.due = self.steps % self.every == 0
         for name, own in (("S", self.S), ("inverses", self.inverses)):
             own.clear()
             for layer, value in state[name].items():

@@ -44,7 +44,7 @@ class Optimizers:
 
     Attributes:
         all: torch's optimisers, in the order in which they step.
-        decor: what ``dbp.attach`` has returned.
+        decor: what ``dbp.attach`` has returned, or a ``DecorUpdate``.
 
     Raises ValueError for unknown names and options.
     """
@@ -57,11 +57,12 @@ class Optimizers:
             foof = {key: own.pop(key) for key in OPTIONS["foof"] if key != "base"}
             name = own.pop("base")
         self.all = _MAKE[name](config.optimizer, model, own)
-        self.decor: dbp.Attached | None = None
+        self.decor: dbp.Attached | dbp.DecorUpdate | None = None
         if config.decor is not None:
             self.decor = decorrelation.attach(config.decor, model, self.all, config.seed)
         # last: what DBP makes of the gradients is what it preconditions
-        self.foof = None if foof is None else Foof(model, self.all[0], **foof, decor=self.decor)
+        attached = self.decor if isinstance(self.decor, dbp.Attached) else None
+        self.foof = None if foof is None else Foof(model, self.all[0], **foof, decor=attached)
         # steps after which their work repeats, as far as it is regular
         self.period = max(
             1 if config.decor is None else config.decor.update_every,
@@ -80,6 +81,8 @@ class Optimizers:
             group["lr"] = group["initial_lr"] * factor
         for optimizer in self.all:
             optimizer.step()
+        if isinstance(self.decor, dbp.DecorUpdate):
+            self.decor.step()
 
     def zero_grad(self) -> None:
         for optimizer in self.all:
@@ -87,11 +90,14 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Any]:
         states = [optimizer.state_dict() for optimizer in self.all]
-        return {"all": states, "foof": self.foof and self.foof.state_dict()}
+        decor = self.decor.state_dict() if isinstance(self.decor, dbp.DecorUpdate) else None
+        return {"all": states, "foof": self.foof and self.foof.state_dict(), "decor": decor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for optimizer, its in zip(self.all, state["all"], strict=True):
             optimizer.load_state_dict(its)
+        if isinstance(self.decor, dbp.DecorUpdate):
+            self.decor.load_state_dict(state["decor"])
         if self.foof is not None:
             self.foof.load_state_dict(state["foof"])
 

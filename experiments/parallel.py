@@ -51,15 +51,19 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the others if torchrun has started this process; gives the device that is its own."""
-    if "WORLD_SIZE" not in os.environ or active():
-        yield device
-        return
-    if device.type == "cuda":
+    """Join the others if torchrun has started this process; gives the device that is its own.
+
+    A GPU with a number becomes the current one.
+    """
+    joins = "WORLD_SIZE" in os.environ and not active()
+    if joins and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if joins:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        if joins:
+            dist.destroy_process_group()

@@ -33,7 +33,7 @@ class Task(Protocol):
     def batches(self, epoch: int) -> Iterator[Any]:
         """The batches of an epoch (from 0), on the device, of ``config.batch_size`` examples.
 
-        They depend on the seed, the epoch and ``state_dict()`` alone, not on what was called before.
+        They depend on the seed, the epoch, ``state_dict()`` and torch's generators, nothing else.
         Of several processes (``parallel``) each gets its part.
         """
 

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import json
 import math
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -346,6 +347,7 @@ class _Run:
             "seconds": self.rows[-1].seconds,
             "flops_per_step": self.flops,
             "energy_joules": self.energy,
+            "peak_memory_bytes": _peak_memory(self.device),
             **environment(),
         }
         if parallel.rank() == 0:
@@ -359,6 +361,14 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Of the GPU's allocations; on a CPU of the whole process, data and libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _board(directory: Path, done: int) -> contextlib.AbstractContextManager[Any]:

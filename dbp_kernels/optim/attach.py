@@ -64,7 +64,8 @@ def attach(
     ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them; so do the
     state dicts of torch.distributed.checkpoint (which repeats all R for every parameter of a group
     if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
-    from the weights A; with those of the handle, made in one go, they are an attached pair.
+    from the weights A; with those of the handle, made in one go, they are an attached pair. A spawned process that is
+    handed all of them shares W and R with this one, as torch has it share the weights.
 
     Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
     and one update from their first step on, as long as they see the same and have the same options;

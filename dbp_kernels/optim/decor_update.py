@@ -104,7 +104,9 @@ class DecorUpdate(torch.optim.Optimizer):
             on GPUs what forms R S R^T is as exact as in float32, large products of it by three of
             TF32 in Triton's kernels (from patches in half precision S is of exact products), and
             M' R, by which R changes, is TF32. In TF32 the former would not let R converge where S
-            is badly conditioned. None does not follow torch's own setting.
+            is badly conditioned. None does not follow torch's own setting. That is the process's:
+            updates in other threads that need another precision wait, and products of other threads
+            that are not an update's may meanwhile have this one.
         stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
             all, each is due at every k-th step, but not the same one, so that steps cost about the
             same. A budget does so by itself.
@@ -687,7 +689,8 @@ class DecorUpdate(torch.optim.Optimizer):
             "process_group": self.process_group,
             "_layers": self._layers,
             "_steps": self._steps,
-            "_generator": self._generator.get_state(),
+            # numbers: a spawned process is handed a tensor's memory, which must outlast the start
+            "_generator": bytes(self._generator.get_state().tolist()),
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
             "_cuda_graph": self._graphs is not None,
@@ -700,7 +703,7 @@ class DecorUpdate(torch.optim.Optimizer):
             super().__setstate__(state)
             return
         generator = torch.Generator()
-        generator.set_state(state["_generator"])
+        generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
         graphed = state.pop("_cuda_graph", False)
         super().__setstate__(
             {

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,23 @@ def test_energy_is_read_where_nvml_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Meter(torch.device("cpu")).joules() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]
     assert Meter(torch.device("cuda")).joules() is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("method", "amp", "apart"), [("adamw+dbp", "bf16", 0.02), ("foof+dbp", None, 1e-3)]
+)
+def test_compiled(tmp_path: Path, method: str, amp: str | None, apart: float) -> None:
+    """The same training as without; what learns of layers' inputs sees them."""
+    own = config(**METHODS[method], amp=amp, channels_last=True)
+    last = []
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        run(own.override({"compile": compiled}), out, progress=False)
+        row = asdict(read(out / "metrics.csv")[-1])
+        last.append({key: value for key, value in row.items() if key.endswith("loss")})
+    assert last[1] == pytest.approx(last[0], rel=apart)
 
 
 # --- controls ---------------------------------------------------------------------------------
