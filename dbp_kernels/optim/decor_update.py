@@ -24,7 +24,7 @@ from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
 from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
-from dbp_kernels.surgery import switch_fast_paths
+from dbp_kernels.surgery import settle
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -188,8 +188,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
-            distributed.ignore_in_ddp(model)
-            switch_fast_paths(model)
+            settle(model)
 
     # The layers.
 
@@ -617,15 +616,15 @@ class DecorUpdate(torch.optim.Optimizer):
         begins with a warm-up where none were saved.
 
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
-        groups, or an option in it is out of range.
+        groups of the same layers (their names may begin otherwise), or anything in it has another
+        type or is out of range: an option, a count, a cost of the budget's schedule.
         """
-        sizes = [len(group["params"]) for group in self.param_groups]
-        generator = checked_generator(state_dict, sizes, self.defaults)
+        names = [group["param_names"] for group in self.param_groups]
+        generator = checked_generator(state_dict, names, self.defaults)
         budget = self._budget
         if budget is not None:
             budget = budget.restored(state_dict.get("budget"))
         self._follow_R()
-        names = [group["param_names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -95,20 +96,26 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _is_rate(value: Any) -> bool:
+    # an int may be finite and yet no float
+    return _is_number(value, Real) and 0 <= value <= sys.float_info.max
+
+
+def _is_one_of(values: Collection[str]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, str) and v in values
+
+
 # For each option: what it is turned into, whether a value is valid, and what is.
 _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-    "lr": (
-        float,
-        lambda v: _is_number(v, Real) and 0 <= v < math.inf,
-        "a finite number of at least 0",
-    ),
+    "lr": (float, _is_rate, "a finite number of at least 0"),
+    "initial_lr": (float, _is_rate, "a finite number of at least 0"),  # of schedulers
     "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
     "sample": (
         lambda v: int(v) if isinstance(v, Integral) else float(v),
         lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
         "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
     ),
-    "rule": (str, lambda v: v in rules.RULES, f"one of {rules.RULES}"),
+    "rule": (str, _is_one_of(rules.RULES), f"one of {rules.RULES}"),
     "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
     "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
     "budget": (
@@ -116,10 +123,10 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
         lambda v: v is None or (_is_number(v, Real) and 0 < v < 1),
         "None, or a share of the training step above 0 and below 1",
     ),
-    "costs": (str, lambda v: v in COSTS, f"one of {COSTS}"),
+    "costs": (str, _is_one_of(COSTS), f"one of {COSTS}"),
     "matmul_precision": (
         lambda v: v,
-        lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
+        lambda v: v is None or _is_one_of(tuple(MATMUL_PRECISIONS))(v),
         f"None or one of {tuple(MATMUL_PRECISIONS)}",
     ),
     "clip": (
@@ -129,7 +136,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
     ),
     "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
     "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
-    "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
+    "sampling": (str, _is_one_of(_SAMPLINGS), f"one of {_SAMPLINGS}"),
 }
 
 
@@ -144,8 +151,8 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
             continue
         convert, valid, expected = _OPTIONS[name]
         given = options[name]
-        if name == "lr" and isinstance(given, Tensor) and given.dim() == 0:
-            given = given.item()  # the value it has now
+        if name in ("lr", "initial_lr") and isinstance(given, Tensor) and given.dim() == 0:
+            given = math.nan if given.is_meta else given.item()  # the value it has now
         if not valid(given):
             raise ValueError(f"{name}={options[name]!r}: expected {expected}")
         checked[name] = convert(given)
