@@ -14,7 +14,8 @@ Arguments common to the functions on patches:
         right and bottom).
     padding_mode: "zeros", "reflect", "replicate" or "circular".
 They raise ValueError or TypeError naming the argument, and RuntimeError, as torch's convolutions do,
-when the kernel is larger than the padded input.
+when the kernel is larger than the padded input, or, as torch's dispatcher does, for an argument of a
+type that the operator does not take.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _is_int(value: object) -> TypeIs[SupportsIndex]:
-    return hasattr(value, "__index__") and not isinstance(value, Tensor)
+    return hasattr(value, "__index__") and not isinstance(value, (Tensor, bool))
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
@@ -126,6 +127,9 @@ def pad_input(
     Returns the input, padded as far as the op cannot, and the padding left to the op. Raises
     ValueError for an unknown string, for "same" with a stride, or negative padding.
     """
+    ops.check_tensors(input=input)
+    if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
+        raise TypeError(f"kernel_size={kernel_size!r}: expected one int for each spatial dimension")
     flat, mode, remaining = _padding(kernel_size, stride, padding, dilation, padding_mode)
     return F.pad(input, flat, mode=mode) if any(flat) else input, remaining
 
@@ -176,8 +180,7 @@ def op_arguments(
     padding_mode: str,
 ) -> tuple[Tensor, OpArguments, bool]:
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input is a {type(input).__name__}: expected a Tensor")
+    ops.check_tensors(input=input)
     flat, mode, arguments, batched = resolved(
         input.shape, kernel_size, stride, padding, dilation, groups, padding_mode
     )
@@ -314,6 +317,7 @@ def _decor_conv(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
+    ops.check_tensors(input=input, weight=weight, R=R)
     if weight.dim() != dims + 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}: expected {dims + 2} dimensions "
@@ -412,6 +416,7 @@ def decor_conv_transpose2d(
         weight: (Cin, out/groups, KH, KW).
         R: (groups, D, D), or (D, D) when groups = 1.
     """
+    ops.check_tensors(input=input, weight=weight, R=R)
     if input.dim() not in (3, 4):
         raise ValueError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
     arguments = (
@@ -431,4 +436,5 @@ def decor_linear(input: Tensor, weight: Tensor, R: Tensor, bias: Tensor | None =
 
     Gradients reach the input, weight and bias, and R if it requires one. Source: paper section 2.1.
     """
+    ops.check_tensors(input=input, weight=weight, R=R)
     return torch.ops.dbp.decor_linear(input, weight, R, bias)

@@ -51,17 +51,21 @@ def why_no_tensor(x: Any, shape: Sequence[int]) -> str | None:
 def why_no_R(x: Any, shape: Sequence[int]) -> str | None:
     """Why ``x`` cannot be loaded as an R of a shape, in words; None if it can.
 
-    Its entries must be finite, and no row longer than ``MAX_NORM``. Looking at them waits for the
-    device.
+    Its entries must be finite, no row longer than ``MAX_NORM``, and none zero: steps leave R
+    invertible, and could not make it so again. Looking at them waits for the device.
     """
     reason = why_no_tensor(x, shape)
     if reason is not None or x.is_meta or isinstance(x, FakeTensor) or x.numel() == 0:
         return reason
     with torch.no_grad():
         dtype = torch.promote_types(x.dtype, torch.float32)
-        longest = float(torch.linalg.vector_norm(x, dim=-1, dtype=dtype).max())
-        if longest <= MAX_NORM:
+        rows = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+        shortest, longest = (float(norm) for norm in rows.aminmax())
+        if 0 < shortest <= longest <= MAX_NORM:
             return None
         if not x.isfinite().all():
             return "has entries that are not finite (NaN or Inf)"
-    return f"has a row of norm {longest:.3g}: expected at most {MAX_NORM:.3g}"
+    if shortest == 0:
+        return "has a row of zeros: expected an invertible matrix"
+    largest = float(x.detach().abs().max())
+    return f"has entries up to {largest:.3g}: expected rows of a norm of at most {MAX_NORM:.3g}"

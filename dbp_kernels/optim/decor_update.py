@@ -17,7 +17,14 @@ from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.optim.budget import Budget, ScheduleReport, sample_sizes
 from dbp_kernels.optim.graphs import StepGraphs
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Guard
-from dbp_kernels.optim.options import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.optim.options import (
+    as_groups,
+    check_groups,
+    check_own_R,
+    check_R,
+    checked_options,
+    parse_group,
+)
 from dbp_kernels.optim.stagger import phases
 from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
@@ -117,8 +124,10 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
-            or there is a budget with ``cuda_graph``. Nothing is changed.
-        TypeError: the first argument has another form. Nothing is changed.
+            two layers have one R, an R has another shape, or there is a budget with ``cuda_graph``.
+            Nothing is changed.
+        TypeError: the first argument has another form, or a layer's R is no floating-point tensor.
+            Nothing is changed.
     """
 
     _inputs: Inputs | None = None  # every layer takes samples of its own
@@ -218,18 +227,25 @@ class DecorUpdate(torch.optim.Optimizer):
     def _follow_R(self) -> None:
         """Point param_groups and state at the Rs of today: model.to() replaces buffers.
 
-        Raises RuntimeError if a layer was fused.
+        Raises RuntimeError if a layer was fused, TypeError or ValueError if an R was set to what is
+        none, or to another layer's. Nothing is changed then.
         """
-        for name, layer in self._named_layers():
+        params = [R for group in self.param_groups for R in group["params"]]
+        changed = False
+        for (name, layer), before in zip(self._named_layers(), params):
             if not hasattr(layer, "R"):
                 raise RuntimeError(
                     f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
                 )
-        changed = False
+            if layer.R is not before:
+                check_R(name, layer)
+                changed = True
+        if not changed:
+            return
+        check_own_R(self._named_layers())
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
-                    changed = True
                     group["params"][index] = layer.R
                     if before in self.state and layer.R not in self.state:
                         state = self.state[before]  # of others, too, where they shared R
@@ -240,10 +256,9 @@ class DecorUpdate(torch.optim.Optimizer):
                                 for kind in (SKIPPED, CLIPPED)
                             },
                         }
-        if changed:
-            used = {id(layer.R) for _, layer in self._named_layers()}
-            for gone in [R for R in self.state if id(R) not in used]:
-                del self.state[gone]
+        used = {id(layer.R) for _, layer in self._named_layers()}
+        for gone in [R for R in self.state if id(R) not in used]:
+            del self.state[gone]
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
@@ -314,8 +329,9 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a layer no longer belongs to this optimiser.
-            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses.
-            TypeError: an R was set to one of less than float32.
+            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses, or
+                an R to one of another shape, or to another layer's.
+            TypeError: an R was set to no tensor, or one of less than float32.
         """
         result = None
         if closure is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, rules
+from dbp_kernels.loaded import why_no_tensor
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import MATMUL_PRECISIONS
@@ -50,6 +51,7 @@ def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _
             continue
         if name in layers:
             raise ValueError(f"two layers are called {name!r}: expected a name for each")
+        check_R(name, layer)
         layers[name] = layer
     if not layers:
         raise ValueError(
@@ -90,6 +92,34 @@ def check_groups(groups: list[tuple[Any, _Layers]]) -> None:
                     "every layer once"
                 )
             seen[layer] = name
+    check_own_R((name, layer) for layer, name in seen.items())
+
+
+def check_R(name: str, layer: Layer) -> None:
+    """Raises TypeError or ValueError if a layer's R, which may have been set by hand, is none."""
+    groups, size = layer._patch_size()
+    reason = why_no_tensor(layer.R, (groups, size, size) if groups > 1 else (size, size))
+    if reason is not None:
+        kind = ValueError if reason.startswith("of shape") else TypeError
+        raise kind(f"R of layer {name!r} {reason}")
+
+
+def check_own_R(layers: Iterable[tuple[str, Layer]]) -> None:
+    """Raises ValueError if two layers have one R: its update would be made twice.
+
+    But for sites of ``attach``, whose R is shared where that is exact.
+    """
+    seen: dict[Any, str] = {}
+    for name, layer in layers:
+        R = getattr(layer, "R", None)  # a fused layer has lost it
+        if R is None or isinstance(layer, Site) or not R.numel():
+            continue
+        other = seen.setdefault(id(R) if R.is_meta else (R.device, R.data_ptr()), name)
+        if other != name:
+            raise ValueError(
+                f"layers {other!r} and {name!r} have one R: expected an R for each (dbp.attach shares "
+                "R among layers that are fed by the same tensor)"
+            )
 
 
 def _is_number(value: Any, kind: type) -> bool:
