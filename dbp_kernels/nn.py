@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dbp_kernels import functional
 from dbp_kernels.loaded import StateError, why_no_R
 from dbp_kernels.op_input import OpInput, op_inputs
+from dbp_kernels.ops import check_tensors
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import Recorder, record
@@ -393,6 +394,7 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, H, W) or (C, H, W), as torch.nn.ConvTranspose2d, with its output_size."""
+        check_tensors(input=input)
         if self.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode must be 'zeros' for DecorConvTranspose2d, got {self.padding_mode!r}"
@@ -460,6 +462,7 @@ class Decorrelate(_Decorrelated):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, *features) with prod(features) = num_features, or (..., num_features)."""
+        check_tensors(input=input)
         output = functional.decorrelate(self._as_images(input), self.R, ())
         self._passed(input, output)
         return output.reshape(input.shape)
