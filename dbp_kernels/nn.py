@@ -226,7 +226,7 @@ class _Decorrelated(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._check_loaded(state_dict, prefix)
+        self._check_loaded(state_dict, prefix, local_metadata)
         key = prefix + "R"
         # A checkpoint that has this layer but no R is of a plain model: its R is the identity. One
         # without the layer (loaded with strict=False: torch does not say so here) changes nothing.
@@ -249,12 +249,17 @@ class _Decorrelated(nn.Module):
         elif R.dtype != statistics_dtype(R.dtype):  # assign=True with a half-precision R
             self._buffers["R"] = R.to(statistics_dtype(R.dtype))
 
-    def _check_loaded(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+    def _check_loaded(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
         """Raises StateError if there is an R in it that this layer cannot have."""
         key, R = prefix + "R", self._buffers.get("R")
         if key not in state_dict or R is None:
             return
         reason = why_no_R(state_dict[key], R.shape)
+        replaced = metadata.get("assign_to_params_buffers", False)
+        if reason is None and state_dict[key].is_meta and not (R.is_meta or replaced):
+            reason = "is on meta: expected values"
         if reason is not None:
             told = "size mismatch for " * reason.startswith("of shape")  # as torch says
             raise StateError(f"{told}{key} in the loaded state_dict {reason}")
@@ -271,7 +276,11 @@ class _Decorrelated(nn.Module):
 
 
 def check_loaded(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str = "",
+    local_metadata: Mapping[str, Any] | None = None,
+    *_: Any,
 ) -> None:
     """Raises StateError if a layer cannot have its R in ``state_dict``; a hook of load_state_dict.
 
@@ -279,7 +288,8 @@ def check_loaded(
     """
     for name, module in model.named_modules(remove_duplicate=False):
         if is_decorrelated(module):
-            module._check_loaded(state_dict, f"{prefix}{name}." if name else prefix)
+            own = f"{prefix}{name}." if name else prefix
+            module._check_loaded(state_dict, own, local_metadata or {})
 
 
 def is_decorrelated(module: nn.Module) -> TypeIs[_Decorrelated]:

@@ -641,7 +641,14 @@ class DecorUpdate(torch.optim.Optimizer):
         if budget is not None:
             budget = budget.restored(state_dict.get("budget"))
         self._follow_R()
-        super().load_state_dict(state_dict)
+        plain = [  # as the constructor makes them: a step would take no int beyond 64 bits
+            {
+                **group,
+                **checked_options({k: v for k, v in group.items() if not isinstance(v, Tensor)}),
+            }
+            for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": plain})
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own
             group.setdefault("clip", self.defaults["clip"])  # saved before there was one

@@ -126,6 +126,11 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    # costs are divided by it: beyond 64 bits it may be no float
+    return _is_number(value, Integral) and 1 <= value < 2**63
+
+
 def _is_rate(value: Any) -> bool:
     # an int may be finite and yet no float
     return _is_number(value, Real) and 0 <= value <= sys.float_info.max
@@ -142,11 +147,13 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
     "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
     "sample": (
         lambda v: int(v) if isinstance(v, Integral) else float(v),
-        lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
+        lambda v: (
+            _is_count(v) or (not isinstance(v, Integral) and _is_number(v, Real) and 0 < v <= 1)
+        ),
         "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
     ),
     "rule": (str, _is_one_of(rules.RULES), f"one of {rules.RULES}"),
-    "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
+    "update_every": (int, _is_count, "an int of at least 1"),
     "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
     "budget": (
         lambda v: None if v is None else float(v),
