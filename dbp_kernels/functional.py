@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
@@ -56,7 +57,8 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _is_int(value: object) -> TypeIs[SupportsIndex]:
-    return hasattr(value, "__index__") and not isinstance(value, (Tensor, bool))
+    # numpy's integers are registered as such; its arrays have an __index__, too
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:

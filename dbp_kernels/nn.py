@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
-from dbp_kernels.loaded import StateError, why_no_R
+from dbp_kernels.loaded import StateError, is_int, why_no_R
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.ops import check_tensors
 from dbp_kernels.plain_call import plain
@@ -452,7 +452,7 @@ class Decorrelate(_Decorrelated):
     it sets it to the identity, even where other entries are missing too.
 
     Raises:
-        ValueError: num_features is not a positive int.
+        ValueError: num_features is not a positive int below 2^31.
     """
 
     _transposed = None
@@ -463,8 +463,10 @@ class Decorrelate(_Decorrelated):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features must be a positive int, got {num_features!r}")
+        if not is_int(num_features, 1, 2**31 - 1):  # no memory has 2^64 bytes for R
+            raise ValueError(
+                f"num_features must be a positive int below 2^31, got {num_features!r}"
+            )
         nn.Module.__init__(self)
         self.num_features = num_features
         example = torch.empty(0, device=device, dtype=dtype)

@@ -87,7 +87,7 @@ def _check_same_device(x: Tensor, R: Tensor, whose: str = "input") -> None:
 
 
 def _check_weight(weight: Tensor, groups: int, channels: str) -> None:
-    check_tensors(weight=weight)
+    _check_floating(weight=weight)
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected at least 2 dimensions")
     if not isinstance(groups, (int, torch.SymInt)):

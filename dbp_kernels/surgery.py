@@ -70,11 +70,14 @@ def decorrelate_model(
         ``model``, the same object.
 
     Raises:
-        TypeError: model is no module, or include/exclude has another form. Nothing is changed.
+        TypeError: model is no module, report no bool, or include/exclude has another form. Nothing is
+            changed.
         ValueError: a name in include/exclude matches no module, or a layer has an attribute R of
             its own. Nothing is changed.
     """
     check_model(model)
+    if not isinstance(report, bool):
+        raise TypeError(f"report={report!r}: expected True or False")
     selection = Selection(unwrap(model), include, exclude)
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, str] = {}

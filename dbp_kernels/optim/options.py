@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import MATMUL_PRECISIONS
 from dbp_kernels.sampling import Layer
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 _SAMPLINGS = ("first", "random")
 COSTS = ("measured", "planned")  # where a budget's come from
 
@@ -26,7 +29,7 @@ _Layers = dict[str, Layer]
 def as_groups(model: Any) -> list[dict[str, Any]]:
     if isinstance(model, nn.Module):
         return [{"modules": model}]
-    if isinstance(model, dict) or not isinstance(model, Iterable):
+    if isinstance(model, dict) or not are_several(model):
         raise TypeError(
             f"model={type(model).__name__}: expected a torch.nn.Module, an iterable of modules, or "
             "a list of groups {'modules': ..., 'lr': ...}"
@@ -35,6 +38,11 @@ def as_groups(model: Any) -> list[dict[str, Any]]:
     if entries and all(isinstance(entry, dict) for entry in entries):
         return entries
     return [{"modules": entries}]
+
+
+def are_several(value: Any) -> TypeIs[Iterable[Any]]:
+    """Whether it is an iterable of what may be modules or groups."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Tensor))
 
 
 def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _Layers]:
@@ -68,7 +76,7 @@ def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, Layer]]:
             if is_decorrelated(module):
                 yield name or type(module).__name__, module
         return
-    if not isinstance(modules, Iterable):
+    if not are_several(modules):
         raise TypeError(f"modules={modules!r}: expected a torch.nn.Module or several")
     for index, entry in enumerate(modules):
         name, module = entry if isinstance(entry, tuple) and len(entry) == 2 else (index, entry)

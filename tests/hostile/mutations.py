@@ -81,7 +81,7 @@ def _mutated_tensor(x: torch.Tensor, rng: random.Random) -> Any:
         if x.is_floating_point():
             x.view(-1)[rng.randrange(x.numel())] = entry
             return x
-        return x - rng.randrange(3)
+        return x.to(torch.int64) - rng.randrange(3)
     if what == 3 and x.numel():  # a flipped bit
         flat = x.contiguous().view(-1)[rng.randrange(x.numel())].view(1).view(torch.uint8)
         flat[rng.randrange(len(flat))] ^= 1 << rng.randrange(8)
