@@ -65,7 +65,11 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if type(value) is tuple and [type(v) for v in value] == [int] * dims:
         return list(value)  # as layers have them, in every forward pass
     values = [value] if _is_int(value) else value
-    if not isinstance(values, Sequence) or not all(map(_is_int, values)):
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, bytes)
+        or not all(map(_is_int, values))
+    ):
         raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
     # numpy's integers become ints; symbolic ones stay what they are
     values = [v if isinstance(v, int | torch.SymInt) else operator.index(v) for v in values]
@@ -74,6 +78,15 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if len(values) != dims:
         raise ValueError(f"{name}={value}: expected an int or {dims} ints")
     return values
+
+
+def _is_one(value: object, default: int) -> bool:
+    """Whether it says of a window's part that there is none."""
+    return (
+        value in ("valid", "same")
+        if isinstance(value, str)
+        else _is_int(value) and value == default
+    )
 
 
 def _padding(
@@ -85,7 +98,7 @@ def _padding(
 ) -> tuple[tuple[int, ...], str, list[int]]:
     """(what to pad by beforehand and in which mode, both as F.pad takes them; the ops' padding)."""
     dims = len(kernel_size)
-    if padding_mode not in PADDING_MODES:
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         raise ValueError(
             f"padding_mode={padding_mode!r}: expected one of {', '.join(map(repr, PADDING_MODES))}"
         )
@@ -156,8 +169,8 @@ def resolved(
     if dims == 0 and not one:
         given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
         for name, (value, default) in given.items():
-            values = [value] if _is_int(value) or isinstance(value, str) else value
-            if any(v not in (default, "valid", "same") for v in values):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if not all(_is_one(v, default) for v in values):
                 raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
         return (), "constant", ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or len(shape) not in (dims + 1, dims + 2):

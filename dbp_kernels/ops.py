@@ -95,14 +95,17 @@ def _check_weight(weight: Tensor, groups: int, channels: str) -> None:
     _check_groups(groups, weight.shape[0], channels)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> None:
     """Raises TypeError for R's dtype, ValueError for an option out of range."""
     if R.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"R has dtype {R.dtype}: expected float32 or float64, below which an update vanishes"
         )
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr={lr}: expected a finite number of at least 0")
+    if not 0 <= lr <= _LARGEST:
+        raise ValueError(f"lr={lr}: expected a number from 0 to {_LARGEST:.3g}, float32's largest")
     UpdateRule.make(rule, kappa, max(1, dim))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, rules
@@ -139,9 +139,11 @@ def _is_count(value: Any) -> bool:
     return _is_number(value, Integral) and 1 <= value < 2**63
 
 
+_LARGEST = torch.finfo(torch.float32).max  # torch raises where float32 is to be scaled by more
+
+
 def _is_rate(value: Any) -> bool:
-    # an int may be finite and yet no float
-    return _is_number(value, Real) and 0 <= value <= sys.float_info.max
+    return _is_number(value, Real) and 0 <= value <= _LARGEST
 
 
 def _is_one_of(values: Collection[str]) -> Callable[[Any], bool]:
@@ -150,8 +152,8 @@ def _is_one_of(values: Collection[str]) -> Callable[[Any], bool]:
 
 # For each option: what it is turned into, whether a value is valid, and what is.
 _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-    "lr": (float, _is_rate, "a finite number of at least 0"),
-    "initial_lr": (float, _is_rate, "a finite number of at least 0"),  # of schedulers
+    "lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),
+    "initial_lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),  # of schedulers
     "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
     "sample": (
         lambda v: int(v) if isinstance(v, Integral) else float(v),
