@@ -12,7 +12,6 @@ pass it is held without need.
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Hashable, Sequence
 from itertools import count
@@ -24,6 +23,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dbp_kernels import user_warnings
 from dbp_kernels.clock import mark
 from dbp_kernels.op_input import OpInput
 from dbp_kernels.phases import COPY, phase
@@ -331,13 +331,12 @@ class Recorder:
         self._drop([0])
         if not owner._told_of_pending:
             owner._told_of_pending = True
-            warnings.warn(
+            user_warnings.warn(
                 f"a decorrelated layer has been called {MAX_PENDING + 1} times since the last "
                 f"step() of its DecorUpdate: only the samples of the last {MAX_PENDING} calls are "
                 "kept; call step() after every optimiser step, discard() where it is left out, or "
                 "detach() to stop sampling",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dbp_kernels import user_warnings
 from dbp_kernels.loaded import StateError, is_int, why_no_R, why_no_tensor
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
@@ -258,4 +258,4 @@ def _refused(what: str) -> StateError:
 
 def _tell(told: Sequence[str]) -> None:
     for text in told:
-        warnings.warn(text, stacklevel=5)
+        user_warnings.warn(text)
