@@ -91,7 +91,7 @@ class _Decorrelated(nn.Module):
     """What every decorrelated layer shares: the buffer R, its precision, its checkpoints.
 
     ``load_state_dict()`` raises StateError, a ValueError and a RuntimeError, for an R of another shape,
-    that is not finite, or has rows longer than `loaded.MAX_NORM`: of a model that
+    that is not finite, or has rows of zeros or longer than `loaded.MAX_NORM`: of a model that
     ``decorrelate_model`` or a `DecorUpdate` was given before anything is changed, else before this
     layer is.
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -90,7 +91,7 @@ def _check_weight(weight: Tensor, groups: int, channels: str) -> None:
     _check_floating(weight=weight)
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected at least 2 dimensions")
-    if not isinstance(groups, (int, torch.SymInt)):
+    if not isinstance(groups, (int, torch.SymInt, Integral)):
         raise TypeError(f"groups={groups!r}: expected an int")
     _check_groups(groups, weight.shape[0], channels)
 
