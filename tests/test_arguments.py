@@ -118,3 +118,40 @@ def test_groups_of_a_weight_are_an_int():
         dbp.condensed_weight(torch.randn(2, 3), torch.eye(3), "2")
     with pytest.raises(ValueError, match=r"weight has shape \(\)"):
         dbp.condensed_weight(torch.tensor(1.0), torch.eye(1))
+
+
+def test_a_rate_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match=r"lr=1e\+300: expected a number from 0 to 3\.4e\+38"):
+        dbp.decor_update(torch.randn(4, 3), torch.eye(3), (), lr=1e300)
+    for lr in (1e300, 10**400, True, "fast"):
+        with pytest.raises(ValueError, match=r"lr=.*expected a finite number from 0 to"):
+            dbp.DecorUpdate(dbp.nn.DecorLinear(3, 2), lr=lr)
+    with pytest.raises(ValueError, match=r"update_every=10+: expected an int"):
+        dbp.DecorUpdate(dbp.nn.DecorLinear(3, 2), update_every=10**400)
+
+
+def test_what_is_no_model_or_choice_of_layers_is_named():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    many = torch.ones(2, 2)
+    refused = {
+        "model=str": lambda: dbp.DecorUpdate("net"),
+        "model=Tensor": lambda: dbp.DecorUpdate(many),
+        "model must be": lambda: dbp.explain([net], torch.randn(2, 3)),
+        "optimizer=tensor": lambda: dbp.attach(net, many),
+        "groups=3": lambda: dbp.attach(net, optimizer, groups=3),
+        "max_size='8'": lambda: dbp.attach(net, optimizer, max_size="8"),
+        "include=tensor": lambda: dbp.attach(net, optimizer, include=many),
+        "report=tensor": lambda: dbp.decorrelate_model(net, report=many),
+        "name=tensor": lambda: dbp.backend(many).__enter__(),
+        "num_features": lambda: dbp.nn.Decorrelate(2**62),
+        "padding_mode=tensor": lambda: dbp.patch_gram(
+            torch.randn(1, 2, 4, 4), 3, padding_mode=many
+        ),
+        "stride=tensor": lambda: dbp.patch_gram(torch.randn(4, 3), (), stride=many),
+    }
+    for message, call in refused.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
+    assert type(net[0]) is torch.nn.Linear
+    assert not net[0]._forward_hooks
