@@ -11,11 +11,13 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dbp_kernels.distributed import unwrap
+from dbp_kernels.loaded import is_int
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.optimizer_state import is_attached
+from dbp_kernels.optim.options import are_several
 from dbp_kernels.optim.site import Site, is_fed
 from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
@@ -112,6 +114,8 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizers = _optimizers(optimizer)
+    if max_size is not None and not is_int(max_size):
+        raise ValueError(f"max_size={max_size!r}: expected None, or an int of at least 0")
     inner = unwrap(model)
     already = [name for name, module in inner.named_modules() if is_decorrelated(module)]
     if already:
@@ -151,7 +155,7 @@ def attach(
 
 def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     several = [given] if isinstance(given, torch.optim.Optimizer) else given
-    if not isinstance(several, Iterable):
+    if not are_several(several):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or several")
     several = [_innermost(optimizer) for optimizer in several]
     if not several:
@@ -236,7 +240,9 @@ def _grouped(
 ) -> list[Any]:
     """The sites as the engine's groups; those that no group names come last."""
     rest, made = list(sites), []
-    for group in groups or ():
+    if groups is not None and not are_several(groups):
+        raise TypeError(f"groups={groups!r}: expected None, or dicts with the key 'modules'")
+    for group in () if groups is None else groups:
         if not isinstance(group, dict) or "modules" not in group:
             raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
         chosen = Rules("groups", group["modules"])

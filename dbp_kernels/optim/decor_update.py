@@ -18,14 +18,21 @@ from dbp_kernels.interrupts import carry_through, check_writable, uninterrupted
 from dbp_kernels.optim.budget import Budget, Reading, ScheduleReport, sample_sizes
 from dbp_kernels.optim.graphs import StepGraphs
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Guard
-from dbp_kernels.optim.options import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.optim.options import (
+    as_groups,
+    check_groups,
+    check_own_R,
+    check_R,
+    checked_options,
+    parse_group,
+)
 from dbp_kernels.optim.stagger import phases
 from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import WriteBack
 from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
-from dbp_kernels.surgery import switch_fast_paths
+from dbp_kernels.surgery import settle
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -120,8 +127,10 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
-            or there is a budget with ``cuda_graph``. Nothing is changed.
-        TypeError: the first argument has another form. Nothing is changed.
+            two layers have one R, an R has another shape, or there is a budget with ``cuda_graph``.
+            Nothing is changed.
+        TypeError: the first argument has another form, or a layer's R is no floating-point tensor.
+            Nothing is changed.
     """
 
     _inputs: Inputs | None = None  # every layer takes samples of its own
@@ -192,8 +201,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
-            distributed.ignore_in_ddp(model)
-            switch_fast_paths(model)
+            settle(model)
 
     # The layers.
 
@@ -223,18 +231,25 @@ class DecorUpdate(torch.optim.Optimizer):
     def _follow_R(self) -> None:
         """Point param_groups and state at the Rs of today: model.to() replaces buffers.
 
-        Raises RuntimeError if a layer was fused.
+        Raises RuntimeError if a layer was fused, TypeError or ValueError if an R was set to what is
+        none, or to another layer's. Nothing is changed then.
         """
-        for name, layer in self._named_layers():
+        params = [R for group in self.param_groups for R in group["params"]]
+        changed = False
+        for (name, layer), before in zip(self._named_layers(), params):
             if not hasattr(layer, "R"):
                 raise RuntimeError(
                     f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
                 )
-        changed = False
+            if layer.R is not before:
+                check_R(name, layer)
+                changed = True
+        if not changed:
+            return
+        check_own_R(self._named_layers())
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
-                    changed = True
                     if before in self.state and layer.R not in self.state:
                         state = self.state[before]  # of others, too, where they shared R
                         self.state[layer.R] = {
@@ -245,10 +260,9 @@ class DecorUpdate(torch.optim.Optimizer):
                             },
                         }
                     group["params"][index] = layer.R  # last: an error above leaves all to do
-        if changed:
-            used = {id(layer.R) for _, layer in self._named_layers()}
-            for gone in [R for R in self.state if id(R) not in used]:
-                del self.state[gone]
+        used = {id(layer.R) for _, layer in self._named_layers()}
+        for gone in [R for R in self.state if id(R) not in used]:
+            del self.state[gone]
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
@@ -329,8 +343,9 @@ class DecorUpdate(torch.optim.Optimizer):
         Raises:
             RuntimeError: a layer no longer belongs to this optimiser; or its R or reports cannot be
                 written to in place, as they were expanded or made in inference mode.
-            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses.
-            TypeError: an R was set to one of less than float32.
+            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses, or
+                an R to one of another shape, or to another layer's.
+            TypeError: an R was set to no tensor, or one of less than float32.
         """
         result = None
         if closure is not None:
@@ -656,16 +671,23 @@ class DecorUpdate(torch.optim.Optimizer):
         begins with a warm-up where none were saved.
 
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
-        groups, or an option in it is out of range.
+        groups of the same layers (their names may begin otherwise), or anything in it has another
+        type or is out of range: an option, a count, a cost of the budget's schedule.
         """
-        sizes = [len(group["params"]) for group in self.param_groups]
-        generator = checked_generator(state_dict, sizes, self.defaults)
+        names = [group["param_names"] for group in self.param_groups]
+        generator = checked_generator(state_dict, names, self.defaults)
         budget = self._budget
         if budget is not None:
             budget = budget.restored(state_dict.get("budget"))
         self._follow_R()
-        names = [group["param_names"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        plain = [  # as the constructor makes them: a step would take no int beyond 64 bits
+            {
+                **group,
+                **checked_options({k: v for k, v in group.items() if not isinstance(v, Tensor)}),
+            }
+            for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": plain})
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own
             group.setdefault("clip", self.defaults["clip"])  # saved before there was one
