@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbp_kernels.interrupts import Once
 from dbp_kernels.precision import products_of_change, rounding
 from dbp_kernels.products.matmul import (
     add_product_,
@@ -109,34 +110,38 @@ class Update:
             return torch.add(R, self.U, alpha=-rate * self.weight, out=self.U)
         X, d = self.few
         R_new = R * torch.rsub(d, 1, alpha=rate)
-        self._add_product_(R_new, X, rate)
+        _Product(R_new, X.mT, self.U, -rate * self.weight)()
         return R_new
 
-    def apply_(self, R: Tensor, rate: float, factor: Tensor | None = None) -> None:
-        """R <- R - rate factor M' R in place, once. Takes no memory for a dense R.
+    def changes(
+        self,
+        R: Tensor,
+        rate: float,
+        factor: Tensor | None = None,
+        once: Callable[..., Callable[[], object]] = Once,
+    ) -> list[Callable[[], object]]:
+        """What makes R <- R - rate factor M' R in place when called one after the other, once.
+
+        Any of them that raises may be called again. They take no memory for a dense R.
 
         Args:
             R: (G, D, D), that it was worked out from.
             factor: (G, 1, 1), for what is known to the device only.
+            once: functools.partial if nothing will be called again: it takes no launches.
         """
         if self.few is None:
+            scale = -rate * self.weight
             if factor is None:
-                R.add_(self.U, alpha=-rate * self.weight)
-            elif R.is_cpu:  # so that a factor of 1 changes no bit: addcmul rounds once more here
-                R.add_(self.U.mul_(factor), alpha=-rate * self.weight)
-            else:
-                R.addcmul_(self.U, factor, value=-rate * self.weight)
-            return
+                return [once(torch._foreach_add_, [R], [self.U], alpha=scale)]
+            if R.is_cpu:  # so that a factor of 1 changes no bit: addcmul rounds once more here
+                return [once(torch._foreach_add_, [R], [self.U.mul_(factor)], alpha=scale)]
+            return [once(torch._foreach_addcmul_, [R], [self.U], [factor], value=scale)]
         X, d = self.few
         if factor is not None:
             d.mul_(factor)
             self.U.mul_(factor)
-        R.mul_(torch.sub(_ONE, d, alpha=rate, out=d))
-        self._add_product_(R, X, rate)
-
-    def _add_product_(self, R: Tensor, X: Tensor, rate: float) -> None:
-        with products_of_change(R):
-            add_product_(R, X.mT, self.U, -rate * self.weight)
+        rows = once(torch._foreach_mul_, [R], [torch.sub(_ONE, d, alpha=rate, out=d)])
+        return [rows, _Product(R, X.mT, self.U, -rate * self.weight)]
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -173,6 +178,36 @@ def no_update(R: Tensor) -> Update:
 
 # A number to kernels of any device, as it is 0-dimensional and on the CPU.
 _ONE = torch.tensor(1.0, device="cpu")
+
+
+class _Product:
+    """R += scale X Y in place, once however often this is called.
+
+    There is no call of torch that could write a mark as well. Whether one that raised had its effect is
+    told by R's version, and where the error came from below what counts versions, by R's diagonal,
+    to which X Y = c X X^T R adds: near R = I, squares.
+    """
+
+    def __init__(self, R: Tensor, X: Tensor, Y: Tensor, scale: float) -> None:
+        self._R, self._operands = R, (X, Y, scale)
+        self._diagonal = R.diagonal(dim1=-2, dim2=-1)
+        self._before = torch.empty_like(self._diagonal)
+        self._version: int | None = None  # of R before the first try
+
+    def __call__(self) -> None:
+        R = self._R
+        if self._version is None:
+            self._before.copy_(self._diagonal)
+            self._version = _version(R)
+        elif self._version != _version(R) or not torch.equal(self._before, self._diagonal):
+            return
+        with products_of_change(R):
+            add_product_(R, *self._operands)
+
+
+def _version(R: Tensor) -> int:
+    """It counts writes; not those to tensors made in inference mode."""
+    return 0 if R.is_inference() else R._version
 
 
 def _product_update(M: Tensor, R: Tensor, rule: UpdateRule) -> Update:

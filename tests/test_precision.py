@@ -36,17 +36,17 @@ def seen(monkeypatch) -> list:
     """The precision at every call of what computes updates, and of what writes them."""
     seen = []
 
-    def watched(name):
-        real = getattr(update_module, name)
+    def watched(owner, name):
+        real = getattr(owner, name)
 
         def call(*arguments):
             seen.append(now())
             return real(*arguments)
 
-        monkeypatch.setattr(update_module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    watched("local_updates")
-    watched("write_back")
+    watched(update_module, "local_updates")
+    watched(update_module.WriteBack, "__call__")
     return seen
 
 

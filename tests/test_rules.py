@@ -82,6 +82,11 @@ def rule_of(kappa: float = 0.3, guarded: bool = False) -> rules.UpdateRule:
     return rules.UpdateRule.make("standard", kappa, 7, guarded)
 
 
+def make(changes):
+    for change in changes:
+        change()
+
+
 every_update = pytest.mark.parametrize("name", UPDATES)
 
 
@@ -95,7 +100,7 @@ def test_an_update_in_place(name, groups):
         update = UPDATES[name](z, r, rule_of())
         assert finite(update, groups).all()
         update.cancel_unless_(torch.tensor(ok).expand(groups, 1, 1))
-        update.apply_(r, 0.1)
+        make(update.changes(r, 0.1))
         assert torch.equal(r, expected if ok else before)
     assert not torch.equal(r, before)
 
@@ -109,7 +114,7 @@ def test_a_factor_of_each_group(name, guarded):
     for rate, factors in ((0.1, None), (0.1, (1.0, 0.0, 0.5)), (1.0, (0.1, 0.0, 0.05))):
         results[rate, factors] = after = r.clone()
         factor = None if factors is None else torch.tensor(factors, dtype=F64).view(3, 1, 1)
-        UPDATES[name](z, r, rule_of(guarded=guarded)).apply_(after, rate, factor)
+        make(UPDATES[name](z, r, rule_of(guarded=guarded)).changes(after, rate, factor))
     plain, factored, in_memory = results.values()
     assert torch.equal(factored[0], plain[0])
     assert torch.equal(factored[1], r[1])
@@ -152,7 +157,7 @@ def test_an_update_that_is_not_finite(name, where, bad):
     update = UPDATES[name](z, r, rule_of())
     assert not finite(update)
     update.cancel_unless_(finite(update).view(1, 1, 1))
-    update.apply_(r, 0.1)
+    make(update.changes(r, 0.1))
     assert torch.equal(r.nan_to_num(7.0), before.nan_to_num(7.0))
 
 

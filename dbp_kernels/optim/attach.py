@@ -76,6 +76,15 @@ def attach(
     budget or several ranks. Forward passes without gradients give no samples, but for the first of a
     reentrant activation checkpoint.
 
+    Nothing is half done. Whatever ``step()`` raises, the parameters then hold A = W R, a checkpoint can be
+    written, and training goes on. All R and what is counted and planned of them are as before the
+    step or as after it, as for ``DecorUpdate.step()``. So is W if the error is not of the optimiser's
+    own step; if it is, the weights and the optimiser's state are what torch leaves. An error that
+    comes between the two, such as memory that does not suffice for R's update, leaves W stepped and
+    R as it was, which is a step from which R has not learnt. W, R or weights that cannot be written
+    to (expanded, made in inference mode) raise RuntimeError before the optimiser's step. Signals with
+    Python handlers wait while R and A change.
+
     Weights may be written to between steps: the network stays what it was made, and W becomes
     A R^-1, with a warning. Writes through ``.data`` show on CPUs only, by some 256 entries of each
     weight; on GPUs, where looking would wait for the device, they are lost.

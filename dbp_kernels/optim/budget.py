@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,15 +48,20 @@ _STEP_CALLS = 250
 
 
 @dataclass
-class _Reading:
-    """One step: its losses on their way to the host, and its marks."""
+class Reading:
+    """One step: its losses on their way to the host, and its marks once it is over."""
 
     layers: list[int]
     losses: list[Tensor]
-    spans: list[tuple[Mark, Mark]]
-    before: Mark | None  # the end of the step before
-    end: Mark
     fences: list[Mark] = field(default_factory=list)
+    spans: list[tuple[Mark, Mark]] = field(default_factory=list)
+    before: Mark | None = None  # the end of the step before
+    end: Mark | None = None
+
+    @cached_property
+    def values(self) -> list[float]:
+        """The losses, once they have come."""
+        return self.read_losses()
 
     def read_losses(self) -> list[float]:
         for fence in self.fences:
@@ -67,6 +73,21 @@ class _Reading:
         if self.before is None:
             return None
         return sum(seconds(*span) for span in self.spans), seconds(self.before, self.end)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What was planned of a layer, from its first samples.
+
+    Attributes:
+        sizes: its sample sizes and their costs.
+        images: of the full sample.
+        plain: seconds of the plain layer's step.
+    """
+
+    sizes: Sizes
+    images: int
+    plain: float
 
 
 @dataclass(frozen=True)
@@ -154,8 +175,9 @@ class Budget:
         self._spans: list[tuple[Mark, Mark]] = []  # of its copies
         self._end: Mark | None = None
         self._where: torch.device | None = None  # of that mark
-        self._late = False  # whether a layer was planned when costs had been fixed
-        self._pending: deque[_Reading] = deque()
+        self._planned: dict[int, _Planned] = {}  # of the present step
+        self._to_tell: str | None = None
+        self._pending: deque[Reading] = deque()
         self._measured: list[tuple[list[int], float, float]] = []  # since the last calibration
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
 
@@ -182,88 +204,125 @@ class Budget:
 
     # Told by step().
 
-    def plan(self, job: Job, recorded: int, many: bool) -> None:
-        """Plan a layer's costs if that is still to do, from its first samples.
+    def plan(self, jobs: Sequence[Job], recorded: Sequence[int], many: bool) -> None:
+        """Plan the costs of layers where that is still to do, from their first samples.
 
         Args:
-            recorded: images that the samples were taken from.
+            recorded: of all layers, images that the samples were taken from.
             many: whether several processes add up their samples.
         """
-        layer = job.index
-        if self.schedule.sizes[layer] or not job.samples:
-            return
+        self._planned = {}
         if many and self.schedule.step >= WARM_UP and self.schedule.step + 1 not in CALIBRATIONS:
             return  # ranks may differ in what they saw: until one decides for all
-        self._late = self._late or self._fixed
-        geometries, device, dtype = job.geometries()
-        images = sum(int(sample.shape[0]) for sample in job.samples)
-        self.images[layer] = images
-        self.schedule.sizes[layer] = sample_sizes(geometries, images, device, dtype, many)
-        patches = sum(geometry.samples for geometry in geometries) * recorded / images
-        weight = getattr(job.layer, "weight", None)
-        flop = 6 * patches * (0 if weight is None else weight.numel())
-        machine = planner.machine(device.type)
-        self.plain[layer] = flop / (machine.peak * _STEP_RATE) + _STEP_CALLS * machine.call
+        for job in jobs:
+            if not self.schedule.sizes[job.index] and job.samples:
+                self._planned[job.index] = _planned(job, recorded[job.index], many)
 
     @property
     def _fixed(self) -> bool:
         """Whether the costs are set for good."""
         return self.schedule.step >= CALIBRATIONS[-1]
 
+    @property
+    def _calibrates(self) -> bool:
+        """Whether the step's end is one at which costs are set."""
+        late = self._fixed and bool(self._planned)
+        return late or self.schedule.step + 1 in CALIBRATIONS
+
+    def read(
+        self, layers: Mapping[torch.device, list[int]], losses: Mapping[torch.device, Tensor]
+    ) -> Reading:
+        """What ``finish`` will take note of: all that reads memory, before R changes.
+
+        Args:
+            layers: those to be updated, by device.
+            losses: theirs.
+        """
+        reading = Reading(
+            [layer for own in layers.values() for layer in own],
+            [own.to("cpu", non_blocking=own.is_cuda) for own in losses.values()],
+            [mark(device) for device in losses],
+        )
+        for read in self._to_read(reading):
+            _ = read.values
+        return reading
+
+    def _to_read(self, last: Reading) -> list[Reading]:
+        readings = [*self._pending, last]
+        return readings if self._calibrates else readings[:-_LAG]
+
     def finish(
         self,
+        reading: Reading,
         begin: Mark,
         device: torch.device,
-        layers: list[int],
-        losses: list[Tensor],
         possible: Sequence[int],
         every: Sequence[int],
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        """Take note of a step, and choose the layers of the next one.
+        """Take note of a step, once, and choose the layers of the next one.
+
+        A call that raises has changed nothing.
 
         Args:
+            reading: of the step.
             begin: when ``step()`` began, on ``device``.
-            layers, losses: those updated.
             possible, every: the layers that the next step may update, and how often it can be.
         """
-        end = mark(device)
-        by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-        for layer, loss in zip(layers, losses):
-            by_device.setdefault(loss.device, []).append((layer, loss))
-        reading = _Reading(
-            [layer for members in by_device.values() for layer, _ in members],
-            [
-                torch.stack([loss for _, loss in members]).to(
-                    "cpu", non_blocking=members[0][1].is_cuda
-                )
-                for members in by_device.values()
-            ],
-            [*self._choosing, *self._spans, (begin, end)],
-            self._end if self._where == device else None,  # or the model has moved
-            end,
-            [mark(device) for device in by_device],
-        )
-        self._pending.append(reading)
+        if reading.end is not None:
+            return
+        before = self._before_step()
+        try:
+            self._finish(reading, begin, device, possible, every, process_group)
+        except BaseException:
+            vars(self.schedule).update(before.pop("schedule"))
+            vars(self).update(before)
+            if not distributed.active(process_group):  # one rank must not ask the others twice
+                reading.end = None
+            raise
+
+    def _before_step(self) -> dict[str, Any]:
+        """All that ``finish`` changes."""
+        lists = {key: list(getattr(self, key)) for key in ("images", "plain", "_measured")}
+        queues = {"_pending": self._pending.copy(), "_recent": self._recent.copy()}
+        return {**vars(self), **lists, **queues, "schedule": self.schedule.copies()}
+
+    def _finish(
+        self,
+        reading: Reading,
+        begin: Mark,
+        device: torch.device,
+        possible: Sequence[int],
+        every: Sequence[int],
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        reading.end = end = mark(device)
+        reading.spans = [*self._choosing, *self._spans, (begin, end)]
+        reading.before = self._end if self._where == device else None  # or the model has moved
         self._end, self._where = end, device
-        calibrate = self.schedule.step + 1 in CALIBRATIONS or self._late
-        self._late = False
-        while len(self._pending) > (0 if calibrate else _LAG):
-            self._read(self._pending.popleft())
+        calibrate, read = self._calibrates, self._to_read(reading)
+        self._pending.append(reading)
+        for layer, planned in self._planned.items():
+            self.schedule.sizes[layer] = planned.sizes
+            self.images[layer], self.plain[layer] = planned.images, planned.plain
+        self._planned = {}
+        for one in read:
+            self._pending.popleft()
+            self._note(one)
         if calibrate:
             self._calibrate(every, process_group)
         self.schedule.choose(possible, every)
         # choosing counts in the next step, which it is for; a calibration is rare enough not to
         self._choosing = [] if calibrate else [(end, mark(device))]
 
-    def _read(self, reading: _Reading) -> None:
-        for layer, loss in zip(reading.layers, reading.read_losses()):
+    def _note(self, reading: Reading) -> None:
+        for layer, loss in zip(reading.layers, reading.values):
             self.schedule.observe(layer, loss)
         times = reading.read_times()
         if times is None:
             return
         if not self._fixed:
-            self._measured.append((reading.layers, *times))
+            self._measured.append((sorted(reading.layers), *times))
         if self.schedule.base is not None:
             self._recent.append(times)
 
@@ -283,12 +342,17 @@ class Budget:
             self.agree(process_group)
         if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
             assert self.schedule.base is not None  # since it was calibrated
-            user_warnings.warn(
+            self._to_tell = (
                 f"budget={self.share:g} pays for no update: a step without any takes "
                 f"{1e3 * self.schedule.base:.3g} ms, and choosing none already "
-                f"{1e3 * self.schedule.overhead:.3g} ms",
-                RuntimeWarning,
+                f"{1e3 * self.schedule.overhead:.3g} ms"
             )
+
+    def tell(self) -> None:
+        """Warn of what ``finish`` has found."""
+        message, self._to_tell = self._to_tell, None
+        if message is not None:
+            user_warnings.warn(message, RuntimeWarning)
 
     # What it reports, and its checkpoints.
 
@@ -333,7 +397,7 @@ class Budget:
             "schedule": self.schedule.state(),
             "images": list(self.images),
             "plain": list(self.plain),
-            "pending": [[list(r.layers), r.read_losses()] for r in self._pending],
+            "pending": [[list(r.layers), r.values] for r in self._pending],
         }
 
     def restored(self, state: Any) -> Budget:
@@ -367,7 +431,7 @@ class Budget:
         new.images, new.plain = list(state["images"]), list(state["plain"])
         for layers, losses in state["pending"]:
             read = torch.tensor(losses, dtype=torch.float64)
-            new._pending.append(_Reading(list(layers), [read], [], None, None))
+            new._pending.append(Reading(list(layers), [read]))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -377,6 +441,18 @@ class Budget:
         fresh = Budget(state["share"], state["costs"])
         fresh.restart(len(state["state"]["images"]))
         vars(self).update(vars(fresh.restored(state["state"])))
+
+
+def _planned(job: Job, recorded: int, many: bool) -> _Planned:
+    """As for ``Budget.plan``, of one job with samples."""
+    geometries, device, dtype = job.geometries()
+    images = sum(int(sample.shape[0]) for sample in job.samples)
+    patches = sum(geometry.samples for geometry in geometries) * recorded / images
+    weight = getattr(job.layer, "weight", None)
+    flop = 6 * patches * (0 if weight is None else weight.numel())
+    machine = planner.machine(device.type)
+    plain = flop / (machine.peak * _STEP_RATE) + _STEP_CALLS * machine.call
+    return _Planned(sample_sizes(geometries, images, device, dtype, many), images, plain)
 
 
 def _is_reading(entry: Any, count: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from dbp_kernels import distributed, precision
 from dbp_kernels.clock import Mark, mark
-from dbp_kernels.interrupts import uninterrupted
-from dbp_kernels.optim.budget import Budget, ScheduleReport, sample_sizes
+from dbp_kernels.interrupts import carry_through, check_writable, uninterrupted
+from dbp_kernels.optim.budget import Budget, Reading, ScheduleReport, sample_sizes
 from dbp_kernels.optim.graphs import StepGraphs
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Guard
 from dbp_kernels.optim.options import (
@@ -29,7 +30,7 @@ from dbp_kernels.optim.stagger import phases
 from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
-from dbp_kernels.optim.write_back import write_back
+from dbp_kernels.optim.write_back import WriteBack
 from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
 from dbp_kernels.surgery import settle
 
@@ -133,6 +134,7 @@ class DecorUpdate(torch.optim.Optimizer):
     """
 
     _inputs: Inputs | None = None  # every layer takes samples of its own
+    _next_phases: list[int] | None = None  # chosen in the present step, for those after it
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class DecorUpdate(torch.optim.Optimizer):
         super().add_param_group({**options, "params": params})
         self._layers.append(list(layers.values()))
         self._recorders.append(_make_recorders(layers.values(), self, index))
-        self._phases = None
+        self._phases = self._next_phases = None
         if self._budget is not None:
             self._budget.restart(sum(map(len, self._layers)))
 
@@ -248,7 +250,6 @@ class DecorUpdate(torch.optim.Optimizer):
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
-                    group["params"][index] = layer.R
                     if before in self.state and layer.R not in self.state:
                         state = self.state[before]  # of others, too, where they shared R
                         self.state[layer.R] = {
@@ -258,6 +259,7 @@ class DecorUpdate(torch.optim.Optimizer):
                                 for kind in (SKIPPED, CLIPPED)
                             },
                         }
+                    group["params"][index] = layer.R  # last: an error above leaves all to do
         used = {id(layer.R) for _, layer in self._named_layers()}
         for gone in [R for R in self.state if id(R) not in used]:
             del self.state[gone]
@@ -274,8 +276,8 @@ class DecorUpdate(torch.optim.Optimizer):
         phase = 0 if self._phases is None else self._phases[layer]
         return bool((self._steps - phase) % options["update_every"] == 0 and options["lr"] != 0)
 
-    def _take_turns(self, jobs: list[Job], many: bool) -> None:
-        """Choose when each layer is due from now on, by what its update costs."""
+    def _turns(self, jobs: list[Job], many: bool) -> list[int]:
+        """When each layer is due from the next step on, by what its update costs."""
         costs = [0.0] * sum(map(len, self._layers))
         for job in jobs:
             if job.samples:
@@ -283,9 +285,10 @@ class DecorUpdate(torch.optim.Optimizer):
                 images = sum(int(sample.shape[0]) for sample in job.samples)
                 costs[job.index] = sample_sizes(geometries, images, device, dtype, many)[0][1]
         every = [g["update_every"] for g, own in zip(self.param_groups, self._layers) for _ in own]
-        self._phases = phases(costs, every)
+        turns = phases(costs, every)
         if many:
-            self._phases = distributed.of_first(self._phases, self.process_group)
+            turns = distributed.of_first(turns, self.process_group)
+        return turns
 
     def discard(self) -> None:
         """Drop the samples taken since the last ``step()`` without using them."""
@@ -314,9 +317,17 @@ class DecorUpdate(torch.optim.Optimizer):
         Call it after ``backward()``, which needs the R of the forward pass: between the two it
         makes ``backward()`` raise. A layer without samples stays as it is, and so does one whose
         samples or result are not finite (see `skipped`). Nothing waits for the device (but see
-        `costs`). If an error is raised, no R has changed (but for the first step's broadcast,
-        below); a KeyboardInterrupt comes before or after all of the changes. Small layers of equal
-        shape and options are computed together.
+        `costs`). Small layers of equal shape and options are computed together.
+
+        Nothing is half done. Whatever raises, every R, the reports, the count of steps, turns and the
+        budget's schedule are all as before the step, or all as after it (but for the first step's
+        broadcast, below). R that cannot be written to is found before any changes. Of what changes
+        them a call that raises is made again, then the rest, and the error raised at the end; only if
+        the same call fails twice, as when a device is lost, are some changed and others not. Signals
+        that have Python handlers (SIGINT and its KeyboardInterrupt, a program's own for SIGTERM,
+        SIGALRM, SIGUSR1, ...) wait meanwhile: the handlers are called when all is done. So a
+        checkpoint can be written wherever the error is caught. A step left before it began, by a
+        signal, has kept its samples: `discard()` drops them.
 
         With several ranks, the first step (also after ``load_state_dict()``, and in a copy) sets
         every R to that of the group's first rank, then updates it from all ranks' samples. These
@@ -330,7 +341,8 @@ class DecorUpdate(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: a layer no longer belongs to this optimiser.
+            RuntimeError: a layer no longer belongs to this optimiser; or its R or reports cannot be
+                written to in place, as they were expanded or made in inference mode.
             ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses, or
                 an R to one of another shape, or to another layer's.
             TypeError: an R was set to no tensor, or one of less than float32.
@@ -346,10 +358,12 @@ class DecorUpdate(torch.optim.Optimizer):
                 with self._own_precision(jobs):
                     work_out = self._reduced if many else local_updates
                     batches = work_out(jobs, self._gate)
-                self._carry_out(jobs, batches)
-            if self._budget is not None:
-                self._budget_step(begin, jobs)
+                with uninterrupted():
+                    self._carry_out(jobs, batches, begin)
+                    self.discard()
             self._guard.end(jobs, self._states)  # last, as its warnings may be made errors
+            if self._budget is not None:
+                self._budget.tell()
         finally:
             self.discard()
         return result
@@ -399,7 +413,7 @@ class DecorUpdate(torch.optim.Optimizer):
             yield
             self._side.join()
             self._check_unchanged(jobs, versions, steps)
-            with torch.no_grad():
+            with torch.no_grad(), uninterrupted():
                 self._carry_out(jobs, batches)
             self._opt_called = True  # what learning-rate schedulers look for
             self._guard.end(jobs, self._states)
@@ -436,46 +450,79 @@ class DecorUpdate(torch.optim.Optimizer):
         jobs = self._jobs()
         for job in jobs:
             job.check()
+        self._next_phases = None
         if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
-            self._take_turns(jobs, many)
+            self._next_phases = self._turns(jobs, many)
         self._guard.begin(jobs, self._guarded)
         if budget is not None:
             seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
             with self._own_precision(jobs):
-                for job in jobs:
-                    budget.plan(job, seen[job.index], many)
-        return (jobs if many else [job for job in jobs if job.samples]), many
+                budget.plan(jobs, seen, many)
+        jobs = jobs if many else [job for job in jobs if job.samples]
+        names = [name for name, _ in self._named_layers()]
+        for job in jobs:
+            check_writable(job.R, "R", names[job.index])
+            for kind, report in self.state.get(job.R, {}).items():
+                check_writable(report, kind, names[job.index])
+        return jobs, many
 
     def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
         """Whether a CUDA graph has done the step; else it is still to be done."""
+        count = partial(self._count, self._steps + 1)
 
         def work(rates: Tensor | None) -> None:
             for job, rate in zip(jobs, len(jobs) * [None] if rates is None else rates.unbind()):
                 job.rate = rate
             with self._own_precision(jobs):
-                write_back(local_updates(jobs, self._gate), self._state_of, self._guard)
-            self._follow()
+                change = WriteBack(local_updates(jobs, self._gate), self._state_of, self._guard)
+            carry_through(partial(self._write, jobs, change), count, *self._following())
 
         with uninterrupted():
             states = [self.state.get(job.R, {}) for job in jobs]
             also, written = self._followed()
             done = graphs.run(jobs, states, work, (also, self._guard.key(jobs)), written)
-            self._steps += done
+            if done:
+                count()
+                self.discard()
         return done
 
-    def _follow(self) -> None:
-        """What else is to be done once R has changed."""
+    def _count(self, steps: int) -> None:
+        """So many steps have been made."""
+        self._steps = steps
+        if self._next_phases is not None:
+            self._phases = self._next_phases
+
+    def _following(self) -> list[Callable[[], None]]:
+        """What else is to be done once R has changed; each may be called again."""
+        return []
 
     def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
-        """What decides what ``_follow`` launches, and what it writes to."""
+        """What decides what ``_following`` launches, and what it writes to."""
         return None, ()
 
-    def _carry_out(self, jobs: list[Job], batches: list[Batch]) -> None:
-        """All were worked out before any R changes, so that an error leaves every R as it was."""
-        with self._own_precision(jobs), uninterrupted():
-            write_back(batches, self._state_of, self._guard)
-            self._steps += 1
-            self._follow()
+    def _carry_out(self, jobs: list[Job], batches: list[Batch], begin: Mark | None = None) -> None:
+        """All were worked out before any R changes, so that an error leaves every R as it was.
+
+        Args:
+            begin: when the step began, with a budget.
+        """
+        new = {job.R: new_state(job.R) for job in jobs if not self.state.get(job.R)}
+        with self._own_precision(jobs):
+            change = WriteBack(batches, lambda R: self.state.get(R) or new[R], self._guard)
+        writes: list[Callable[[], None]] = [
+            partial(self._write, jobs, change),
+            partial(self._count, self._steps + 1),
+            partial(self.state.update, new),
+        ]
+        if self._budget is not None:
+            layers = {device: [job.index for job in own] for device, own in change.jobs.items()}
+            reading = self._budget.read(layers, change.losses)
+            writes.append(partial(self._end_budget_step, reading, begin))
+        carry_through(*writes, *self._following())
+
+    def _write(self, jobs: list[Job], change: WriteBack) -> None:
+        with self._own_precision(jobs):
+            change()
 
     @contextmanager
     def _own_precision(self, jobs: list[Job]) -> Iterator[None]:
@@ -492,15 +539,14 @@ class DecorUpdate(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return self._layers[0][0].R.device
 
-    def _budget_step(self, begin: Mark, jobs: list[Job]) -> None:
+    def _end_budget_step(self, reading: Reading, begin: Mark) -> None:
         """Tell the budget what this step did, and have the next one's layers chosen."""
         groups = [group for group, layers in zip(self.param_groups, self._layers) for _ in layers]
         assert self._budget is not None
         self._budget.finish(
+            reading,
             begin,
             self._device,
-            [job.index for job in jobs],
-            [self.state[job.R]["loss"] for job in jobs],
             [index for index, group in enumerate(groups) if self._due(group, index)],
             [group["update_every"] for group in groups],
             self.process_group,
@@ -543,11 +589,9 @@ class DecorUpdate(torch.optim.Optimizer):
         return batches
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
+        if not self.state.get(R):
+            self.state[R] = new_state(R)
         state: dict[str, Tensor] = self.state[R]
-        if not state:
-            state["loss"] = R.new_full((), math.nan)
-            for kind in (SKIPPED, CLIPPED):
-                state[kind] = torch.zeros((), dtype=torch.int64, device=R.device)
         return state
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
@@ -654,7 +698,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 state[kind] = torch.as_tensor(count, dtype=torch.int64, device=R.device).clone()
         self._guard = Guard()
         self._steps = state_dict["steps"]
-        self._phases = state_dict.get("phases")
+        self._phases, self._next_phases = state_dict.get("phases"), None
         self._generator.set_state(generator.get_state())
         self._ranks_agree = False
         self._budget = budget
@@ -721,6 +765,12 @@ class DecorUpdate(torch.optim.Optimizer):
         if self._graphs is not None:
             lines.append("  cuda_graph=True")
         return "\n".join([*lines, ")"])
+
+
+def new_state(R: Tensor) -> dict[str, Tensor]:
+    """That of an R which has never been updated."""
+    counts = {kind: R.new_zeros((), dtype=torch.int64) for kind in (SKIPPED, CLIPPED)}
+    return {"loss": R.new_full((), math.nan), **counts}
 
 
 def _make_recorders(layers: Iterable[Layer], owner: DecorUpdate, group: int) -> list[Recorder]:

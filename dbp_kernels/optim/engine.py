@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -59,12 +60,11 @@ class Engine(DecorUpdate):
         sharing.part(sites, self._sites)
         self._follow_R()
 
-    def _take_turns(self, jobs: list[Job], many: bool) -> None:
-        super()._take_turns(jobs, many)
+    def _turns(self, jobs: list[Job], many: bool) -> list[int]:
         first: dict[int, int] = {}
-        for site, phase in zip(self._in_order, self._phases or ()):
+        for site, phase in zip(self._in_order, super()._turns(jobs, many)):
             first.setdefault(id(site.R), phase)
-        self._phases = [first[id(site.R)] for site in self._in_order]
+        return [first[id(site.R)] for site in self._in_order]
 
     def join(self, sites: Sequence[Site]) -> None:
         """Learn the R of further sites, with the default options."""
@@ -85,8 +85,8 @@ class Engine(DecorUpdate):
                 self._counts = counts.clone()
             self._gate = self._counts.copy_(counts)
 
-    def _follow(self) -> None:
-        form(self._sites)
+    def _following(self) -> list[Callable[[], None]]:
+        return [partial(form, self._sites)]
 
     def _followed(self) -> tuple[Hashable, Sequence[Tensor]]:
         gate = None if self._gate is None else self._gate.data_ptr()

@@ -78,9 +78,9 @@ class StepGraphs:
         rates = tuple(job.options["lr"] for job in jobs)
         for kept in ((key, rates), (key, None)):
             if kept in self._replays:
-                self._replay(kept, rates)
                 # autograd counts what writes it sees, by which backward knows a graph that is stale
                 torch.autograd.graph.increment_version([*(job.R for job in jobs), *written])
+                self._replay(kept, rates)
                 return True
         fixed, free = self._count((key, rates)), self._count((key, None))
         if max(fixed, free) < WARM_UP or (len(self._replays) >= KEPT and self._since < PAUSE):

@@ -43,15 +43,18 @@ _TELLING = {
 }
 
 
-def hold_rows_(R: Tensor, ok: Tensor | bool) -> Tensor:
+def hold_rows_(R: Tensor, ok: Tensor | bool, held: Tensor) -> None:
     """Scale rows of R (G, D, D) that are longer than MAX_ROW back to it, the others by exactly 1.
 
-    Only in groups that are ``ok``, (G, 1, 1) or True. Returns whether a group has such rows, (G,) bool.
+    Only in groups that are ``ok``, (G, 1, 1) or True. Once more, it changes nothing.
+
+    Args:
+        held: (layers,) whose groups these are, becomes 1 where there are such rows.
     """
     rows = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
-    long: Tensor = (rows > MAX_ROW) & rows.isfinite() & ok
+    long = (rows > MAX_ROW) & rows.isfinite() & ok
+    held |= long.view(len(held), -1).any(1)  # before R, which does not tell afterwards
     R.mul_((_HELD / rows).masked_fill_(~long, 1))
-    return long.flatten(1).any(1)
 
 
 class Later:
@@ -155,7 +158,7 @@ class Gauge:
         return tuple(R.data_ptr() for R in self.everything())
 
     def note(self, excess: Tensor, clip: float, counts: Tensor) -> None:
-        """Take note of a step, when R has changed.
+        """Take note of a step, when R has changed. Of one noted twice R is taken to have grown twice.
 
         Args:
             excess: of each layer, ||lr M'|| over its clip.

@@ -112,8 +112,8 @@ class Attached:
             swap.form()
             raise
         if stepped:
-            for site in self._sites.values():
-                site.formed()
+            for each in self._swaps:
+                each.formed()
         else:
             swap.form()
 

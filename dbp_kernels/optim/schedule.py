@@ -241,17 +241,15 @@ class Schedule:
 
     # Checkpoints.
 
+    def copies(self) -> dict[str, Any]:
+        """All of it, not shared with the schedule."""
+        keys = ("sizes", "scale", "size", "last", "updates", "chosen")
+        lists = {key: list(getattr(self, key)) for key in keys}
+        return {**vars(self), **lists, "losses": [list(losses) for losses in self.losses]}
+
     def state(self) -> dict[str, Any]:
         """All of it in plain Python values, not shared with the schedule."""
-        return {
-            **vars(self),
-            "sizes": [list(map(list, sizes)) for sizes in self.sizes],
-            "losses": [list(losses) for losses in self.losses],
-            **{
-                key: list(getattr(self, key))
-                for key in ("scale", "size", "last", "updates", "chosen")
-            },
-        }
+        return {**self.copies(), "sizes": [list(map(list, sizes)) for sizes in self.sizes]}
 
     def load(self, state: Any) -> None:
         """Take over a ``state()`` of as many layers, but for its share.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dbp_kernels.interrupts import check_writable
 from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.op_input import OpInput, op_inputs
 from dbp_kernels.optim.kinds import Patches, patches_of
@@ -109,8 +110,10 @@ class Site:
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
         self.compared = False
-        self._A: Tensor | None = None  # within the step: A's memory
-        self._dA: Tensor | None = None
+        self._outside: tuple[Tensor, Tensor | None] | None = (
+            None  # within the step: A's memory, dL/dA
+        )
+        self._inside = False  # the parameter's memory is W's
         self._transformed: Tensor | None = None  # a gradient that is W's already
         self._watch: RemovableHandle | None = None  # for gradients added to that
         self.formed()
@@ -174,13 +177,23 @@ class Site:
 
     # A, W and their gradients.
 
-    def enter(self) -> None:
-        """The parameter becomes W, and its gradient, if it has one, dL/dW = dL/dA R^T."""
+    def check(self) -> None:
+        """Raises RuntimeError if the step could not write to what it is to change."""
+        for tensor, what in ((self.weight, self.patches.weight), (self.W, "W"), (self.R, "R")):
+            check_writable(tensor, what, self.name)
+
+    def gradient_to_step(self) -> Tensor | None:
+        """dL/dW = dL/dA R^T, if there is a gradient."""
+        dA = self.weight.grad
+        return dA if dA is None or dA is self._transformed else self.gradient_of_W(dA)
+
+    def enter(self, gradient: Tensor | None) -> None:
+        """The parameter becomes W, its gradient this one; ``leave()`` knows how far this came."""
         weight = self.weight
-        self._A, self._dA = weight.data, weight.grad
-        if self._dA is not None and self._dA is not self._transformed:
-            weight.grad = self.gradient_of_W(self._dA)
+        self._outside = weight.data, weight.grad
+        weight.grad = gradient
         weight.data = self.W
+        self._inside = True
 
     def transform(self) -> None:
         """The gradient becomes dL/dW before the step, which will take it as such."""
@@ -209,13 +222,18 @@ class Site:
             self._watch = None
 
     def leave(self) -> None:
-        """The parameter becomes A again, as it was, and its gradient is dL/dA."""
-        if self._A is None:
+        """The parameter becomes A again, as it was, and its gradient is dL/dA.
+
+        Whatever has interrupted this, it can be called again.
+        """
+        if self._outside is None:
             return
         weight = self.weight
-        self.W = weight.data
-        weight.data, weight.grad = self._A, self._dA
-        self._A = self._dA = None
+        if self._inside:
+            self.W = weight.data
+            self._inside = False
+        weight.data, weight.grad = self._outside
+        self._outside = None
 
     def form(self) -> None:
         """A = W R, in the parameter's memory. Passes from before can no longer go backward."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels import user_warnings
+from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import tf32_products
 from dbp_kernels.sampling import recorder_of
@@ -75,7 +76,7 @@ class Swap:
     ) -> None:
         self._optimizer, self.sites = optimizer, sites
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
-        self._inside = False
+        self._inside = False  # from when W takes A's place until A is formed
         self._initialising = False
         self.found_inf: Tensor | None = None  # of the last step
         self._evaluations: int | None = None  # of the closure, if there is one
@@ -109,16 +110,17 @@ class Swap:
 
     def recover(self) -> None:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
-        if self._inside:
-            self._leave()
-            self.form()
-        self._depth = 0
-        self._initialising = False
-        self._evaluations = None
+        with uninterrupted():
+            if self._inside:
+                self._leave()
+                self.form()
+            self._depth = 0
+            self._initialising = False
+            self._evaluations = None
 
     def recover_if_left(self) -> None:
         """``recover()`` where a forward pass comes in the middle of a step that no closure makes."""
-        if self._depth and not self._evaluating:
+        if (self._depth or self._inside) and not self._evaluating:
             self.recover()
 
     @torch.no_grad()
@@ -220,22 +222,29 @@ class Swap:
 
     @torch.no_grad()
     def _enter(self) -> None:
+        for site in self.sites:
+            site.check()
         self.take_over()
-        self._inside = True
         with in_own_precision(self.sites):
-            for site in self.sites:
-                site.enter()
+            gradients = [site.gradient_to_step() for site in self.sites]
+        self._inside = True
+        for site, gradient in zip(self.sites, gradients):
+            site.enter(gradient)
 
     def form(self) -> None:
         """A = W R in all parameters."""
         form(self.sites)
+        self.formed()
+
+    def formed(self) -> None:
+        """A = W R is in all parameters."""
         for site in self.sites:
             site.formed()
+        self._inside = False
 
     def _leave(self) -> None:
         for site in self.sites:
             site.leave()
-        self._inside = False
 
     # What hooks do not see.
 

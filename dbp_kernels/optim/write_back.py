@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
+from dbp_kernels.interrupts import Once
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Gauge, Guard, hold_rows_
 from dbp_kernels.optim.step import Batch
 from dbp_kernels.phases import WRITE, span
@@ -20,51 +22,67 @@ from dbp_kernels.phases import WRITE, span
 State = Callable[[Tensor], dict[str, Tensor]]
 
 
-def write_back(batches: Sequence[Batch], state_of: State, guard: Guard) -> None:
-    """Change every R that has samples and a finite update, and its reports.
+class WriteBack:
+    """Changes every R that has samples and a finite update, and its reports, when called.
+
+    What takes memory to speak of comes before, when this is made. A call that raises can be made again:
+    it goes on where it was.
 
     Args:
         batches: the layers.
         state_of: gives the state of an R, 0-dimensional "loss" (R's dtype), "skipped" and "clipped"
             (int64), which are written in place.
         guard: has been told that the step begins.
+
+    Attributes:
+        losses: of each device (layers,), in the order of the ``jobs`` there: what is reported.
+        jobs: of each device.
     """
-    by_device: dict[torch.device, list[Batch]] = {}
-    for batch in batches:
-        by_device.setdefault(batch.R.device, []).append(batch)
-    with span(WRITE):
-        for device, own in by_device.items():
-            _to_device(own, state_of, guard.gauge(device))
 
+    def __init__(self, batches: Sequence[Batch], state_of: State, guard: Guard) -> None:
+        by_device: dict[torch.device, list[Batch]] = {}
+        for batch in batches:
+            by_device.setdefault(batch.R.device, []).append(batch)
+        self.jobs = {d: [job for b in own for job in b.jobs] for d, own in by_device.items()}
+        self.losses: dict[torch.device, Tensor] = {}
+        self._writes: list[Callable[[], object]] = []
+        with span(WRITE):
+            for device, own in by_device.items():
+                self._prepare(own, state_of, guard.gauge(device))
 
-def _to_device(batches: Sequence[Batch], state_of: State, gauge: Gauge) -> None:
-    """What takes memory to speak of comes first, so that nothing fails after the first change."""
-    losses = torch.cat([batch.losses for batch in batches])
-    finite = torch.stack([torch.cat(_bounds(batches)), losses]).isfinite().all(0)
-    accept, skip = finite, ~finite
-    states = [state_of(job.R) for batch in batches for job in batch.jobs]
-    reported = [state["loss"] for state in states]
-    sampled = [(b.sampled, len(b.jobs)) for b in batches if b.sampled is not None]
-    if sampled:
-        some = torch.cat([known.to(finite.device).expand(jobs) for known, jobs in sampled])
-        accept, skip = finite & some, skip & some
-        losses = torch.where(some, losses, torch.stack(reported))
-    excess = [_excess(batch) for batch in batches]
-    # of a layer, that of the worst of its groups
-    worst = torch.cat([e.view(len(b.jobs), -1).amax(1) for b, e in zip(batches, excess)])
-    clipped = (worst > 1) & accept
-    in_batches = clipped.split([len(batch.jobs) for batch in batches])
-    for batch, own, also, ok, over in zip(
-        batches, excess, in_batches, *_decided(batches, accept, clipped)
-    ):
-        held = _change(batch, own, ok, over, gauge.held)
-        if held is not None:
-            also |= held
-    torch._foreach_copy_(reported, list(losses.unbind()))
-    counts = torch.stack([clipped, skip])
-    kinds = [state[kind] for kind in (CLIPPED, SKIPPED) for state in states]
-    torch._foreach_add_(kinds, list(counts.to(torch.int64).flatten().unbind()))
-    gauge.note(worst, max(batch.clip or 0.0 for batch in batches), counts)
+    def __call__(self) -> None:
+        with span(WRITE):
+            while self._writes:
+                self._writes[0]()
+                del self._writes[0]
+
+    def _prepare(self, batches: Sequence[Batch], state_of: State, gauge: Gauge) -> None:
+        losses = torch.cat([batch.losses for batch in batches])
+        finite = torch.stack([torch.cat(_bounds(batches)), losses]).isfinite().all(0)
+        accept, skip = finite, ~finite
+        states = [state_of(job.R) for batch in batches for job in batch.jobs]
+        reported = [state["loss"] for state in states]
+        sampled = [(b.sampled, len(b.jobs)) for b in batches if b.sampled is not None]
+        if sampled:
+            some = torch.cat([known.to(finite.device).expand(jobs) for known, jobs in sampled])
+            accept, skip = finite & some, skip & some
+            losses = torch.where(some, losses, torch.stack(reported))
+        excess = [_excess(batch) for batch in batches]
+        # of a layer, that of the worst of its groups
+        worst = torch.cat([e.view(len(b.jobs), -1).amax(1) for b, e in zip(batches, excess)])
+        clipped = (worst > 1) & accept
+        counts = torch.stack([clipped, skip]).to(torch.int64)
+        of_batches = counts[0].split([len(batch.jobs) for batch in batches])
+        for batch, own, count, ok, over in zip(
+            batches, excess, of_batches, *_decided(batches, accept, clipped)
+        ):
+            self._writes += _changes(batch, own, ok, over, count if gauge.held else None)
+        self.losses[losses.device] = losses
+        self._writes.append(partial(torch._foreach_copy_, reported, list(losses.unbind())))
+        kinds = [state[kind] for kind in (CLIPPED, SKIPPED) for state in states]
+        self._writes.append(Once(torch._foreach_add_, kinds, list(counts.flatten().unbind())))
+        largest = max(batch.clip or 0.0 for batch in batches)
+        self._writes.append(partial(gauge.note, worst, largest, counts))
 
 
 def _bounds(batches: Sequence[Batch]) -> list[Tensor]:
@@ -113,17 +131,17 @@ def _decided(
     return same, [any(own) for own in map(Tensor.tolist, clipped.split(sizes))]
 
 
-def _change(
-    batch: Batch, excess: Tensor, ok: Tensor | bool, over: bool, hold: bool
-) -> Tensor | None:
-    """Make the updates of a batch that are ``ok``.
+def _changes(
+    batch: Batch, excess: Tensor, ok: Tensor | bool, over: bool, held: Tensor | None
+) -> list[Callable[[], object]]:
+    """What makes the updates of a batch that are ``ok``.
 
-    Returns whether rows of R were held, (layers,), or None for no.
+    Args:
+        held: (layers,), becomes 1 where rows of R were held. None: none are to be.
     """
     jobs, R = batch.jobs, batch.R
-    held = None
     if ok is False:
-        return held
+        return []
     if ok is not True:
         ok = batch.of_groups(ok).view(-1, 1, 1)
         batch.update.cancel_unless_(ok)
@@ -131,9 +149,14 @@ def _change(
     if over:
         within = excess.nan_to_num(1.0, math.inf).clamp_(min=1).reciprocal_()  # of Inf, no step
         factor = within if factor is None else factor * within
-    batch.update.apply_(R, batch.rate, None if factor is None else factor.view(-1, 1, 1))
-    if hold and batch.clip is not None:
-        held = hold_rows_(R, ok).view(len(jobs), -1).any(1)
-    if batch.stacked:
-        torch._foreach_copy_([job.grouped_R for job in jobs], list(R.chunk(len(jobs))))
-    return held
+    factor = None if factor is None else factor.view(-1, 1, 1)
+    changes = batch.update.changes(R, batch.rate, factor, partial if batch.stacked else Once)
+    if held is not None and batch.clip is not None:
+        changes.append(partial(hold_rows_, R, ok, held))
+    if not batch.stacked:
+        return changes
+    for change in changes:  # R is a copy
+        change()
+    return [
+        partial(torch._foreach_copy_, [job.grouped_R for job in jobs], list(R.chunk(len(jobs))))
+    ]

@@ -20,7 +20,7 @@ from dbp_kernels.optim import decor_update as update_module
 from dbp_kernels.optim import graphs
 from dbp_kernels.optim.guard import Guard
 from dbp_kernels.optim.step import Job, local_updates
-from dbp_kernels.optim.write_back import write_back
+from dbp_kernels.optim.write_back import WriteBack
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_an_update_at_a_rate_on_the_device_is_that_at_the_same_number(dtype):
         batches = local_updates(jobs)
         forms = [(len(batch.jobs), batch.update.few is None) for batch in batches]
         assert sorted(forms) == [(1, False), (1, True), (2, True)]
-        write_back(batches, lambda R: next(s for j, s in zip(jobs, states) if j.R is R), guard)
+        WriteBack(batches, lambda R: next(s for j, s in zip(jobs, states) if j.R is R), guard)()
         return [job.R - R for job, R in zip(jobs, before)], states
 
     (found, states), (expected, expected_states) = changes(True), changes(False)

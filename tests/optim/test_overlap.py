@@ -235,7 +235,7 @@ def test_a_step_or_load_in_the_block_is_an_error(what):
 
 def test_updates_have_no_graph(monkeypatch):
     seen = []
-    for name in ("local_updates", "write_back"):
+    for name in ("local_updates", "WriteBack"):
         real = getattr(update_module, name)
         watched = lambda *a, f=real: (seen.append(torch.is_grad_enabled()), f(*a))[1]  # noqa: E731
         monkeypatch.setattr(update_module, name, watched)

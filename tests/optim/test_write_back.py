@@ -54,14 +54,14 @@ def test_large_layers_in_place(batches, dtype, demean, on_host, monkeypatch):
     One batch has fewer patches than D, a hundred have more, which is for other plans.
     """
     monkeypatch.setattr(write_back, "_on_host", lambda x: on_host)
-    used, apply_ = [], rules.Update.apply_
+    used, changes = [], rules.Update.changes
 
     def watched(update, R, *arguments):
         used.append(R)
         assert (update.few is not None) == (batches == 1)
-        apply_(update, R, *arguments)
+        return changes(update, R, *arguments)
 
-    monkeypatch.setattr(rules.Update, "apply_", watched)
+    monkeypatch.setattr(rules.Update, "changes", watched)
     net = nn.ModuleList(fresh(layer, dtype) for layer, _ in [*LARGE, LARGE[0]])
     update = dbp.DecorUpdate(net, lr=1e-3, kappa=0.3, sample=1.0, demean=demean)
     before = [layer.R.clone() for layer in net]

@@ -1,0 +1,93 @@
+"""Signals at random times within a step: their handlers raise, and nothing is left half done."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from faults import Judge, Run, caught
+
+SIGNALS = {
+    "SIGINT": KeyboardInterrupt,
+    "SIGTERM": SystemExit,
+    "SIGALRM": TimeoutError,
+    "SIGUSR1": RuntimeError,
+}
+BUDGET = {"budget": 0.3, "costs": "planned"}
+RUNS = {
+    "layers": lambda: Run(False),
+    "layers, budget": lambda: Run(False, options=BUDGET),
+    "attach": lambda: Run(True),
+    "attach, budget": lambda: Run(True, options=BUDGET),
+}
+
+
+@pytest.fixture
+def handlers():
+    """One that raises for each of the signals."""
+
+    def raising(error):
+        def handler(number, frame):
+            raise error(f"signal {number}")
+
+        return handler
+
+    made = {getattr(signal, name): raising(error) for name, error in SIGNALS.items()}
+    before = {number: signal.signal(number, handler) for number, handler in made.items()}
+    yield made
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number, ways, delay):
+    """Have a signal come after so many seconds, in one of the ways that there are."""
+    if number == signal.SIGALRM:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        return None
+    main = threading.get_ident()
+
+    def work():
+        end = time.perf_counter() + delay
+        while time.perf_counter() < end:
+            time.sleep(0)  # a sleep would be longer than the step
+        if ways == "kill":
+            os.kill(os.getpid(), number)
+        else:
+            signal.pthread_kill(main, number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.kind("signals")
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("which", SIGNALS)
+def test_signals_at_random_times(which, name, handlers, campaign):
+    """75 each for the four forms: 300 of every signal."""
+    number, judge = getattr(signal, which), Judge(RUNS[name])
+    began = time.perf_counter()
+    judge.ready().step()
+    whole = time.perf_counter() - began
+    run = judge.ready()
+    began = time.perf_counter()
+    run.step()
+    usual = time.perf_counter() - began
+    seen = set()
+    for random in campaign.cases(75):
+        run = judge.ready()
+        # most of them in the second half, where R changes
+        delay = max(1e-6, usual * random.choice([random.uniform(0, 1.1), random.uniform(0.5, 1)]))
+        thread = None
+        with caught(SIGNALS[which]) as errors:
+            thread = send(number, random.choice(["kill", "pthread_kill"]), delay)
+            run.step()
+            time.sleep(whole)  # it may be late
+        if thread is not None:
+            thread.join()
+        assert len(errors) == 1
+        assert {n: signal.getsignal(n) for n in handlers} == handlers
+        # torch's own optimiser may have been left anywhere
+        seen.add(judge.check(run, same_W=False, goes_on=random.random() < 0.2))
+    assert seen == {False, True}
