@@ -25,8 +25,9 @@ from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.im2col import STRIDES, columns, im2col, patches, pixels
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.planning.axis import Axis
 from dbp_kernels.planning.boxes import direct_program
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.work import make_work, tile_pairs
 
 

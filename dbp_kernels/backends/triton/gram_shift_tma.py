@@ -30,8 +30,9 @@ from dbp_kernels.backends.triton.gram_shift import divide, programs, sizes
 from dbp_kernels.backends.triton.pack import pack_into, padded, vector
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.planning.axis import Axis
 from dbp_kernels.planning.boxes import AXES, Box
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.work import MAX_PIXELS, Work, shift_work, tile_pairs
 
 KERNEL = "gram_shift_tma"
