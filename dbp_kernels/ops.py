@@ -98,7 +98,7 @@ def geometry_of(input: Tensor, *geometry: Unpack[OpArguments]) -> ConvGeometry:
     return _cached_geometry(tuple(input.shape), *map(tuple, lists), groups)
 
 
-_cached_geometry = lru_cache(maxsize=4096, typed=True)(make_geometry)  # 1.0 is not 1
+_cached_geometry = lru_cache(maxsize=1024, typed=True)(make_geometry)  # 1.0 is not 1
 
 
 def patch_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:

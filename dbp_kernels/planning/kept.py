@@ -49,49 +49,66 @@ def size_of(value: object, enough: int = sys.maxsize) -> int:
     return total
 
 
-class Kept(Generic[P, T]):
-    """A function of hashable arguments whose answers are kept, up to ``most`` bytes of them."""
+class Store(Generic[T]):
+    """Values by keys, up to ``most`` bytes of both. Safe in several threads."""
 
-    def __init__(self, make: Callable[P, T], most: int) -> None:
-        update_wrapper(self, make)
-        self._make, self._most = make, most
-        self._total = 0
-        self._answers: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+    def __init__(self, most: int) -> None:
+        self._most, self.nbytes = most, 0
+        self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        key: Hashable = (args, *kwargs.items()) if kwargs else args
-        with self._lock:
-            found = self._answers.get(key)
-            if found is not None:
-                self._answers.move_to_end(key)
-                return found[0]
-        answer = self._make(*args, **kwargs)
-        self.keep(key, answer)
-        return answer
+    def __len__(self) -> int:
+        return len(self._values)
 
-    def keep(self, key: Hashable, answer: T) -> None:
-        """One more, in place of the least recently used ones; not what is too large by itself."""
-        size = size_of((key, answer), self._most + 1)
+    def get(self, key: Hashable) -> tuple[T] | None:
+        """The value in a tuple, which now is the most recently used one; None if there is none."""
+        with self._lock:
+            found = self._values.get(key)
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            return found[:1]
+
+    def keep(self, key: Hashable, value: T) -> None:
+        """In place of the least recently used ones; a value too large by itself is not kept."""
+        size = size_of((key, value), self._most + 1)
         if size > self._most:
             return
         with self._lock:
-            self._total += size - self._answers.pop(key, (answer, 0))[1]
-            self._answers[key] = answer, size
-            while self._total > self._most:
-                _, (_, gone) = self._answers.popitem(last=False)
-                self._total -= gone
+            _, before = self._values.pop(key, (value, 0))
+            self._values[key] = value, size
+            self.nbytes += size - before
+            while self.nbytes > self._most:
+                _, (_, gone) = self._values.popitem(last=False)
+                self.nbytes -= gone
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is kept."""
-        return self._total
+    def clear(self) -> None:
+        """Forgets all."""
+        with self._lock:
+            self._values.clear()
+            self.nbytes = 0
+
+
+class Kept(Generic[P, T]):
+    """A function of hashable arguments that keeps its answers."""
+
+    def __init__(self, make: Callable[P, T], most: int) -> None:
+        update_wrapper(self, make)
+        self._make = make
+        self.answers: Store[T] = Store(most)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        key: Hashable = (args, *kwargs.items()) if kwargs else args
+        found = self.answers.get(key)
+        if found is not None:
+            return found[0]
+        answer = self._make(*args, **kwargs)
+        self.answers.keep(key, answer)
+        return answer
 
     def cache_clear(self) -> None:
-        """Forgets all answers."""
-        with self._lock:
-            self._answers.clear()
-            self._total = 0
+        """Forgets all answers, as of ``functools.lru_cache``."""
+        self.answers.clear()
 
 
 def kept(mebibytes: float) -> Callable[[Callable[P, T]], Kept[P, T]]:

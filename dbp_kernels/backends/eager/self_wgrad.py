@@ -59,7 +59,7 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
                 place: tuple[slice | int, ...] = (slice(None), slice(None), *taps)
                 shared: tuple[EllipsisType | slice, ...] = (..., *differences)
                 out[place] += blocks[shared]
-    return out.view(g, geometry.dim, geometry.dim).mul_(1 / geometry.samples)
+    return out.view(g, geometry.dim, geometry.dim).div_(geometry.samples)
 
 
 def _weight_size(geometry: ConvGeometry) -> tuple[int, ...]:

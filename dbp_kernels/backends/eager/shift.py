@@ -283,7 +283,7 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
                 product(X, Y, out, accumulate)
             blocks.spread(p)
         del buffers, X, Y
-    blocks.tensor.mul_(1 / geometry.samples)
+    blocks.tensor.div_(geometry.samples)
     sources[program.blocks : -1].copy_(blocks.tensor[program.symmetric :].mT)
     sources[-1].zero_()
     return _assemble(sources, layout.shifted, geometry, unfolded)

@@ -85,7 +85,7 @@ def sizes(geometry: ConvGeometry) -> dict[str, int]:
     return {"dim": geometry.dim, "groups": geometry.groups, "samples": geometry.samples}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def choose(groups: int, dim: int, precision: str, target: int) -> Config:
     """The configuration whose tiles waste least."""
 
