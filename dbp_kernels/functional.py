@@ -13,8 +13,8 @@ Arguments common to the functions on patches:
     padding: the same, or "valid", or "same" (stride 1 only; an even span pads the extra pixel at the
         right and bottom).
     padding_mode: "zeros", "reflect", "replicate" or "circular".
-They raise ValueError or TypeError naming the argument, and RuntimeError, as torch's convolutions do,
-when the kernel is larger than the padded input.
+They raise TypeError or ValueError naming the argument; what torch's convolutions raise RuntimeError
+for, such as a kernel larger than the padded input, is an error of both kinds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dbp_kernels import ops
 from dbp_kernels.ops import condensed_weight, condensed_weight_transposed
-from dbp_kernels.planning.geometry import OpArguments, same_padding
+from dbp_kernels.planning.geometry import GeometryError, OpArguments, same_padding
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -69,7 +69,7 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if len(values) == 1:
         values *= dims
     if len(values) != dims:
-        raise ValueError(f"{name}={value}: expected an int or {dims} ints")
+        raise GeometryError(f"{name}={value}: expected an int or {dims} ints")
     return values
 
 
@@ -91,16 +91,16 @@ def _padding(
             pairs = [(0, 0)] * dims
         elif padding == "same":
             if any(s != 1 for s in _ints("stride", stride, dims)):
-                raise ValueError(f"padding='same' with stride={stride}: expected stride 1")
+                raise GeometryError(f"padding='same' with stride={stride}: expected stride 1")
             pairs = [
                 same_padding(k, d) for k, d in zip(kernel_size, _ints("dilation", dilation, dims))
             ]
         else:
-            raise ValueError(f"padding={padding!r}: expected an int, ints, 'same' or 'valid'")
+            raise GeometryError(f"padding={padding!r}: expected an int, ints, 'same' or 'valid'")
     else:
         pairs = [(p, p) for p in _ints("padding", padding, dims)]
         if any(low < 0 for low, _ in pairs):
-            raise ValueError(f"padding={padding}: expected at least 0")
+            raise GeometryError(f"padding={padding}: expected at least 0")
     if padding_mode == "zeros":
         extra = [(0, high - low) for low, high in pairs]
         remaining = [low for low, _ in pairs]
@@ -152,10 +152,10 @@ def resolved(
         for name, (value, default) in given.items():
             values = [value] if _is_int(value) or isinstance(value, str) else value
             if any(v not in (default, "valid", "same") for v in values):
-                raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
+                raise GeometryError(f"{name}={value}: expected {default} with kernel_size=()")
         return (), "constant", ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or len(shape) not in (dims + 1, dims + 2):
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(shape)} with kernel_size={kernel_size}: expected "
             "(N, C, *spatial) with 1 to 3 spatial dimensions, (C, *spatial) with one int of "
             "kernel_size for each, or kernel_size=() for an input (..., D)"
@@ -315,12 +315,12 @@ def _decor_conv(
     padding_mode: str,
 ) -> Tensor:
     if weight.dim() != dims + 2:
-        raise ValueError(
+        raise GeometryError(
             f"weight has shape {tuple(weight.shape)}: expected {dims + 2} dimensions "
             f"(out, Cin/groups, and {dims} of the kernel)"
         )
     if input.dim() not in (dims + 1, dims + 2):
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(input.shape)}: expected {dims + 1} (unbatched) or {dims + 2} "
             "dimensions"
         )
@@ -413,7 +413,7 @@ def decor_conv_transpose2d(
         R: (groups, D, D), or (D, D) when groups = 1.
     """
     if input.dim() not in (3, 4):
-        raise ValueError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
+        raise GeometryError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
     arguments = (
         _ints("stride", stride, 2),
         _ints("padding", padding, 2),

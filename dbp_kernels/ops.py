@@ -24,7 +24,12 @@ from torch.autograd import forward_ad
 from dbp_kernels import backends, choose
 from dbp_kernels.phases import CONDENSE, phase
 from dbp_kernels.plain_call import nothing_between, plain
-from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
+from dbp_kernels.planning.geometry import (
+    ConvGeometry,
+    GeometryError,
+    OpArguments,
+    make_geometry,
+)
 from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
 from dbp_kernels.products.rows_times import rows_times, times
 from dbp_kernels.rules import UpdateRule
@@ -66,7 +71,7 @@ def _check_R(R: Tensor, groups: int, dim: int) -> None:
 
 def _check_groups(groups: int, channels: int, where: str) -> None:
     if groups < 1 or channels % groups:
-        raise ValueError(
+        raise GeometryError(
             f"groups={groups}: expected a divisor of the {channels} channels of {where}"
         )
 
@@ -179,7 +184,7 @@ def _patch_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
     dims = len(kernel_size)
     _check_floating(input=input)
     if dims > 3 or (input.dim() != dims + 2 and dims) or input.dim() == 0:
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(input.shape)} with kernel_size={list(kernel_size)}: expected "
             "(N, C, *spatial) with one entry of kernel_size for each of 1 to 3 spatial dimensions, "
             "or (..., D) with kernel_size=[]"

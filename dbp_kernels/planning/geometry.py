@@ -13,6 +13,10 @@ from dbp_kernels.planning.axis import Axis
 OpArguments = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
 
 
+class GeometryError(ValueError, RuntimeError):
+    """Sizes that no convolution has. Torch's own convolutions raise RuntimeError for them."""
+
+
 @dataclass(frozen=True)
 class ConvGeometry:
     """Everything about a convolution's patches that is an integer.
@@ -121,32 +125,31 @@ def make_geometry(
         groups: number of channel groups.
 
     Raises:
-        ValueError: naming the argument, its value and what was expected.
-        RuntimeError: kernel larger than the padded input, as torch's convolutions raise it.
+        GeometryError: naming the argument, its value and what was expected.
     """
     if groups < 1:
-        raise ValueError(f"groups={groups}: expected at least 1")
+        raise GeometryError(f"groups={groups}: expected at least 1")
     dims = len(kernel_size)
     sizes: Sequence[int] = ()
     if dims == 0:
         if len(shape) < 1:
-            raise ValueError("input is 0-dimensional: expected (..., D) with kernel_size=[]")
+            raise GeometryError("input is 0-dimensional: expected (..., D) with kernel_size=[]")
         channels, batch = shape[-1], math.prod(shape[:-1])
     else:
         if dims > 3:
-            raise ValueError(f"kernel_size={list(kernel_size)}: expected at most 3 entries")
+            raise GeometryError(f"kernel_size={list(kernel_size)}: expected at most 3 entries")
         if len(shape) != dims + 2:
-            raise ValueError(
+            raise GeometryError(
                 f"input has shape {tuple(shape)}: expected {dims + 2} dimensions (N, C, and "
                 f"{dims} spatial) for kernel_size={list(kernel_size)}"
             )
         batch, channels, *sizes = shape
-        if 0 in sizes:  # RuntimeError as torch's own convolutions
-            raise RuntimeError(
+        if 0 in sizes:
+            raise GeometryError(
                 f"input has shape {tuple(shape)}: expected no empty dimension but the batch"
             )
     if channels % groups:
-        raise ValueError(
+        raise GeometryError(
             f"groups={groups}: expected a divisor of the {channels} channels of the input"
         )
     columns = []
@@ -160,20 +163,37 @@ def make_geometry(
         if len(values) == 1 and dims > 1:
             values *= dims
         if len(values) != dims:
-            raise ValueError(f"{name}={list(values)}: expected {dims} entries")
+            raise GeometryError(f"{name}={list(values)}: expected {dims} entries")
         if any(v < least for v in values):
-            raise ValueError(f"{name}={list(values)}: expected entries of at least {least}")
+            raise GeometryError(f"{name}={list(values)}: expected entries of at least {least}")
         columns.append(values[:dims])
     axes = tuple(_axis(*row) for row in zip(sizes, *columns))
     if any(axis.output < 1 for axis in axes):
-        # RuntimeError and wording as torch's own convolutions
+        # worded as by torch's own convolutions
         padded = " x ".join(str(axis.size + 2 * axis.padding) for axis in axes)
         spans = " x ".join(str(axis.span) for axis in axes)
-        raise RuntimeError(
+        raise GeometryError(
             f"Calculated padded input size per channel: ({padded}). Kernel size: ({spans}), "
             "dilation included. Kernel size can't be greater than actual input size"
         )
-    return ConvGeometry(batch, channels, groups, axes)
+    geometry = ConvGeometry(batch, channels, groups, axes)
+    _check_size(geometry)
+    return geometry
+
+
+def _check_size(geometry: ConvGeometry) -> None:
+    """Raises GeometryError for what torch could not address."""
+    sizes = {
+        "padded input and stride": max(
+            (a.size + 2 * a.padding + a.stride for a in geometry.axes), default=0
+        ),
+        "dilation": max((a.dilation for a in geometry.axes), default=0),
+        "number of all patches' elements": geometry.patch_numel,
+        "number of S's bytes": 8 * geometry.groups * geometry.dim**2,
+    }
+    for name, size in sizes.items():
+        if size >= 1 << 63:
+            raise GeometryError(f"{name} is {size} for {geometry}: expected less than 2**63")
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:

@@ -115,7 +115,9 @@ def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     pieces = segments + phases * geometry.samples / WGRAD_POSITIONS
     # a weight gradient is some calls' worth of set-up
     calls = 30 * pieces + 3 * geometry.taps * segments / phases
-    moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    # the input has zeros around it, as far as its taps are apart
+    padded = math.prod((a.size + 2 * (a.span - 1)) / a.size for a in geometry.axes)
+    moved = size * ((3 + padded) * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     # rates are of 5x5 weights; libraries' larger ones are several times slower by the operation
     seconds = flop / m.wgrad_rate(geometry.group_channels) * max(1.0, taps / _WGRAD_TAPS)
     weights = geometry.channels * geometry.group_channels * taps
@@ -212,9 +214,10 @@ def _kernel_direct_cost(
 
 
 def _numbered(geometry: ConvGeometry) -> bool:
-    """Whether kernels can number the pixels and the patches, which they do in 32 bits."""
+    """Whether kernels can number pixels and patches, and say where they are, all in 32 bits."""
     pixels = geometry.input_numel // max(1, geometry.channels)
-    return max(pixels, geometry.samples) <= MAX_PIXELS
+    places = (max(a.size + 2 * a.padding, a.stride) for a in geometry.axes)
+    return max(pixels, geometry.samples, *places) <= MAX_PIXELS
 
 
 def _sm90_cost(geometry: ConvGeometry, m: Machine, size: int, name: str, precision: str) -> Choice:
