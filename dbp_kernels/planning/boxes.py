@@ -147,8 +147,9 @@ def shift_program(axes: tuple[Axis, ...]) -> Program:
 
 def _covered(windows: tuple[Window, ...], segments: tuple[Window, ...]) -> list[tuple[Window, ...]]:
     """The segments of each window."""
-    starts, stops = [start for start, _ in segments], [stop for _, stop in segments]
-    return [segments[starts.index(start) : stops.index(stop) + 1] for start, stop in windows]
+    first = {start: i for i, (start, _) in enumerate(segments)}
+    last = {stop: i for i, (_, stop) in enumerate(segments)}
+    return [segments[first[start] : last[stop] + 1] for start, stop in windows]
 
 
 @lru_cache(maxsize=512)

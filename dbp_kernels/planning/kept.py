@@ -53,9 +53,9 @@ class Store(Generic[T]):
     """Values by keys, up to ``most`` bytes of both. Safe in several threads."""
 
     def __init__(self, most: int) -> None:
-        self._most, self.nbytes = most, 0
+        self._most = most
         self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come here from within
 
     def __len__(self) -> int:
         return len(self._values)
@@ -75,18 +75,23 @@ class Store(Generic[T]):
         if size > self._most:
             return
         with self._lock:
-            _, before = self._values.pop(key, (value, 0))
             self._values[key] = value, size
-            self.nbytes += size - before
-            while self.nbytes > self._most:
+            self._values.move_to_end(key)
+            total = self.nbytes
+            while total > self._most:
                 _, (_, gone) = self._values.popitem(last=False)
-                self.nbytes -= gone
+                total -= gone
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        with self._lock:
+            return sum(size for _, size in self._values.values())
 
     def clear(self) -> None:
         """Forgets all."""
         with self._lock:
             self._values.clear()
-            self.nbytes = 0
 
 
 class Kept(Generic[P, T]):

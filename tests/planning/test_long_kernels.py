@@ -6,9 +6,10 @@ import tracemalloc
 
 import pytest
 import torch
-from helpers import case
+from helpers import case, moment_error
 
 import dbp_kernels as dbp
+from dbp_kernels import reference
 from dbp_kernels.planning import layout
 from dbp_kernels.planning.boxes import shift_program
 from dbp_kernels.planning.planner import gram_choices, update_choices
@@ -43,6 +44,25 @@ def test_long_kernels_are_planned_at_once(kernel, stride, padding, backend):
         update_choices(c.geometry, *backend)
         spent.append(time.thread_time() - start)
     assert min(spent) < 0.02
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "channels_last"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        case(3, 1, (1600,), 400, stride=160),
+        case(3, 1, (800,), 80, stride=4, padding=38),
+        case(2, 3, (70, 90), (3, 20), stride=(1, 5), groups=3),
+        case(2, 14, (300,), 40, stride=7, padding=20),  # patches too long to be copied in runs
+        case(2, 1, (300,), 40, stride=7, dilation=2),  # no runs
+    ],
+    ids=str,
+)
+def test_strided_patches_of_long_kernels(c, layout):
+    x = c.input(layout=layout)
+    assert (
+        moment_error(dbp.patch_gram(x, *c.arguments), reference.patch_gram(x, *c.arguments)) < 1e-12
+    )
 
 
 def test_a_program_takes_no_longer_than_its_products():
