@@ -34,6 +34,14 @@ def update(x: Tensor, geometry: ConvGeometry, backend: str) -> Choice:
     return update_choices(geometry, x.device.type, x.dtype, backend)[0]
 
 
+def reads_rows(geometry: ConvGeometry, device_type: str, dtype: torch.dtype, backend: str) -> bool:
+    """Whether an update from such samples will be by a kernel that reads them as rows of channels."""
+    if 0 in (geometry.dim, geometry.samples):
+        return False
+    algorithm = update_choices(geometry, device_type, dtype, backend)[0].gram
+    return algorithm is not None and planner.reads_rows(algorithm.name, geometry)
+
+
 def stats(x: Tensor, geometry: ConvGeometry, backend: str) -> Choice:
     """The way to C and V of x, by the backend of this name, which knows what its kernel holds."""
     for choice in stats_choices(geometry, x.device.type, x.dtype, backend):

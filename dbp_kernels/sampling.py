@@ -12,7 +12,6 @@ pass it is held without need.
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Hashable, Sequence
 from itertools import count
@@ -24,10 +23,12 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dbp_kernels import backends, choose, user_warnings
 from dbp_kernels.clock import mark
 from dbp_kernels.op_input import OpInput
 from dbp_kernels.phases import COPY, phase
 from dbp_kernels.precision import computed_dtype
+from dbp_kernels.sample_memory import SampleMemory
 
 # Forward passes of one layer between two steps whose samples are kept; beyond it the oldest go.
 MAX_PENDING = 64
@@ -146,8 +147,8 @@ class Recorder:
         self.dtype: torch.dtype | None = None  # that the layer computed in, when last seen
         self._images: list[int] = []  # that each of the samples was taken from
         self._gradients: list[Any] = []  # what the layer's gradient was when each was taken
-        # layout and memory, in the samples' order; None: the sample is in another's memory
-        self._buffers: list[tuple[tuple[Any, ...], Tensor] | None] = []
+        # in the samples' order; None: the sample is in another's memory
+        self._buffers: list[SampleMemory | None] = []
         self._lent: list[Tensor] = []  # samples that others hold, too
         self._layer = weakref.ref(layer)
         self._owner = weakref.ref(owner)
@@ -171,7 +172,7 @@ class Recorder:
     @property
     def memory(self) -> list[Tensor]:
         """The samples, or, after they have been dropped, what the last of them looked like."""
-        return self.samples or [held[1] for held in self._buffers if held]
+        return self.samples or [held.images for held in self._buffers if held]
 
     def clear(self) -> None:
         """Drop the samples; the next forward passes write to their memory.
@@ -306,23 +307,26 @@ class Recorder:
         A copy even of the whole batch: a view would keep the activation alive until step(), and
         would see whatever the model does to it in place.
         """
-        layout = batch.shape[1:], batch.stride(), dtype, batch.device
         place = len(self.samples)
-        held = self._buffers[place] if place < len(self._buffers) else None
-        if held is None or held[0] != layout or held[1].shape[0] < size:
-            taken = batch[:size] if chosen is None else batch[chosen]
-            memory = taken.to(dtype, copy=chosen is None)
-            self._buffers[place : place + 1] = [(layout, memory)]
-            return memory
-        memory = held[1]
-        sample = memory if memory.shape[0] == size else memory[:size]
-        if chosen is None:
-            sample.copy_(batch[:size])
-        elif batch.dtype == dtype:
-            torch.index_select(batch, 0, chosen, out=sample)
-        else:
-            sample.copy_(batch.index_select(0, chosen))
-        return sample
+        memory = self._buffers[place] if place < len(self._buffers) else None
+        if memory is not None and memory.fits(batch, size, dtype):
+            return memory.write(batch, size, chosen)
+        memory = SampleMemory(batch, size, chosen, dtype, *self._readers(batch, size, dtype))
+        self._buffers[place : place + 1] = [memory]
+        return memory.images
+
+    def _readers(self, batch: Tensor, size: int, dtype: torch.dtype) -> tuple[str | None, int]:
+        """The backend whose kernels will read the sample as rows of channels, if any, and their place.
+
+        By what the planner thinks of this sample. If the step does otherwise, it reads it all the same.
+        """
+        layer, backend = self._layer(), backends.selected(batch.device)
+        if layer is None or backend == "eager":
+            return None, 1
+        like = torch.empty((size, *batch.shape[1:]), dtype=dtype, device="meta")
+        (seen,) = layer._op_inputs([like])
+        reads = choose.reads_rows(seen.geometry, batch.device.type, dtype, backend)
+        return backend if reads else None, 1 if seen.geometry.axes else batch.dim() - 1
 
     def _make_room(self, owner: Owner) -> None:
         """Drop the oldest sample if there are as many as are kept; its memory is used again."""
@@ -331,13 +335,12 @@ class Recorder:
         self._drop([0])
         if not owner._told_of_pending:
             owner._told_of_pending = True
-            warnings.warn(
+            user_warnings.warn(
                 f"a decorrelated layer has been called {MAX_PENDING + 1} times since the last "
                 f"step() of its DecorUpdate: only the samples of the last {MAX_PENDING} calls are "
                 "kept; call step() after every optimiser step, discard() where it is left out, or "
                 "detach() to stop sampling",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
 

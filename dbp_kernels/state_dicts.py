@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dbp_kernels import user_warnings
 from dbp_kernels.nn import TRANSPOSED, fused_weight, is_decorrelated
 from dbp_kernels.selection import aliases_of
 from dbp_kernels.surgery import (
@@ -274,10 +275,9 @@ def _warn_of_ties(state_dict: Mapping[str, Any], fused: Mapping[str, Any]) -> No
             continue
         other = first.setdefault(value.data_ptr(), key)
         if fused[key].data_ptr() != fused[other].data_ptr():
-            warnings.warn(
+            user_warnings.warn(
                 f"{key!r} and {other!r} are one weight in state_dict and differ once R is fused: a "
-                "model that ties them can hold only one of the two",
-                stacklevel=3,
+                "model that ties them can hold only one of the two"
             )
 
 

@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--no-progress", action="store_true", help="no progress bar")
     report = commands.add_parser("report", help="rebuild summary.md and curves.png")
     report.add_argument("directory", type=Path)
+    fisher = commands.add_parser("fisher", help="condition of the Fisher matrix, BP and DBP")
+    fisher.add_argument("--out", type=Path, default=Path("runs/fisher"))
     return top
 
 
@@ -101,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             read_config(arguments.directory)
             print(write_report(arguments.directory))
+            return 0
+        if arguments.command == "fisher":
+            from experiments.fisher import Settings, run
+
+            print(run(Settings(), arguments.out))
             return 0
         from experiments.runner import run_comparison
 

@@ -20,7 +20,7 @@ from dbp_kernels.rules import UpdateRule
 
 # Where tests of kernels put their tensors: interpreted kernels take CPU tensors.
 DEVICE = torch.device("cpu" if runtime.INTERPRET or not torch.cuda.is_available() else "cuda")
-LAYOUTS = ("contiguous", "channels_last", "reversed", "sliced", "expanded", "offset")
+LAYOUTS = ("contiguous", "channels_last", "rows", "reversed", "sliced", "expanded", "offset")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ def strided(x: Tensor, layout: str) -> Tensor:
         return x
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "rows":  # channels last, each row with room for more, which may hold anything
+        room = -x.shape[1] % 8 + 8
+        shape = (x.shape[0], *x.shape[2:], x.shape[1] + room)
+        big = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
+        return big[..., : x.shape[1]].movedim(-1, 1).copy_(x)
     if layout == "reversed":  # strides ascending instead of descending
         order = tuple(reversed(range(x.dim())))
         return x.permute(order).contiguous().permute(order)

@@ -4,9 +4,9 @@ On a GPU "auto" takes kernels only after they have passed a check there (``verif
 
 A backend is a module with ``patch_gram``, ``patch_mean``, ``decor_stats``, ``fuses_stats``,
 ``decor_update``, ``gram_update``, ``direct_update`` and ``low_rank_update`` (see
-``eager/ops.py``). It is given a `Choice` by whoever calls it, and asks no planner. The module in
-``_USABLE`` has ``unusable(device_type) -> str | None``: None, or the reason the backend cannot be
-used.
+``eager/ops.py``); one with kernels also has ``packing``, a copy to rows of channels. It is
+given a `Choice` by whoever calls it, and asks no planner. The module in ``_USABLE`` has
+``unusable(device_type) -> str | None``: None, or the reason the backend cannot be used.
 """
 
 from __future__ import annotations

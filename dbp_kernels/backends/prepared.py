@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dbp_kernels.backends.rows import aligned, has_room
 from dbp_kernels.planning.kept import Store
 from dbp_kernels.precision import update_products
 
 # Bytes of all functions together. One holds 10 KB of tables on the device for a layer of a ResNet on
 # average, 100 KB at most, and shares them with other layouts of its geometry.
 _MOST = 64 << 20
-ALIGNMENT = 16  # bytes: vector loads, cp.async and TMA want it
 
 _kept: Store[Any] = Store(_MOST)
 _captured: set[Any] = set()
@@ -31,14 +31,14 @@ T = TypeVar("T")
 def prepared(make: Callable[..., T]) -> Callable[..., T]:
     """Calls ``make(x, *arguments)`` once per layout of x and arguments, and keeps what it returns.
 
-    A layout is shape, strides, dtype, device and alignment; the precision of products counts as well.
+    A layout is shape, strides, dtype, device, alignment and whether rows have room at the end (see
+    ``rows.py``); the precision of products counts as well.
     ``make`` may look at nothing else of x, and must not keep it; x's device is the current one.
     """
 
     @wraps(make)
     def kept(x: Tensor, *arguments: Hashable) -> T:
-        aligned = x.data_ptr() % ALIGNMENT == 0
-        layout = x.shape, x.stride(), x.dtype, x.device, aligned
+        layout = x.shape, x.stride(), x.dtype, x.device, aligned(x), has_room(x)
         key = (make, *layout, update_products(), *arguments)
         found = _kept.get(key)
         if found is None:

@@ -9,7 +9,6 @@ use no measurement, so that equal states decide alike.
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dbp_kernels import distributed
+from dbp_kernels import distributed, user_warnings
 from dbp_kernels.choose import update_choices
 from dbp_kernels.clock import Mark, mark, seconds, wait
 from dbp_kernels.optim.schedule import CALIBRATIONS, WARM_UP, Schedule, Sizes
@@ -276,12 +275,11 @@ class Budget:
             self.agree(process_group)
         if self.schedule.allowance == 0 and self.schedule.step + 1 == CALIBRATIONS[1]:
             assert self.schedule.base is not None  # since it was calibrated
-            warnings.warn(
+            user_warnings.warn(
                 f"budget={self.share:g} pays for no update: a step without any takes "
                 f"{1e3 * self.schedule.base:.3g} ms, and choosing none already "
                 f"{1e3 * self.schedule.overhead:.3g} ms",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
     # What it reports, and its checkpoints.

@@ -326,7 +326,9 @@ class DecorUpdate(torch.optim.Optimizer):
         try:
             jobs, many = self._due_jobs()
             if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
-                jobs, batches = self._work_out(jobs, many)
+                with self._own_precision(jobs):
+                    work_out = self._reduced if many else local_updates
+                    batches = work_out(jobs, self._gate)
                 self._carry_out(jobs, batches)
             if self._budget is not None:
                 self._budget_step(begin, jobs)
@@ -370,7 +372,10 @@ class DecorUpdate(torch.optim.Optimizer):
                 torch.no_grad(),
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
-                jobs, batches = self._work_out(*self._due_jobs())
+                jobs, many = self._due_jobs()
+                with self._own_precision(jobs):
+                    work_out = self._reduced if many else local_updates
+                    batches = work_out(jobs, self._gate)
             for _, _, recorder in self._places():  # forward passes in the block must not write to
                 recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
@@ -417,35 +422,21 @@ class DecorUpdate(torch.optim.Optimizer):
         if self._stagger and self._phases is None and (many or any(job.samples for job in jobs)):
             self._take_turns(jobs, many)
         self._guard.begin(jobs, self._guarded)
-        return jobs, many
-
-    def _work_out(self, jobs: list[Job], many: bool) -> tuple[list[Job], list[Batch]]:
-        """(those that are updated, their updates); no R changes."""
-        budget = self._budget
-        with self._own_precision(jobs):
-            if budget is not None:
-                seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
+        if budget is not None:
+            seen = [recorder.seen for recorders in self._recorders for recorder in recorders]
+            with self._own_precision(jobs):
                 for job in jobs:
                     budget.plan(job, seen[job.index], many)
-            if many:
-                return jobs, list(self._reduced(jobs))
-            jobs = [job for job in jobs if job.samples]
-            return jobs, self._gated(local_updates(jobs))
-
-    def _gated(self, batches: list[Batch]) -> list[Batch]:
-        for batch in batches:
-            batch.sampled = self._gate
-        return batches
+        return (jobs if many else [job for job in jobs if job.samples]), many
 
     def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
         """Whether a CUDA graph has done the step; else it is still to be done."""
-        jobs = [job for job in jobs if job.samples]
 
         def work(rates: Tensor | None) -> None:
             for job, rate in zip(jobs, len(jobs) * [None] if rates is None else rates.unbind()):
                 job.rate = rate
             with self._own_precision(jobs):
-                write_back(self._gated(local_updates(jobs)), self._state_of, self._guard)
+                write_back(local_updates(jobs, self._gate), self._state_of, self._guard)
             self._follow()
 
         with uninterrupted():
@@ -520,8 +511,9 @@ class DecorUpdate(torch.optim.Optimizer):
             for index, (layer, recorder) in enumerate(zip(layers, recorders)):
                 yield (group, index), layer, recorder
 
-    def _reduced(self, jobs: list[Job]) -> Iterator[Batch]:
+    def _reduced(self, jobs: list[Job], gate: Tensor | None) -> list[Batch]:
         """The update of every job, from all ranks' samples."""
+        batches = []
         shapes = [(job.R.device, job.R.dtype, *job.grouped_R.shape[:2], job.demean) for job in jobs]
         moments = map(moments_of, jobs)
         for job, total in zip(
@@ -529,8 +521,9 @@ class DecorUpdate(torch.optim.Optimizer):
         ):
             some = total.count > 0
             batch = update_from(job, total)
-            batch.sampled = some if self._gate is None else some & self._gate
-            yield batch
+            batch.sampled = some if gate is None else some & gate
+            batches.append(batch)
+        return batches
 
     def _state_of(self, R: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[R]

@@ -6,7 +6,6 @@ have the same key: everything that decides what is launched, and on which memory
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels import backends
+from dbp_kernels import backends, user_warnings
 from dbp_kernels.optim.step import Job
 from dbp_kernels.phases import REPLAY, phase
 
@@ -129,11 +128,10 @@ class StepGraphs:
             problem: BaseException = failure
             while problem.__context__ is not None:  # the end of a capture fails too, and says less
                 problem = problem.__context__
-            warnings.warn(
+            user_warnings.warn(
                 "cuda_graph=True: step() could not be captured in a CUDA graph and runs without one "
                 f"from now on ({type(problem).__name__}: {problem})",
                 RuntimeWarning,
-                stacklevel=5,
             )
             return
         self._replays[key] = _Replay(launch, rates)

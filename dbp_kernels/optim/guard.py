@@ -11,7 +11,6 @@ without waiting, so that it is some steps old on a GPU; those count as the large
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbp_kernels import user_warnings
 from dbp_kernels.optim.step import Job
 from dbp_kernels.optim.swap import some
 
@@ -210,7 +210,7 @@ class Gauge:
             if new:
                 told.update(new)
                 layers = ("layer " if len(new) == 1 else "layers ") + some(new)
-                warnings.warn(_TELLING[kind].format(layers), RuntimeWarning, stacklevel=5)
+                user_warnings.warn(_TELLING[kind].format(layers), RuntimeWarning)
 
 
 def _version(R: Tensor) -> int:

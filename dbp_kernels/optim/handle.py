@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbp_kernels import distributed
+from dbp_kernels import distributed, user_warnings
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.kinds import Patches, patches_of
@@ -20,7 +19,7 @@ from dbp_kernels.optim.rounds import Rounds
 from dbp_kernels.optim.sharing import users
 from dbp_kernels.optim.site import Feed, Site, is_fed
 from dbp_kernels.optim.step import Job, plan_of
-from dbp_kernels.optim.swap import Swap, form, some
+from dbp_kernels.optim.swap import Swap, some
 from dbp_kernels.sampling import recorder_of
 from dbp_kernels.surgery import mib, shape_of
 
@@ -93,20 +92,27 @@ class Attached:
         for checkpoint in self._checkpoints:
             checkpoint.mark()
 
-    def _stepped(self, swap: Swap) -> None:
-        """The weights of one optimiser have made their step."""
-        stepped = self._rounds.over_with(swap) if swap.sites else []
-        if not stepped:
-            form(swap.sites)
+    def _stepped(self, swap: Swap, *_: Any) -> None:
+        """Hook: an optimiser's step() comes to its end."""
+        if not swap.is_over():
             return
-        self._tell_of_unseen()
-        for other in self._swaps:
-            if other is not swap:
-                other.take_over()
-        self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
-        self._engine.step()
-        for site in self._sites.values():
-            site.formed()
+        try:
+            stepped = self._rounds.over_with(swap) if swap.sites else []
+            if stepped:
+                self._tell_of_unseen()
+                for other in self._swaps:
+                    if other is not swap:
+                        other.take_over()
+                self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
+                self._engine.step()
+        except BaseException:  # R is as it was, but the weights have made their step
+            swap.form()
+            raise
+        if stepped:
+            for site in self._sites.values():
+                site.formed()
+        else:
+            swap.form()
 
     def _tell_of_unseen(self) -> None:
         """Warn, once, where a layer that is due has a gradient but has never handed over a sample."""
@@ -123,12 +129,11 @@ class Attached:
         ]
         if unseen:
             self._told_of_unseen = True
-            warnings.warn(
+            user_warnings.warn(
                 f"{some(unseen)} got a gradient, but attach() never saw an input of theirs: their R "
                 "learns nothing. Either the model was compiled and called before: torch.compile does "
                 "not notice hooks that come after the first call, so call torch.compiler.reset(), or "
-                "attach() before it. Or their weight is used without calling the layer: exclude them",
-                stacklevel=6,
+                "attach() before it. Or their weight is used without calling the layer: exclude them"
             )
 
     # What it tells.
@@ -196,10 +201,11 @@ class Attached:
         """Put dL/dW = (dL/dA) R^T into ``.grad``, where ``backward()`` has put dL/dA.
 
         ``step()`` does so by itself. Call this after the last backward pass before it, if you want to
-        clip or log the gradients of W; the step takes them as they are then. The optimiser's
-        ``zero_grad()`` ends it.
+        clip or log the gradients of W; the step takes them as they are then. ``zero_grad()`` ends
+        it, the optimiser's or the model's.
 
-        Raises RuntimeError after ``detach()``.
+        Raises RuntimeError after ``detach()``; ``backward()`` does, if it is to add to gradients that
+        are those of W already.
         """
         if not self._attached:
             raise RuntimeError(
@@ -211,7 +217,8 @@ class Attached:
     def detach(self) -> None:
         """Stop, for good: the optimiser goes on from the weights A as they are, as without us.
 
-        The handle then tells how things were.
+        The handle then tells how things were. Model and optimiser are freed with the last name for
+        them, like plain ones; those still attached when Python's garbage collector comes by.
         """
         for swap in self._swaps:
             swap.remove()
@@ -220,6 +227,7 @@ class Attached:
         for checkpoint in self._checkpoints:
             checkpoint.remove()
         self._engine.detach()
+        self._swaps, self._hooks, self._checkpoints = [], [], []
         self._attached = False
 
     def __reduce__(self) -> tuple[Any, ...]:

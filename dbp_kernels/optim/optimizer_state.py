@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbp_kernels import user_warnings
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
 from dbp_kernels.optim.site import Site
@@ -124,17 +124,15 @@ class Checkpoint:
         own = [site.name for site in self._sites]
         plain = [name for name in own if name not in layers]
         if plain:
-            warnings.warn(
+            user_warnings.warn(
                 f"the loaded optimiser state has no R of {some(plain)}: R = I and W = the weight "
-                "as it is; expected the state of an optimiser under dbp.attach with these layers",
-                stacklevel=4,
+                "as it is; expected the state of an optimiser under dbp.attach with these layers"
             )
         ignored = [name for name in layers if name not in own]
         if ignored:
-            warnings.warn(
+            user_warnings.warn(
                 f"the loaded optimiser state has an R of {some(ignored)}, which are not attached "
-                "here: they go on as plain layers",
-                stacklevel=4,
+                "here: they go on as plain layers"
             )
         self._engine.part(self._sites)
         for site in self._sites:

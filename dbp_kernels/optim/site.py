@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dbp_kernels.nn import identity_R, set_identity_
 from dbp_kernels.op_input import OpInput, op_inputs
@@ -111,6 +112,7 @@ class Site:
         self._A: Tensor | None = None  # within the step: A's memory
         self._dA: Tensor | None = None
         self._transformed: Tensor | None = None  # a gradient that is W's already
+        self._watch: RemovableHandle | None = None  # for gradients added to that
         self.formed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class Site:
         state = {**vars(self), "_written": self._seen() == self._written}
         for key in ("patches", "_recorder", "_recorder_key"):
             state.pop(key, None)
+        state["_watch"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,10 +188,25 @@ class Site:
         if gradient is not None and gradient is not self._transformed:
             self.to_follow()
             self._transformed = self.weight.grad = self.gradient_of_W(gradient)
+            self._watch = self.weight.register_hook(self._added_to)
+
+    def _added_to(self, _: Tensor) -> None:
+        """Before a backward pass adds to the gradient: it is dL/dA again, if it began anew."""
+        gradient, transformed = self.weight.grad, self._transformed
+        if gradient is transformed and gradient is not None and gradient.any():
+            raise RuntimeError(
+                f"backward() after transform_gradients(): the gradient of {self.name!r} is dL/dW already, "
+                "and dL/dA cannot be added to it; expected step() and zero_grad() before, or "
+                "transform_gradients() after the last backward()"
+            )
+        self.forget_transformed()
 
     def forget_transformed(self) -> None:
         """What collects from now on is dL/dA again, even if in the same memory."""
         self._transformed = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def leave(self) -> None:
         """The parameter becomes A again, as it was, and its gradient is dL/dA."""

@@ -129,10 +129,14 @@ class Batch:
         return values.view(-1, 1).expand(-1, len(self.R) // len(self.jobs)).reshape(-1)
 
 
-def local_updates(jobs: Sequence[Job]) -> list[Batch]:
-    """The updates of all jobs from this process's samples, small equal layers together."""
+def local_updates(jobs: Sequence[Job], gate: Tensor | None = None) -> list[Batch]:
+    """The updates of all jobs from this process's samples, small equal layers together.
+
+    Args:
+        gate: becomes their ``sampled``.
+    """
     batches: list[Batch] = []
-    buckets: dict[Any, list[_Task]] = {}
+    buckets: dict[Hashable, list[_Task]] = {}
     selected: dict[torch.device, str] = {}  # asked once: the answer takes longer than a launch
     for job in jobs:
         device = job.R.device
@@ -141,14 +145,25 @@ def local_updates(jobs: Sequence[Job]) -> list[Batch]:
         task = _task(job, selected[device])
         if task is None:
             batches.append(update_from(job, moments_of(job)))
-            continue
-        key = _bucket(task)
-        if key is None:
-            batches.append(_update_alone(task))
         else:
-            buckets.setdefault(key, []).append(task)
+            buckets.setdefault(_bucket(task), []).append(task)
     for tasks in buckets.values():
-        batches.append(_update_alone(*tasks) if len(tasks) == 1 else _update_together(tasks))
+        if len(tasks) > 1:
+            batches.append(_update_together(tasks))
+            continue
+        (task,) = tasks
+        job, R, choice, input = task.job, task.R, task.choice, task.input
+        if choice is None:
+            # says what is wrong with R, if anything
+            operands = input.x, job.R, *input.arguments
+            torch.ops.dbp.decor_update(*operands, lr=0.0, kappa=job.options["kappa"])
+            update = rules.no_update(R)
+        else:
+            work_out = backends.module(task.backend).decor_update
+            update = work_out(input.x, R, input.geometry, job.rule, job.demean, choice)
+        batches.append(Batch([job], R, update))
+    for batch in batches:
+        batch.sampled = gate
     return batches
 
 
@@ -194,7 +209,10 @@ def _task(job: Job, backend: str) -> _Task | None:
         input = replace(input, x=input.x.to(R.dtype))
     if backend != "eager" and not plain(input.x, R):  # kernels read memory, and nobody looks on
         backend = "eager"
-    return _Task(job, R, input, backend, _choice(input.x, R, input.geometry, backend))
+    geometry, choice = input.geometry, None
+    if R.shape[:2] == (geometry.groups, geometry.dim) and 0 not in (geometry.dim, geometry.samples):
+        choice = choose.update(input.x, geometry, backend)
+    return _Task(job, R, input, backend, choice)
 
 
 def plan_of(job: Job) -> str:
@@ -205,35 +223,16 @@ def plan_of(job: Job) -> str:
     return "the operator's" if task.choice is None else task.choice.name
 
 
-def _choice(x: Tensor, R: Tensor, geometry: ConvGeometry, backend: str) -> Choice | None:
-    """The planner's; None as in `_Task`."""
-    if R.shape[:2] != (geometry.groups, geometry.dim) or 0 in (geometry.dim, geometry.samples):
-        return None
-    return choose.update(x, geometry, backend)
-
-
 def _bucket(task: _Task) -> Hashable | None:
-    """The plan, and all that layers must share to be updated together; None: each by itself."""
+    """The plan, and all that layers must share to be updated together, unless large or without work."""
     R, geometry, choice = task.R, task.input.geometry, task.choice
     small = _SMALL if R.device.type == "cpu" else _SMALL_GPU
     if choice is None or geometry.dim > small[choice.name]:
-        return None
+        return id(task)  # by itself
     n = None if choice.name == "gram" else geometry.samples
     job = task.job
     options = [job.options["lr"], job.options["kappa"], job.options["rule"], job.clip]
     return choice.name, n, task.backend, R.shape, R.dtype, R.device, job.demean, *options
-
-
-def _update_alone(task: _Task) -> Batch:
-    job, R, choice, input = task.job, task.R, task.choice, task.input
-    if choice is None:
-        # says what is wrong with R, if anything
-        operands = input.x, job.R, *input.arguments
-        torch.ops.dbp.decor_update(*operands, lr=0.0, kappa=job.options["kappa"])
-        return Batch([job], R, rules.no_update(R))
-    work_out = backends.module(task.backend).decor_update
-    update = work_out(input.x, R, input.geometry, job.rule, job.demean, choice)
-    return Batch([job], R, update)
 
 
 def _update_together(tasks: Sequence[_Task]) -> Batch:

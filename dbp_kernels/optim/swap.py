@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbp_kernels import user_warnings
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import tf32_products
 from dbp_kernels.sampling import recorder_of
@@ -58,7 +58,8 @@ class Swap:
     Args:
         optimizer: the weights'.
         sites: of its parameters.
-        after: called with this when the weights have made their step, with A in the parameters as it was.
+        after: hook of its ``step()``, called with this and what such hooks are: asks whether the step
+            `is_over`, and then has A formed anew.
         joined: called with every group that is added later.
 
     Samples go with their gradient: ``zero_grad()`` drops those whose backward pass has been, which
@@ -69,10 +70,10 @@ class Swap:
         self,
         optimizer: torch.optim.Optimizer,
         sites: Sequence[Site],
-        after: Callable[[Swap], None],
+        after: Callable[..., None],
         joined: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._optimizer, self.sites, self._after = optimizer, sites, after
+        self._optimizer, self.sites = optimizer, sites
         self._depth = 0  # subclasses' step() calls that of super(), whose hooks run too
         self._inside = False
         self._initialising = False
@@ -82,12 +83,14 @@ class Swap:
         # compiled steps break off here: to trace all that learns R would take them many seconds
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            optimizer.register_step_post_hook(
+                torch.compiler.disable(functools.partial(after, self))
+            ),
         ]
         self._wrapped: list[tuple[str, Any, Any]] = []
-        self._wrap("step", self._guarded)
-        self._wrap("zero_grad", self._dropping)
-        self._wrap("add_param_group", functools.partial(self._adding, joined))
+        self._wrap("step", self._with_recovery)
+        self._wrap("zero_grad", self._with_drop)
+        self._wrap("add_param_group", functools.partial(self._with_telling, joined))
 
     def remove(self) -> None:
         """From now on the optimiser steps on what the parameters hold."""
@@ -102,13 +105,13 @@ class Swap:
                 del own[name]
             else:
                 own[name] = before
+        self._handles, self._wrapped = [], []  # which hold the optimiser, as it did us
 
     def recover(self) -> None:
         """A into the parameters, of wherever the weights are, if a step was left by an exception."""
         if self._inside:
             self._leave()
-            form(self.sites)
-            self._formed()
+            self.form()
         self._depth = 0
         self._initialising = False
         self._evaluations = None
@@ -123,10 +126,9 @@ class Swap:
         """Have W follow weights that were written to, before A is formed anew."""
         changed = [site.name for site in self.sites if site.take_over()]
         if changed:
-            warnings.warn(
+            user_warnings.warn(
                 f"the weights of {some(changed)} were changed outside of their optimiser: the "
-                "network stays as it was made, and W becomes A R^-1",
-                stacklevel=7,
+                "network stays as it was made, and W becomes A R^-1"
             )
 
     @torch.no_grad()
@@ -157,16 +159,18 @@ class Swap:
         given[1] = self._on_A(closure)
         return tuple(given), named
 
-    def _after_step(
-        self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
-    ) -> None:
+    def is_over(self) -> bool:
+        """Called after ``step()``: whether the weights have made a step. A is then back as it was.
+
+        Raises RuntimeError if the step has not evaluated its closure.
+        """
         self._depth -= 1
         if self._depth > 0:
-            return
+            return False
         self._depth = 0
         if self._initialising:
             self._initialising = False
-            return
+            return False
         unused, self._evaluations = self._evaluations == 0, None
         self._leave()
         # fused optimisers are called by a GradScaler even if the step is to be left out
@@ -176,13 +180,7 @@ class Swap:
                 f"{type(self._optimizer).__name__}.step(closure) never evaluated its closure: "
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
-        try:
-            self._after(self)
-        except BaseException:  # R is as it was, but the weights have made their step
-            form(self.sites)
-            raise
-        finally:
-            self._formed()
+        return True
 
     def _initialises(self) -> bool:
         """Whether this step only makes the optimiser's state, before one is saved or loaded.
@@ -207,8 +205,7 @@ class Swap:
             if self._inside:
                 self._leave()
                 if self._evaluations:
-                    form(self.sites)
-                    self._formed()
+                    self.form()
             self._evaluating = True
             try:
                 result = closure()
@@ -229,7 +226,9 @@ class Swap:
             for site in self.sites:
                 site.enter()
 
-    def _formed(self) -> None:
+    def form(self) -> None:
+        """A = W R in all parameters."""
+        form(self.sites)
         for site in self.sites:
             site.formed()
 
@@ -240,44 +239,45 @@ class Swap:
 
     # What hooks do not see.
 
-    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
-        """Put ``around(method, ...)`` in the place of a method of the instance.
+    def _wrap(self, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put a function made around a method of the instance in its place.
 
-        A bound method, too: schedulers look for what those have.
+        As a bound method, too: schedulers look for what those have.
         """
         optimizer = self._optimizer
         inner = getattr(optimizer, name)
-
-        @functools.wraps(getattr(inner, "__func__", inner))
-        def method(self: Any, *arguments: Any, **named: Any) -> Any:
-            return around(inner, *arguments, **named)
-
-        ours = types.MethodType(method, optimizer)
+        made = functools.wraps(getattr(inner, "__func__", inner))(around(inner))
+        ours = types.MethodType(made, optimizer)
         self._wrapped.append((name, ours, vars(optimizer).get(name)))
         setattr(optimizer, name, ours)
 
-    def _guarded(self, step: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        try:
-            return step(*arguments, **named)
-        except BaseException:
-            self.recover()
-            raise
+    def _with_recovery(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def step(optimizer: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                return inner(*arguments, **named)
+            except BaseException:
+                self.recover()
+                raise
 
-    def _dropping(self, zero_grad: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        for site in self.sites:
-            site.forget_transformed()
-            recorder = recorder_of(site)
-            if recorder is not None:
-                recorder.drop_spent()
-        return zero_grad(*arguments, **named)
+        return step
 
-    def _adding(
-        self,
-        joined: Callable[[dict[str, Any]], None],
-        add_param_group: Callable[..., Any],
-        *arguments: Any,
-        **named: Any,
-    ) -> Any:
-        result = add_param_group(*arguments, **named)
-        joined(self._optimizer.param_groups[-1])
-        return result
+    def _with_drop(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def zero_grad(optimizer: Any, *arguments: Any, **named: Any) -> Any:
+            for site in self.sites:
+                site.forget_transformed()
+                recorder = recorder_of(site)
+                if recorder is not None:
+                    recorder.drop_spent()
+            return inner(*arguments, **named)
+
+        return zero_grad
+
+    def _with_telling(
+        self, joined: Callable[[dict[str, Any]], None], inner: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def add_param_group(optimizer: Any, *arguments: Any, **named: Any) -> Any:
+            result = inner(*arguments, **named)
+            joined(optimizer.param_groups[-1])
+            return result
+
+        return add_param_group

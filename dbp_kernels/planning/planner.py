@@ -234,6 +234,7 @@ class _Kernels:
     strided: bool = True
     precisions: tuple[str, ...] = PRECISIONS
     sm90: bool = False  # for GPUs of compute capability 9.0 only
+    gathers: bool = False  # patches of several pixels, from wherever they lie
 
     def cover(self, geometry: ConvGeometry, precision: str, sm90: bool) -> bool:
         """Whether they are for such an input, on such a GPU."""
@@ -248,12 +249,18 @@ class _Kernels:
 # By name, which begins with the backend's; the backend has a table of the same names.
 _KERNELS = {
     "triton_shift": _Kernels(_kernel_shift_cost, pointwise=False),
-    "triton_direct": _Kernels(_kernel_direct_cost),
+    "triton_direct": _Kernels(_kernel_direct_cost, gathers=True),
     "cuda_shift": _Kernels(_kernel_shift_cost, pointwise=False),
-    "cuda_direct": _Kernels(_kernel_direct_cost),
+    "cuda_direct": _Kernels(_kernel_direct_cost, gathers=True),
     "cuda_sm90": _Kernels(_sm90_cost, strided=False, precisions=("bf16", "fp16"), sm90=True),
 }
 ALGORITHMS = ("shift", "self_wgrad", "unfold", *_KERNELS)
+
+
+def reads_rows(algorithm: str, geometry: ConvGeometry) -> bool:
+    """Whether it wants the input as rows of channels, and copies what is not."""
+    kernels = _KERNELS.get(algorithm)
+    return kernels is not None and (geometry.pointwise or not kernels.gathers)
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dbp_kernels import user_warnings
 from dbp_kernels.verify import identity
 from dbp_kernels.verify.workers import (
     CRASHED,
@@ -120,7 +120,7 @@ def allowed(family: str, index: int) -> bool:
             if verdict is None:
                 verdict = _known[family, index] = _decided(family, index)
                 if verdict.status != PASSED:
-                    warnings.warn(_advice(verdict), RuntimeWarning, stacklevel=2)
+                    user_warnings.warn(_advice(verdict), RuntimeWarning)
     return verdict.status == PASSED
 
 
@@ -145,7 +145,7 @@ def withdraw(family: str, index: int, reason: str) -> None:
     where = identity.describe(family, index)
     verdict = Verdict(family, UNVERIFIED, reason, where=where, when=time.time())
     _known[family, index] = verdict
-    warnings.warn(_advice(verdict), RuntimeWarning, stacklevel=2)
+    user_warnings.warn(_advice(verdict), RuntimeWarning)
 
 
 def known(family: str, index: int) -> Verdict | None:

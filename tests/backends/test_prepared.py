@@ -114,6 +114,12 @@ def test_tables_that_a_graph_has_captured_are_never_freed(made, monkeypatch):
         def data_ptr(self):
             return 256
 
+        def storage_offset(self):
+            return 0
+
+        def untyped_storage(self):
+            return torch.zeros(6).untyped_storage()
+
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     alive = {}
     for capturing in (False, True):

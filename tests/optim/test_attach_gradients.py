@@ -81,3 +81,33 @@ def test_transformed_gradients_are_those_of_W_and_are_stepped_with(set_to_none):
                 form.decor.step()
             form.optimizer.zero_grad(set_to_none)
     assert_equal(layers, attached)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_models_zero_grad_ends_transformed_gradients(set_to_none):
+    """The next ones are dL/dA again, even in the same memory."""
+    form, expected = trained(2), trained(2)
+    for x, y in batches(2, seed=9):
+        for one in (form, expected):
+            F.cross_entropy(one.model(x), y).backward()
+        form.decor.transform_gradients()
+        for one in (form, expected):
+            one.optimizer.step()
+        form.model.zero_grad(set_to_none)
+        expected.optimizer.zero_grad()
+    assert_equal(form, expected)
+
+
+def test_a_backward_pass_onto_transformed_gradients_raises():
+    form = trained(2)
+    (x, y), other = batches(2, seed=9)
+    F.cross_entropy(form.model(x), y).backward()
+    form.decor.transform_gradients()
+    before = form.model.tokens.weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"backward\(\) after transform_gradients\(\)"):
+        F.cross_entropy(form.model(other[0]), other[1]).backward()
+    assert torch.equal(form.model.tokens.weight.grad, before)
+    form.optimizer.step()
+    form.optimizer.zero_grad()
+    F.cross_entropy(form.model(x), y).backward()
+    form.optimizer.step()

@@ -1,5 +1,8 @@
 """What the handle of ``dbp.attach`` tells, and what is left of it after ``detach()``."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from small_training import assert_equal, attached, everything, train, trained
@@ -84,3 +87,17 @@ def test_schedule_without_a_budget():
     with pytest.raises(RuntimeError, match=r"no budget: expected dbp\.attach\(budget=\.\.\.\)"):
         attached()[2].schedule()
     assert "warming up" in str(attached(budget=0.1, update_every=1)[2].schedule())
+
+
+def test_after_detach_nothing_waits_for_the_garbage_collector():
+    model, optimizer, decor = attached(update_every=1)
+    train(model, optimizer, 0, 1)
+    alive = [weakref.ref(one) for one in (model, optimizer, decor, model[0].weight, decor.R("0"))]
+    gc.collect()
+    gc.disable()
+    try:
+        decor.detach()
+        del model, optimizer, decor
+        assert [ref() for ref in alive] == [None] * len(alive)
+    finally:
+        gc.enable()

@@ -90,14 +90,14 @@ class World:
         monkeypatch.setattr(clock, "host", lambda: self.now)
         original = decor_update.local_updates
 
-        def timed(jobs):
+        def timed(jobs, gate):
             cost = 2e-4
             for job in jobs:
                 size, images = job.R.shape[-1], sum(len(s) for s in job.samples)
                 cost += 1e-4 + 4e-7 * size**2 + 1e-8 * size**1.5 * images
             self.now += cost
             self.update.append(cost)
-            return original(jobs)
+            return original(jobs, gate)
 
         monkeypatch.setattr(decor_update, "local_updates", timed)
 

@@ -516,8 +516,8 @@ def test_backward_through_a_stale_graph_raises_on_a_device():
 def test_a_capture_that_fails_on_a_device_leaves_everything_usable(monkeypatch):
     real = update_module.local_updates
 
-    def waits(jobs):
-        updates = real(jobs)
+    def waits(jobs, gate):
+        updates = real(jobs, gate)
         if torch.cuda.is_current_stream_capturing():
             updates[0].update.loss.sum().item()
         return updates

@@ -12,6 +12,7 @@ import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
 from dbp_kernels import rules
 from dbp_kernels.optim import write_back
+from dbp_kernels.optim.step import local_updates
 
 
 def test_few_samples_change_a_large_R_in_place():
@@ -102,9 +103,10 @@ def test_writing_back_on_a_GPU_takes_few_launches_however_many_layers(monkeypatc
             for layer in net:
                 layer(torch.randn(4, 16))
             with torch.no_grad():
-                worked_out = update._work_out(*update._due_jobs())
+                jobs, _ = update._due_jobs()
+                batches = local_updates(jobs)
                 with Calls() as calls:
-                    update._carry_out(*worked_out)
+                    update._carry_out(jobs, batches)
             update.discard()
         counted = Counter(calls.names)
         launches.append({name: n for name, n in counted.items() if name not in views})

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.backends.cuda import library
-from dbp_kernels.backends.cuda.arguments import aligned_rows, dtype_number, four
-from dbp_kernels.backends.cuda.pack import empty_rows, pack
+from dbp_kernels.backends.cuda.arguments import dtype_number, four
+from dbp_kernels.backends.cuda.pack import pack
 from dbp_kernels.backends.cuda.reduce import reduction
 from dbp_kernels.backends.cuda.shift_plan import BLOCKS as SHIFT_BLOCKS
 from dbp_kernels.backends.cuda.shift_plan import ShiftPlan, make_shift_tables, shift_plan
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.rows import empty, to_rows
 from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.planning.boxes import direct_program
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -90,10 +91,10 @@ def _rows_of_channels(
     if not geometry.axes and x.dim() != 2:
         steps.append(_as_matrix)
         x = _as_matrix(x)
-    if not aligned_rows(x) or (even and _as_rows(x) is None):
-        steps.append(pack)
-        x = empty_rows(x)
-    return tuple(steps), x
+    more, rows = to_rows(x, pack)
+    if even and _as_rows(rows) is None:
+        more, rows = (pack,), empty(x)
+    return (*steps, *more), rows
 
 
 # --------------------------------------------------------------------------- launches

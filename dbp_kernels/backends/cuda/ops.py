@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dbp_kernels import rules
 from dbp_kernels.backends.cuda import gram, stats
+from dbp_kernels.backends.cuda.pack import packing as packing
 from dbp_kernels.backends.cuda.update import direct_update, gram_update
 from dbp_kernels.backends.eager import ops as eager
 from dbp_kernels.backends.eager.unfold import rows

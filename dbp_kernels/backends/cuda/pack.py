@@ -9,40 +9,44 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.backends.cuda import library
-from dbp_kernels.backends.cuda.arguments import dtype_number, four, padded
+from dbp_kernels.backends.cuda.arguments import dtype_number, four
 from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.rows import empty
 
 
-def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What ``pack`` writes: like x (N, C, *spatial), channels-last and padded to 16 bytes."""
-    dtype = dtype or x.dtype
-    shape = (x.shape[0], *x.shape[2:], padded(x.shape[1], dtype))
-    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
+def packing(x: Tensor, out: Tensor) -> Callable[..., None]:
+    """Copies what looks like x (N, C, *spatial) to what looks like out, zeros to channels out has more.
+
+    To be called with x, out and mean, which is None or (C) and subtracted.
+
+    Args:
+        out: (N, C', *spatial) in rows.
+    """
+    return _launch(x, out.dtype, out.shape[1], out.stride())
 
 
 @prepared
-def _launch(x: Tensor, dtype: torch.dtype | None) -> Callable[..., None]:
-    out = empty_rows(x, dtype)
+def _launch(
+    x: Tensor, dtype: torch.dtype, channels: int, strides: tuple[int, ...]
+) -> Callable[..., None]:
+    """To an output of this dtype, these channels and strides."""
     size, x_stride = four(x)
     return partial(
         library.launch,
         "pack",
         size=size,
         x_stride=x_stride,
-        out_stride=four(out)[1],
+        out_stride=[strides[0], *[0] * (5 - x.dim()), *strides[2:]],
         x_channel_stride=x.stride(1),
         channels=x.shape[1],
-        row=out.shape[1],
+        row=channels,
         x_dtype=dtype_number(x.dtype),
-        out_dtype=dtype_number(out.dtype),
+        out_dtype=dtype_number(dtype),
     )
 
 
 def pack(x: Tensor, dtype: torch.dtype | None = None, mean: Tensor | None = None) -> Tensor:
-    """A copy of x (N, C, *spatial) minus ``mean`` (C) in channels-last order.
-
-    Channels are padded with zeros to a multiple of 16 bytes.
-    """
-    out = empty_rows(x, dtype)
-    _launch(x, dtype)(x=x, out=out, mean=mean)
+    """A copy of x (N, C, *spatial) minus ``mean`` in channels-last order, channels padded by zeros."""
+    out = empty(x, dtype)
+    packing(x, out)(x=x, out=out, mean=mean)
     return out

@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.rows import to_rows, vector
 from dbp_kernels.backends.tables import make_tables
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
 from dbp_kernels.backends.triton.dot import dot
-from dbp_kernels.backends.triton.pack import empty_rows, pack, packed_already, vector
+from dbp_kernels.backends.triton.pack import pack
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
 from dbp_kernels.planning.boxes import AXES
@@ -173,7 +174,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 def _product(
     x: Tensor, geometry: ConvGeometry, work: Work, config: Config, index64: bool
 ) -> Launch:
-    """Of the work's items. x: channels are rows as ``packed_already`` wants them."""
+    """Of the work's items. x: in rows, their room included."""
     tables = make_tables(work, x.device)
     strides = _strides(x)
     missing = (1,) * (AXES - len(geometry.axes))
@@ -215,7 +216,7 @@ def shift_gram(
         config = config or choose(geometry.channels, geometry.group_channels, precision, target)
     parallel = programs(x, config) if parallel is None else parallel
     work = shift_work(geometry, config.block_m, config.block_k, parallel)
-    steps, rows = ((), x) if packed_already(x) else ((pack,), empty_rows(x))
+    steps, rows = to_rows(x, pack)
     product = _product(rows, geometry, work, config, index64)
     reduce = reduction(work, make_tables(work, x.device), geometry.samples, index64)
     shape = (geometry.groups, geometry.dim, geometry.dim)

@@ -22,12 +22,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dbp_kernels.backends.prepared import Gram, prepared
+from dbp_kernels.backends.rows import padded, vector
 from dbp_kernels.backends.tables import make_tables, reciprocal, signed
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs, pinned, precision_key
 from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.gram_shift import divide, programs, sizes
-from dbp_kernels.backends.triton.pack import pack_into, padded, vector
+from dbp_kernels.backends.triton.pack import pack_into
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
 from dbp_kernels.planning.axis import Axis

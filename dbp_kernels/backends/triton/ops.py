@@ -14,6 +14,7 @@ from dbp_kernels.backends.eager.unfold import rows
 from dbp_kernels.backends.prepared import Gram, prepared
 from dbp_kernels.backends.triton import configs, gram_shift, gram_shift_tma, stats, update
 from dbp_kernels.backends.triton.gram_direct import direct_gram
+from dbp_kernels.backends.triton.pack import packing as packing
 from dbp_kernels.backends.triton.product import product
 from dbp_kernels.backends.triton.runtime import dot_precision, target
 from dbp_kernels.phases import MOMENTS, PRODUCTS, phase, span

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbp_kernels.backends.prepared import ALIGNMENT, prepared
+from dbp_kernels.backends.prepared import prepared
+from dbp_kernels.backends.rows import empty, vector
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
 
 _MAX_INT = 2**31 - 1
@@ -69,28 +70,6 @@ def pack_kernel(
     tl.store(at, value, mask=inside[:, None] & (c < row * VECTOR)[None, :])
 
 
-def vector(dtype: torch.dtype) -> int:
-    """Elements in 16 bytes."""
-    return ALIGNMENT // dtype.itemsize
-
-
-def padded(channels: int, dtype: torch.dtype) -> int:
-    """Channels of a packed row."""
-    return -(-channels // vector(dtype)) * vector(dtype)
-
-
-def packed_already(x: Tensor) -> bool:
-    """Whether x (N, C, *spatial) already is made of aligned rows of channels, in some order."""
-    unit = vector(x.dtype)
-    strides = [s for d, (s, n) in enumerate(zip(x.stride(), x.shape)) if d != 1 and n > 1]
-    return (
-        (x.stride(1) == 1 or x.shape[1] == 1)
-        and x.shape[1] % unit == 0
-        and x.data_ptr() % ALIGNMENT == 0
-        and all(s % unit == 0 for s in strides)
-    )
-
-
 def merged(
     sizes: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]
 ) -> list[tuple[int, int, int]]:
@@ -107,15 +86,21 @@ def merged(
     return dims
 
 
-def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None, index64: bool = False) -> None:
-    """Copies x (N, C, *spatial) minus ``mean`` (C) to out, zeros to channels out has more.
+def packing(x: Tensor, out: Tensor, index64: bool = False) -> Launch:
+    """Copies what looks like x (N, C, *spatial) to what looks like out, zeros to channels out has more.
+
+    To be called with x, out and mean, which is None or (C) and subtracted.
 
     Args:
-        out: (N, C', *spatial) with rows of channels as ``packed_already`` wants them.
+        out: (N, C', *spatial) in rows.
         index64: forces 64-bit addresses; they are used anyway where 32 bits might not do.
     """
-    if out.numel() > 0:
-        _launch(x, out.dtype, out.shape[1], out.stride(), index64)(x=x, out=out, mean=mean)
+    return _launch(x, out.dtype, out.shape[1], out.stride(), index64)
+
+
+def pack_into(out: Tensor, x: Tensor, mean: Tensor | None = None, index64: bool = False) -> None:
+    """Copies x (N, C, *spatial) minus ``mean`` (C) to out; see ``packing``."""
+    packing(x, out, index64)(x=x, out=out, mean=mean)
 
 
 @prepared
@@ -158,16 +143,9 @@ def pack(
     index64: bool = False,
 ) -> Tensor:
     """A copy of x (N, C, *spatial) minus ``mean`` in channels-last order, channels padded by zeros."""
-    out = empty_rows(x, dtype)
+    out = empty(x, dtype)
     pack_into(out, x, mean, index64)
     return out
-
-
-def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What ``pack`` writes."""
-    dtype = dtype or x.dtype
-    shape = (x.shape[0], *x.shape[2:], padded(x.shape[1], dtype))
-    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, 1)
 
 
 def cases(target: int) -> list[KernelCase]:

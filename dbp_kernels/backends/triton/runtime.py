@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbp_kernels.backends.prepared import ALIGNMENT, forget
+from dbp_kernels.backends.prepared import forget
+from dbp_kernels.backends.rows import aligned
 from dbp_kernels.precision import tf32
 
 # Triton reads this once, when it is imported: the kernels of a process are either all interpreted
@@ -124,7 +125,7 @@ class Launch:
 
     def _start(self, arguments: list[Any]) -> None:
         given = [a for a in arguments[: len(self._tensors)] if isinstance(a, Tensor)]
-        variant = tuple([(a.dtype, a.data_ptr() % ALIGNMENT == 0) for a in given])
+        variant = tuple([(a.dtype, aligned(a)) for a in given])
         with torch.cuda.device_of(given[0]):
             start = self._compiled.get(variant)
             if start is not None:

@@ -13,7 +13,7 @@ from helpers import LAYOUTS, random, strided
 from stand_in import emulated
 
 from dbp_kernels.backends.cuda import pack as cuda_pack
-from dbp_kernels.backends.cuda.arguments import aligned_rows
+from dbp_kernels.backends.rows import in_rows
 
 
 def in_a_process(code: str) -> str:
@@ -103,4 +103,4 @@ def test_pack(layout, dtype):
     assert torch.equal(copy[:, :5], x)
     assert torch.equal(copy[:, 5:], torch.zeros_like(copy[:, 5:]))
     assert torch.equal(centred[:, :5], x.float() - mean.view(-1, 1, 1))
-    assert aligned_rows(copy)
+    assert in_rows(copy)

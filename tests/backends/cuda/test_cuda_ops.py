@@ -30,6 +30,7 @@ from dbp_kernels.choose import gram_choices
 from dbp_kernels.planning import planner
 from dbp_kernels.planning.boxes import shift_program
 from dbp_kernels.planning.choice import Choice
+from dbp_kernels.sample_memory import SampleMemory
 
 pytestmark = pytest.mark.emulation
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -124,6 +125,36 @@ def test_packed_input_is_not_copied(dtype):
     with emulated() as launched:
         gram.patch_gram_shift(x[:, :, 1:], case(2, 16, (5, 7), 3).geometry)
     assert launched == ["pack", "gram_shift", "gram_box", "reduce"]  # pixels not evenly spaced
+
+
+@pytest.mark.parametrize("form", ["shift", "box"])
+@pytest.mark.parametrize("c", [case(2, 13, (6, 7), 3, padding=1), rows((5, 7, 13))], ids=str)
+def test_rows_with_room_are_not_copied(c, form):
+    x = c.input(torch.bfloat16)
+    dim = 1 if c.kernel else -1
+    roomy = strided(x.movedim(dim, 1), "rows").movedim(1, dim)
+    if not c.kernel:
+        form = "box"
+    with emulated() as launched:
+        S = FORMS[form](roomy, c.geometry)
+        assert "pack" not in launched
+        assert torch.equal(S, FORMS[form](x, c.geometry))
+        assert "pack" in launched
+
+
+@pytest.mark.parametrize("channels", [13, 16])
+def test_a_sample_is_packed_when_it_is_taken(channels):
+    x = random((6, channels, 5, 4), torch.bfloat16)
+    c = case(4, channels, (5, 4), 3, padding=1)
+    with emulated() as launched:
+        memory = SampleMemory(x, 4, None, torch.bfloat16, "cuda")
+        for batch in (x, x.flip(0)):
+            sample = memory.write(batch, 4, None)
+            assert torch.equal(sample, batch[:4])
+        assert launched == 3 * ["pack"]
+        S = ops.patch_gram(sample, c.geometry, Choice("cuda_shift", 0.0, 0.0))
+        assert launched[3:] == ["gram_shift", "gram_box", "reduce"]
+        assert torch.equal(S, gram.patch_gram_shift(batch[:4], c.geometry))
 
 
 @pytest.mark.parametrize(

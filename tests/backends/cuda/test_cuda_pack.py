@@ -10,7 +10,7 @@ from helpers import LAYOUTS, random, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbp_kernels.backends.triton.pack import padded
+from dbp_kernels.backends.rows import padded
 
 STORED = ["fp32", "fp16", "bf16"]
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

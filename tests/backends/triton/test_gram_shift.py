@@ -5,14 +5,16 @@ import itertools
 import pytest
 import simulator
 import torch
-from helpers import DEVICE, LAYOUTS, case, cases, moment_error
+from helpers import DEVICE, LAYOUTS, case, cases, moment_error, random, strided
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dbp_kernels import reference
+from dbp_kernels.backends.rows import in_rows
 from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs
-from dbp_kernels.backends.triton.gram_shift import patch_gram_shift
+from dbp_kernels.backends.triton.gram_shift import patch_gram_shift, shift_gram
+from dbp_kernels.backends.triton.pack import pack
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -37,6 +39,16 @@ def test_any_geometry(case_, dtype, layout, parallel):
     x = case_.input(dtype, layout=layout)
     S = patch_gram_shift(x.to(DEVICE), case_.geometry, SMALL, parallel)
     check(case_, x, S)
+
+
+def test_rows_with_room_are_not_copied():
+    x = random((2, 13, 6, 7), torch.bfloat16).to(DEVICE)
+    roomy = strided(x, "rows")
+    geometry = case(2, 13, (6, 7), 3, padding=1).geometry
+    in_place, copying = shift_gram(roomy, geometry), shift_gram(x, geometry)
+    assert pack not in in_place.steps
+    assert copying.steps == (pack,)
+    assert torch.equal(in_place(roomy), copying(x))
 
 
 CASES = [
@@ -110,7 +122,8 @@ def test_compiled_code(compiled, target, precision, number):
         pytest.skip("fewer configurations are shipped")
     cases_ = COMPILED[number] if precision != "ieee" else COMPILED[number + 1]
     for index64, case_ in enumerate(cases_):
-        x = case_.input(PRECISIONS[precision], layout="channels_last", seed=number)
+        layout = ("channels_last", "rows")[index64]
+        x = case_.input(PRECISIONS[precision], layout=layout, seed=number)
         arguments = case_.geometry, shipped[number], 5, bool(index64)
         S = compiled(run_simulated, target, precision, x, *arguments)
         check(case_, x, S, precision)
@@ -122,7 +135,8 @@ def run_simulated(target, precision, x, *arguments):
     try:
         with simulator.simulated(target, seed=sum(precision.encode())) as launched:
             S = patch_gram_shift(x, *arguments)
-        assert launched[-2:] == ["gram_shift_kernel", "reduce_kernel"]
+        packs = [] if in_rows(x) else ["pack_kernel"]
+        assert launched == [*packs, "gram_shift_kernel", "reduce_kernel"]
         return S
     finally:
         torch.set_float32_matmul_precision("highest")

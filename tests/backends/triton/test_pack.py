@@ -7,8 +7,9 @@ from helpers import DEVICE, LAYOUTS, cases, random, strided
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbp_kernels.backends.rows import in_rows, padded
 from dbp_kernels.backends.triton import runtime
-from dbp_kernels.backends.triton.pack import merged, pack, pack_into, packed_already, padded
+from dbp_kernels.backends.triton.pack import merged, pack, pack_into
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -22,7 +23,7 @@ def exact(source, dtype):
 
 def check(packed, expected, exact=True):
     channels = expected.shape[1]
-    assert packed_already(packed)
+    assert in_rows(packed)
     if exact:
         assert torch.equal(packed[:, :channels].cpu(), expected)
     else:
@@ -93,13 +94,3 @@ def test_nothing_to_copy():
 def test_dimensions_are_merged():
     assert merged((2, 6, 4, 5), (120, 20, 5, 1), (720, 120, 30, 6)) == [(240, 1, 6)]
     assert merged((2, 1, 4, 5), (100, 7, 5, 1), (20, 9, 5, 1)) == [(2, 100, 20), (20, 1, 1)]
-
-
-def test_what_needs_no_packing():
-    x = torch.zeros(2, 4, 4, 16).movedim(-1, 1)
-    assert packed_already(x)
-    assert packed_already(x[:, :8, 1:, ::2])
-    assert packed_already(torch.zeros(1, 4, 4, 16).movedim(-1, 1).expand(3, 16, 4, 4))
-    assert not packed_already(x[:, 1:9])  # rows begin off a 16-byte boundary
-    assert not packed_already(x[:, :6])  # rows end off one
-    assert not packed_already(x.contiguous())
