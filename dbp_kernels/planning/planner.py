@@ -294,7 +294,7 @@ def gram_choices(
             for name, kernels in _KERNELS.items()
             if name.partition("_")[0] == backend
             and kernels.cover(geometry, precision, sm90)
-            and (countable or kernels.cost is _kernel_direct_cost)
+            and (countable or kernels.gathers)
         ]
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
