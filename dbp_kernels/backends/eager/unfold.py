@@ -113,6 +113,7 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         for i, (part, g) in enumerate(chunks(x, geometry, geometry.expansion, 1)):
             Z = rows(part, g, product_dtype(x))
             upper_product(Z, Z, out, i > 0, count, mean)
+            del Z  # the next part takes the same memory
     if not exact:
         divide_upper(out, count, n)
     mirror(out, count)
