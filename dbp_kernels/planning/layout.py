@@ -104,9 +104,9 @@ class ShiftProgram:
     """All products of a shift form, and where their blocks belong.
 
     S is made of ``blocks`` distinct blocks, of which the first ``symmetric`` ones equal their own
-    transposes, then of the transposes of the others, in the same order, then of zeros for taps that
-    no position sees both. ``source_of`` (int32) has the number of one of these for each pair of the
-    shifted axes' taps, in row-major order.
+    transposes, then of the transposes of the others, in the same order, then of a block of zeros, for
+    taps that no position sees both of. ``source_of`` (int32) has the number of one of these for each
+    pair of the shifted axes' taps, in row-major order.
     """
 
     bands: tuple[Band, ...]
@@ -116,7 +116,7 @@ class ShiftProgram:
 
     @property
     def sources(self) -> int:
-        """How many numbers there are; the last one is that of the zeros."""
+        """How many of these there are."""
         return 2 * self.blocks - self.symmetric + 1
 
 

@@ -328,7 +328,7 @@ def _assembling(meter: Meter, channels: int, size: int, kind: tuple[bool, bool])
     layout = shift_layout(geometry, kind)
     program = make_program(layout.shifted)
     sources = meter.random(program.sources, 1, layout.side, layout.side)
-    seconds = meter.seconds(lambda: shift._assemble(sources, layout.shifted, geometry, kind))
+    seconds = meter.seconds(lambda: shift._assemble(sources, program, geometry, kind))
     return 1e9 * seconds / geometry.dim**2
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
-from dbp_kernels.planning.axis import Axis, Window
+from dbp_kernels.planning.axis import Window
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.kept import kept
 from dbp_kernels.planning.layout import (
@@ -286,26 +286,23 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     blocks.tensor.div_(geometry.samples)
     sources[program.blocks : -1].copy_(blocks.tensor[program.symmetric :].mT)
     sources[-1].zero_()
-    return _assemble(sources, layout.shifted, geometry, unfolded)
+    return _assemble(sources, program, geometry, unfolded)
 
 
-@kept(mebibytes=8)
-def _source_index(shifted: tuple[Axis, ...], device: torch.device) -> Tensor:
+@kept(mebibytes=16)
+def _source_index(program: ShiftProgram, device: torch.device) -> Tensor:
     # kept: on a GPU making it anew would wait for the device at every call
     with torch.inference_mode(False):
-        return torch.frombuffer(make_program(shifted).source_of, dtype=torch.int32).to(device)
+        return torch.frombuffer(program.source_of, dtype=torch.int32).to(device)
 
 
 def _assemble(
-    sources: Tensor,
-    shifted_axes: tuple[Axis, ...],
-    geometry: ConvGeometry,
-    unfolded: tuple[bool, ...],
+    sources: Tensor, program: ShiftProgram, geometry: ConvGeometry, unfolded: tuple[bool, ...]
 ) -> Tensor:
     """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
     out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
-    index = _source_index(shifted_axes, sources.device)
+    index = _source_index(program, sources.device)
     dims = len(kernel)
     shifted, flat = ([d for d in range(dims) if unfolded[d] is u] for u in (False, True))
     shifted_kernel, flat_kernel = [kernel[d] for d in shifted], [kernel[d] for d in flat]
