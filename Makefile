@@ -19,7 +19,8 @@ READY = $(VENV)/.dbp-kernels-installed
 .PHONY: demo test test-all test-hostile bench bench-check cuda device-check lint format clean
 
 demo: $(READY)
-	$(BIN)/python -m experiments train --preset demo --out runs/demo --overwrite
+	rm -rf runs/demo
+	$(BIN)/python -m experiments queue demo --here --results runs/results
 
 # One thread a process: the tests are small, and run side by side.
 test: $(READY)

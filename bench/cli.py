@@ -25,6 +25,7 @@ COMMANDS = {
     "check": "bench.core.regress",
     "device-check": "bench.device.command",
     "host-time": "bench.suites.host_time",
+    "long-run": "bench.suites.long_run",
     "precision": "bench.suites.precision",
 }
 

@@ -19,6 +19,7 @@ python -m bench report --adopt FILE        puts what a device check found into t
 python -m bench check                      compares a quick run's ratios with the committed ones
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench host-time                  what Python takes for one call, with every launch stubbed
+python -m bench long-run                   whether memory and time of a step stay what they are
 python -m bench precision                  what tensor cores' roundings would do to the update
 """
 

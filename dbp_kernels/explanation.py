@@ -17,7 +17,7 @@ from dbp_kernels.planning.choice import Choice
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.precision import computed_dtype, update_precision
 from dbp_kernels.sampling import sample_size
-from dbp_kernels.surgery import decorrelated_class
+from dbp_kernels.surgery import check_model, decorrelated_class
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def explain(
     small layers of equal shape together.
 
     Returns an object that prints as a table; estimated times come from the planner's cost model.
-    Raises ValueError if ``sample`` or ``update_every`` is out of range, if the model runs no layer
-    that can be decorrelated, or if one gets an empty batch.
+    Raises TypeError if ``model`` is no module, ValueError if ``sample`` or ``update_every`` is out of
+    range, if the model runs no layer that can be decorrelated, or if one gets an empty batch.
     """
+    check_model(model)
     options = checked_options({"sample": sample, "update_every": update_every})
     reports: list[LayerReport] = []
     with _reporting(model, options["sample"], reports), _evaluating(model), torch.no_grad():

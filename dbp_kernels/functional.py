@@ -14,13 +14,15 @@ Arguments common to the functions on patches:
         right and bottom).
     padding_mode: "zeros", "reflect", "replicate" or "circular".
 They raise TypeError or ValueError naming the argument; what torch's convolutions raise RuntimeError
-for, such as a kernel larger than the padded input, is an error of both kinds.
+for, such as a kernel larger than the padded input, is an error of both kinds. An argument of a type
+that the operator does not take is a RuntimeError, as torch's dispatcher raises it.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
@@ -55,14 +57,19 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def _is_int(value: object) -> TypeIs[SupportsIndex]:
-    return hasattr(value, "__index__") and not isinstance(value, Tensor)
+    # numpy's integers are registered as such; its arrays have an __index__, too
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if type(value) is tuple and [type(v) for v in value] == [int] * dims:
         return list(value)  # as layers have them, in every forward pass
     values = [value] if _is_int(value) else value
-    if not isinstance(values, Sequence) or not all(map(_is_int, values)):
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, bytes)
+        or not all(map(_is_int, values))
+    ):
         raise TypeError(f"{name}={value!r}: expected an int or {dims} ints")
     # numpy's integers become ints; symbolic ones stay what they are
     values = [v if isinstance(v, int | torch.SymInt) else operator.index(v) for v in values]
@@ -71,6 +78,15 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if len(values) != dims:
         raise GeometryError(f"{name}={value}: expected an int or {dims} ints")
     return values
+
+
+def _is_one(value: object, default: int) -> bool:
+    """Whether it says of a window's part that there is none."""
+    return (
+        value in ("valid", "same")
+        if isinstance(value, str)
+        else _is_int(value) and value == default
+    )
 
 
 def _padding(
@@ -82,7 +98,7 @@ def _padding(
 ) -> tuple[tuple[int, ...], str, list[int]]:
     """(what to pad by beforehand and in which mode, both as F.pad takes them; the ops' padding)."""
     dims = len(kernel_size)
-    if padding_mode not in PADDING_MODES:
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         raise ValueError(
             f"padding_mode={padding_mode!r}: expected one of {', '.join(map(repr, PADDING_MODES))}"
         )
@@ -126,6 +142,9 @@ def pad_input(
     Returns the input, padded as far as the op cannot, and the padding left to the op. Raises
     ValueError for an unknown string, for "same" with a stride, or negative padding.
     """
+    ops.check_tensors(input=input)
+    if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
+        raise TypeError(f"kernel_size={kernel_size!r}: expected one int for each spatial dimension")
     flat, mode, remaining = _padding(kernel_size, stride, padding, dilation, padding_mode)
     return F.pad(input, flat, mode=mode) if any(flat) else input, remaining
 
@@ -150,8 +169,8 @@ def resolved(
     if dims == 0 and not one:
         given = {"stride": (stride, 1), "padding": (padding, 0), "dilation": (dilation, 1)}
         for name, (value, default) in given.items():
-            values = [value] if _is_int(value) or isinstance(value, str) else value
-            if any(v not in (default, "valid", "same") for v in values):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if not all(_is_one(v, default) for v in values):
                 raise GeometryError(f"{name}={value}: expected {default} with kernel_size=()")
         return (), "constant", ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or len(shape) not in (dims + 1, dims + 2):
@@ -176,8 +195,7 @@ def op_arguments(
     padding_mode: str,
 ) -> tuple[Tensor, OpArguments, bool]:
     """(input as the ops take it, their geometry arguments, whether the input was batched)."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input is a {type(input).__name__}: expected a Tensor")
+    ops.check_tensors(input=input)
     flat, mode, arguments, batched = resolved(
         input.shape, kernel_size, stride, padding, dilation, groups, padding_mode
     )
@@ -314,6 +332,7 @@ def _decor_conv(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
+    ops.check_tensors(input=input, weight=weight, R=R)
     if weight.dim() != dims + 2:
         raise GeometryError(
             f"weight has shape {tuple(weight.shape)}: expected {dims + 2} dimensions "
@@ -412,6 +431,7 @@ def decor_conv_transpose2d(
         weight: (Cin, out/groups, KH, KW).
         R: (groups, D, D), or (D, D) when groups = 1.
     """
+    ops.check_tensors(input=input, weight=weight, R=R)
     if input.dim() not in (3, 4):
         raise GeometryError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
     arguments = (
@@ -431,4 +451,5 @@ def decor_linear(input: Tensor, weight: Tensor, R: Tensor, bias: Tensor | None =
 
     Gradients reach the input, weight and bias, and R if it requires one. Source: paper section 2.1.
     """
+    ops.check_tensors(input=input, weight=weight, R=R)
     return torch.ops.dbp.decor_linear(input, weight, R, bias)

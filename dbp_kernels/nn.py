@@ -11,14 +11,16 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dbp_kernels import functional
+from dbp_kernels.loaded import StateError, is_int, why_no_R
 from dbp_kernels.op_input import OpInput, op_inputs
+from dbp_kernels.ops import check_tensors
 from dbp_kernels.plain_call import plain
 from dbp_kernels.precision import matmul_precision, statistics_dtype, without_autocast
 from dbp_kernels.sampling import Recorder, record
@@ -87,6 +89,11 @@ def _condensed(weight: Tensor, R: Tensor, groups: int, transposed: bool) -> Tens
 
 class _Decorrelated(nn.Module):
     """What every decorrelated layer shares: the buffer R, its precision, its checkpoints.
+
+    ``load_state_dict()`` raises StateError, a ValueError and a RuntimeError, for an R of another shape,
+    that is not finite, or has rows of zeros or longer than `loaded.MAX_NORM`: of a model that
+    ``decorrelate_model`` or a `DecorUpdate` was given before anything is changed, else before this
+    layer is.
 
     R has shape (D, D), or (groups, D, D) with groups > 1, for patches of D entries. It stays at
     least float32 under ``.half()``, ``.bfloat16()`` and ``.to(dtype)``: an update of 1e-5 vanishes
@@ -186,9 +193,11 @@ class _Decorrelated(nn.Module):
             self.reset_decorrelation()
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Decorrelated:
-        before = self.R
+        before = self._buffers.get("R")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self.R
+        after = self._buffers.get("R")
+        if before is None or after is None:  # somebody has set it to None: forward() says so
+            return self
         dtype = statistics_dtype(after.dtype)
         if before.is_meta and not after.is_meta:
             # Leaving the meta device gives uninitialised memory, for which R knows a value.
@@ -217,6 +226,7 @@ class _Decorrelated(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._check_loaded(state_dict, prefix, local_metadata)
         key = prefix + "R"
         # A checkpoint that has this layer but no R is of a plain model: its R is the identity. One
         # without the layer (loaded with strict=False: torch does not say so here) changes nothing.
@@ -225,7 +235,9 @@ class _Decorrelated(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        R = self.R
+        R = self._buffers.get("R")
+        if R is None:
+            return
         if plain:
             if key in missing_keys:
                 missing_keys.remove(key)
@@ -237,6 +249,21 @@ class _Decorrelated(nn.Module):
         elif R.dtype != statistics_dtype(R.dtype):  # assign=True with a half-precision R
             self._buffers["R"] = R.to(statistics_dtype(R.dtype))
 
+    def _check_loaded(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """Raises StateError if there is an R in it that this layer cannot have."""
+        key, R = prefix + "R", self._buffers.get("R")
+        if key not in state_dict or R is None:
+            return
+        reason = why_no_R(state_dict[key], R.shape)
+        replaced = metadata.get("assign_to_params_buffers", False)
+        if reason is None and state_dict[key].is_meta and not (R.is_meta or replaced):
+            reason = "is on meta: expected values"
+        if reason is not None:
+            told = "size mismatch for " * reason.startswith("of shape")  # as torch says
+            raise StateError(f"{told}{key} in the loaded state_dict {reason}")
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for attribute in OF_THE_OPTIMISER:
@@ -244,7 +271,25 @@ class _Decorrelated(nn.Module):
         return state
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, R={tuple(self.R.shape)}"
+        R = self._buffers.get("R")
+        return f"{super().extra_repr()}, R={None if R is None else tuple(R.shape)}"
+
+
+def check_loaded(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str = "",
+    local_metadata: Mapping[str, Any] | None = None,
+    *_: Any,
+) -> None:
+    """Raises StateError if a layer cannot have its R in ``state_dict``; a hook of load_state_dict.
+
+    So that it is all or nothing: torch loads one layer after the other.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_decorrelated(module):
+            own = f"{prefix}{name}." if name else prefix
+            module._check_loaded(state_dict, own, local_metadata or {})
 
 
 def is_decorrelated(module: nn.Module) -> TypeIs[_Decorrelated]:
@@ -359,6 +404,7 @@ class DecorConvTranspose2d(_Decorrelated, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(N, C, H, W) or (C, H, W), as torch.nn.ConvTranspose2d, with its output_size."""
+        check_tensors(input=input)
         if self.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode must be 'zeros' for DecorConvTranspose2d, got {self.padding_mode!r}"
@@ -406,7 +452,7 @@ class Decorrelate(_Decorrelated):
     it sets it to the identity, even where other entries are missing too.
 
     Raises:
-        ValueError: num_features is not a positive int.
+        ValueError: num_features is not a positive int below 2^31.
     """
 
     _transposed = None
@@ -417,8 +463,10 @@ class Decorrelate(_Decorrelated):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features must be a positive int, got {num_features!r}")
+        if not is_int(num_features, 1, 2**31 - 1):  # no memory has 2^64 bytes for R
+            raise ValueError(
+                f"num_features must be a positive int below 2^31, got {num_features!r}"
+            )
         nn.Module.__init__(self)
         self.num_features = num_features
         example = torch.empty(0, device=device, dtype=dtype)
@@ -426,6 +474,7 @@ class Decorrelate(_Decorrelated):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, *features) with prod(features) = num_features, or (..., num_features)."""
+        check_tensors(input=input)
         output = functional.decorrelate(self._as_images(input), self.R, ())
         self._passed(input, output)
         return output.reshape(input.shape)

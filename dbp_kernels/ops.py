@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -50,12 +51,22 @@ for _schema in SCHEMAS:
 # --------------------------------------------------------------------------- checks
 
 
+def check_tensors(**given: object) -> None:
+    """Raises TypeError where one is no tensor, nor what stands for one, as torch.fx's proxies do."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor) and not hasattr(type(x), "__torch_function__"):
+            raise TypeError(f"{name} is a {type(x).__name__}: expected a Tensor")
+
+
 def _check_floating(**tensors: Tensor) -> None:
+    check_tensors(**tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in INPUT_DTYPES:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}: expected a floating-point dtype of 16 to 64 bits"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}: expected torch.strided")
 
 
 def _check_R(R: Tensor, groups: int, dim: int) -> None:
@@ -76,9 +87,21 @@ def _check_groups(groups: int, channels: int, where: str) -> None:
         )
 
 
-def _check_same_device(x: Tensor, R: Tensor) -> None:
+def _check_same_device(x: Tensor, R: Tensor, whose: str = "input") -> None:
     if x.device != R.device:
-        raise ValueError(f"R is on {R.device}: expected the input's device {x.device}")
+        raise ValueError(f"R is on {R.device}: expected the {whose}'s device {x.device}")
+
+
+def _check_weight(weight: Tensor, groups: int, channels: str) -> None:
+    _check_floating(weight=weight)
+    if weight.dim() < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected at least 2 dimensions")
+    if not isinstance(groups, (int, torch.SymInt, Integral)):
+        raise TypeError(f"groups={groups!r}: expected an int")
+    _check_groups(groups, weight.shape[0], channels)
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> None:
@@ -87,8 +110,8 @@ def check_update(R: Tensor, lr: float, kappa: float, rule: str, dim: int) -> Non
         raise TypeError(
             f"R has dtype {R.dtype}: expected float32 or float64, below which an update vanishes"
         )
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr={lr}: expected a finite number of at least 0")
+    if not 0 <= lr <= _LARGEST:
+        raise ValueError(f"lr={lr}: expected a number from 0 to {_LARGEST:.3g}, float32's largest")
     UpdateRule.make(rule, kappa, max(1, dim))
 
 
@@ -358,10 +381,12 @@ def condensed_weight(weight: Tensor, R: Tensor, groups: int = 1) -> Tensor:
     Formed in R's precision with autocast off, then cast: the shape and dtype of ``weight``. A
     float32 product on CUDA is in TF32 where that dtype, or autocast's, is half precision, to which A
     is rounded anyway; its gradients are not, nor is it in compiled code.
-    Raises ValueError if R does not fit. Source: DBP paper, section 2.2.
+    Raises ValueError if R does not fit or is on another device, TypeError for an argument of another
+    type. Source: DBP paper, section 2.2.
     """
-    _check_groups(groups, weight.shape[0], "weight's output")
+    _check_weight(weight, groups, "weight's output")
     _check_R(R, groups, math.prod(weight.shape[1:]))
+    _check_same_device(weight, R, "weight")
     rounded = computed_in_half(weight)
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
@@ -383,8 +408,9 @@ def condensed_weight_transposed(weight: Tensor, R: Tensor, groups: int = 1) -> T
 
     Precision and errors as ``condensed_weight``.
     """
-    _check_groups(groups, weight.shape[0], "weight's input")
+    _check_weight(weight, groups, "weight's input")
     _check_R(R, groups, weight.shape[0] // groups)
+    _check_same_device(weight, R, "weight")
     rounded = computed_in_half(weight)
     with without_autocast(weight):
         dtype = torch.promote_types(R.dtype, weight.dtype)
@@ -405,6 +431,7 @@ def decorrelate(
 ) -> Tensor:
     dim = _patch_dim(input, kernel_size, groups)
     _check_R(R, groups, dim)
+    _check_same_device(input, R)
     R = R.to(input.dtype)
     if len(kernel_size) == 0:
         x = input.reshape(*input.shape[:-1], groups, dim)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dbp_kernels.precision_switch import FULL, Within, by_default
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,8 +42,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 # torch's precision of float32 products is read and set backend by backend here. The functions
 # torch.get_float32_matmul_precision and allow_tf32 raise once a user has set it that way.
 
-_mkldnn: Any = torch.backends.mkldnn  # their operations are found at run time only
-_cudnn: Any = torch.backends.cudnn
+_CUDA: Any = torch.backends.cuda.matmul
+_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # found at run time only
+_CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 # What the names of torch.set_float32_matmul_precision mean: precision on CUDA, and on a CPU.
 MATMUL_PRECISIONS = {
@@ -56,14 +56,17 @@ MATMUL_PRECISIONS = {
 
 def tf32() -> bool:
     """Whether products of float32 on CUDA may round their operands to TF32, torch's and ours."""
-    precision: str = torch.backends.cuda.matmul.fp32_precision
+    precision: str = _CUDA.fp32_precision
     return precision == "tf32"
 
 
 def matmul_precision(name: str) -> AbstractContextManager[None]:
     """Products of float32 within it have this one of MATMUL_PRECISIONS."""
-    cuda, cpu = MATMUL_PRECISIONS[name]
-    return _set({torch.backends.cuda.matmul: cuda, _mkldnn.matmul: cpu})
+    return Within(_precisions(name))
+
+
+def _precisions(name: str) -> dict[Any, str]:
+    return dict(zip((_CUDA, _CPU), MATMUL_PRECISIONS[name]))
 
 
 # Without a name the update's products are float32, but on CUDA the last one, M' R, is TF32 (plan
@@ -71,25 +74,11 @@ def matmul_precision(name: str) -> AbstractContextManager[None]:
 # with them in TF32, R does not converge where S is badly conditioned. M' R costs next to nothing in
 # TF32: its error shrinks with the change of R. From bench/results/precision (python -m bench
 # precision). Kernels of ours form M by three products of TF32, which lose no more than float32.
-_by_default: ContextVar[bool] = ContextVar("dbp_update_by_default", default=False)
-
-
-@contextmanager
-def update_precision(name: str | None, cuda: bool) -> Iterator[None]:
+def update_precision(name: str | None, cuda: bool) -> AbstractContextManager[None]:
     """An update's products, some on CUDA or none, have this one of MATMUL_PRECISIONS, or None's."""
-    token = _by_default.set(name is None)
-    try:
-        with _full_float32(cuda) if name is None else matmul_precision(name):
-            yield
-    finally:
-        _by_default.reset(token)
-
-
-def _full_float32(cuda: bool) -> AbstractContextManager[None]:
-    used = [_mkldnn.matmul] + ([torch.backends.cuda.matmul] if cuda else [])
-    # "none": nobody has set anything. Small layers on CPUs would notice what setting takes.
-    lower = [operation for operation in used if operation.fp32_precision not in ("ieee", "none")]
-    return _set(dict.fromkeys(lower, "ieee")) if lower else nullcontext()
+    if name is not None:
+        return Within(_precisions(name), by_default=False)
+    return Within({_CPU: FULL, _CUDA: FULL} if cuda else {_CPU: FULL}, by_default=True)
 
 
 def products_in(precision: str) -> AbstractContextManager[None]:
@@ -99,7 +88,7 @@ def products_in(precision: str) -> AbstractContextManager[None]:
 
 def products_of_change(R: Tensor) -> AbstractContextManager[None]:
     """Within it an update forms M' R: in TF32 where that is the default and R is on CUDA."""
-    if _by_default.get() and on_cuda(R):
+    if by_default() and on_cuda(R):
         return tf32_products()
     return nullcontext()
 
@@ -109,8 +98,8 @@ def rounding(R: Tensor) -> float:
     if R.dtype == torch.float64:
         return 2.0**-48
     if on_cuda(R):
-        return 2.0**-9 if _by_default.get() or tf32() else 2.0**-18
-    return 2.0**-6 if _mkldnn.matmul.fp32_precision == "bf16" else 2.0**-18
+        return 2.0**-9 if by_default() or tf32() else 2.0**-18
+    return 2.0**-6 if _CPU.fp32_precision == "bf16" else 2.0**-18
 
 
 def update_products() -> str:
@@ -122,12 +111,12 @@ def update_products() -> str:
     """
     if tf32():
         return "tf32"
-    return "tf32x3" if _by_default.get() else "ieee"
+    return "tf32x3" if by_default() else "ieee"
 
 
 def tf32_products() -> AbstractContextManager[None]:
     """Products of float32 on CUDA within it are in TF32."""
-    return _set({torch.backends.cuda.matmul: "tf32"})
+    return Within({_CUDA: "tf32"})
 
 
 def computed_in_half(weight: Tensor) -> bool:
@@ -144,45 +133,4 @@ def convolutions_as_matmul(x: Tensor) -> AbstractContextManager[None]:
     """cuDNN convolutions within it have the precision of products."""
     if not x.is_cuda:
         return nullcontext()
-    return _set({_cudnn.conv: "tf32" if tf32() else "ieee"})
-
-
-# Where products that have no precision of their own take it from.
-_PARENTS = {
-    torch.backends.cuda.matmul: _cudnn,  # that is, all of CUDA
-    _mkldnn.matmul: _mkldnn,
-}
-
-
-def _own_precision(operation: Any) -> str:
-    """As set, and "none" where it is that of a parent, which the operation is to follow."""
-    precision, parent = operation.fp32_precision, _PARENTS.get(operation)
-    inherited = parent is not None and parent.fp32_precision == precision
-    return "none" if inherited else precision
-
-
-# Operations that are set just now: how many times, and what they were before the first of them.
-# Threads set the same ones (nn.DataParallel), and leave in any order.
-_changed: dict[Any, tuple[int, str]] = {}
-_changing = threading.Lock()
-
-
-@contextmanager
-def _set(precisions: dict[Any, str]) -> Iterator[None]:
-    """Within it torch's operations, as ``torch.backends`` names them, have these precisions."""
-    found: dict[Any, str] = {}
-    try:
-        for operation, precision in precisions.items():
-            with _changing:
-                found[operation] = _own_precision(operation)
-                times, first = _changed.get(operation, (0, found[operation]))
-                _changed[operation] = times + 1, first
-                operation.fp32_precision = precision
-        yield
-    finally:
-        for operation, precision in found.items():
-            with _changing:
-                times, first = _changed.pop(operation)
-                operation.fp32_precision = first if times == 1 else precision
-                if times > 1:
-                    _changed[operation] = times - 1, first
+    return Within({_CONVOLUTIONS: "tf32" if tf32() else "ieee"})

@@ -225,12 +225,13 @@ class Recorder:
         """Copy the sampled images of one forward pass, free of any autograd graph, in a dtype.
 
         Args:
-            compiled: the input is of compiled code, which may write to memory again unseen.
+            compiled: the input is of compiled code, which may write to memory again unseen, and of
+                which is known that a backward pass may follow.
 
         Raises RuntimeError while a CUDA graph is being captured.
         """
         # A recomputation by activation checkpointing runs inside a backward pass.
-        if torch._C._current_graph_task_id() != -1 or not _goes_backward():
+        if torch._C._current_graph_task_id() != -1 or not (compiled or _goes_backward()):
             return
         layer, owner = self._layer(), self._owner()
         if layer is None or owner is None:
@@ -363,7 +364,8 @@ def record(layer: Layer, input: Tensor) -> None:
         if not _exporting():
             # cast here: autocast is a thing of the past when compiled code runs
             computed = input.detach().to(computed_dtype(input))
-            torch.ops.dbp_nn.record(computed, layer._recorder_key)
+            # asked here: a piece of compiled code that no gradient passes runs without them
+            torch.ops.dbp_nn.record(computed, layer._recorder_key, torch.is_grad_enabled())
         return
     if torch._C._is_tracing() or isinstance(input, FakeTensor):
         return
@@ -410,14 +412,14 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ["cudagraph_unsafe"] if hasat
 
 
 @torch.library.custom_op("dbp_nn::record", mutates_args=("key",), tags=_TAGS)
-def _record_op(input: Tensor, key: Tensor) -> None:
+def _record_op(input: Tensor, key: Tensor, gradients: bool) -> None:
     recorder = _recorders.get(int(key))
-    if recorder is not None:
+    if recorder is not None and (gradients or _goes_backward()):
         recorder.record(input, input.dtype, compiled=True)
 
 
 @_record_op.register_fake
-def _(input: Tensor, key: Tensor) -> None:
+def _(input: Tensor, key: Tensor, gradients: bool) -> None:
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Rule = str | type | nn.Module | Callable[[str, nn.Module], bool]
@@ -77,10 +77,10 @@ class Rules:
         self.rules: list[Rule]
         if given is None:
             self.rules = []
-        elif isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module)):
+        elif isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module, Tensor)):
             self.rules = list(given)
         else:
-            self.rules = [given]
+            self.rules = [given]  # type: ignore[list-item]  # a tensor is refused below
         for rule in self.rules:
             if not isinstance(rule, (str, type)) and not callable(rule):
                 raise TypeError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dbp_kernels import user_warnings
-from dbp_kernels.nn import TRANSPOSED, fused_weight, is_decorrelated
+from dbp_kernels.loaded import StateError, why_no_R
+from dbp_kernels.nn import TRANSPOSED, check_loaded, fused_weight, is_decorrelated
 from dbp_kernels.selection import aliases_of
 from dbp_kernels.surgery import (
     check_model,
@@ -43,7 +44,8 @@ def load_decorrelated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Mod
     Raises:
         TypeError: model is no module, or state_dict no mapping of names to tensors.
         ValueError: there is an R of a layer that the model does not have, or that cannot be
-            decorrelated; or the model has lazy layers.
+            decorrelated, or an R that is not finite or has rows longer than `loaded.MAX_NORM`; or the
+            model has lazy layers.
         RuntimeError: keys are missing or not expected, or shapes differ, as in
             ``torch.nn.Module.load_state_dict``.
 
@@ -64,6 +66,7 @@ def load_decorrelated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Mod
     R = identities({name: module for module, name in layers.items()})
     make_decorrelated(R)
     try:
+        check_loaded(model, state)
         # copies nothing, but raises what there is to be raised
         with _without_memory(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given below
@@ -100,8 +103,9 @@ def fuse_state_dict(
 
     Raises:
         TypeError: state_dict is no mapping of names to tensors, or model is no module.
-        ValueError: an R does not fit its weight, or has none (weight_norm, pruning), or it cannot be
-            told of what kind its layer is: expected ``model``.
+        ValueError: an R does not fit its weight, or has none (weight_norm, pruning), is not finite or
+            has rows longer than `loaded.MAX_NORM`; or it cannot be told of what kind its layer is:
+            expected ``model``.
     """
     if model is not None:
         check_model(model)
@@ -121,6 +125,9 @@ def fuse_state_dict(
                 f"{W.dtype} and shape {tuple(W.shape)}: expected (D, D) or (groups, D, D) for "
                 f"patches of D entries"
             )
+        reason = why_no_R(R, R.shape)
+        if reason is not None:
+            raise StateError(f"state_dict[{key!r}] {reason}")
         both = (id(W), id(R)) if W.is_meta else (W.data_ptr(), R.data_ptr())
         if both not in weights:
             weights[both] = fused_weight(W, R, transposed)

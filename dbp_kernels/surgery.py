@@ -70,11 +70,14 @@ def decorrelate_model(
         ``model``, the same object.
 
     Raises:
-        TypeError: model is no module, or include/exclude has another form. Nothing is changed.
+        TypeError: model is no module, report no bool, or include/exclude has another form. Nothing is
+            changed.
         ValueError: a name in include/exclude matches no module, or a layer has an attribute R of
             its own. Nothing is changed.
     """
     check_model(model)
+    if not isinstance(report, bool):
+        raise TypeError(f"report={report!r}: expected True or False")
     selection = Selection(unwrap(model), include, exclude)
     chosen: dict[str, nn.Module] = {}
     left_alone: dict[str, str] = {}
@@ -146,6 +149,17 @@ def settle(model: nn.Module) -> None:
     """What holds for a whole model, once its layers have changed."""
     switch_fast_paths(model)
     ignore_in_ddp(model)
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [k for k, hook in hooks.items() if _checks(hook)]:
+            del hooks[key]
+    inner = unwrap(model)
+    if any(map(dbp_nn.is_decorrelated, inner.modules())):
+        inner.register_load_state_dict_pre_hook(dbp_nn.check_loaded)
+
+
+def _checks(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is dbp_nn.check_loaded
 
 
 def _table(R: Mapping[str, Tensor], left_alone: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
 """Training comparisons of plain (BP) and decorrelated backpropagation (DBP).
 
-Run ``python -m experiments train --preset demo``. The library itself never imports this package.
+Run ``python -m experiments queue demo --here``. The library itself never imports this package.
 """

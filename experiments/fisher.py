@@ -239,7 +239,9 @@ def run(settings: Settings, out: Path, progress: bool = True) -> str:
                 for row, eigenvalues in train(settings, data, seed, decorrelate, at):
                     rows.append(row)
                     if seed == settings.seeds[0] and row.step == at[-1]:
-                        spectra[f"{row.form}, {row.kind}"] = eigenvalues.tolist()
+                        spectra[f"{row.form}, {row.kind}"] = [
+                            float(f"{value:.3g}") for value in eigenvalues.tolist()
+                        ]
                 bar.update()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "fisher.csv").open("w", newline="") as file:

@@ -209,5 +209,6 @@ class Products(TorchDispatchMode):
             with self:
                 return getattr(ops, name)(*args, **(kwargs or {}))
         if name.rstrip("_") in self._NAMES:
-            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+            setting = torch.backends.cuda.matmul.fp32_precision
+            self.seen.append("ieee" if setting == "none" else setting)  # that is what it means
         return func(*args, **(kwargs or {}))

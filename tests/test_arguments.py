@@ -67,3 +67,91 @@ def test_eight_bit_floats_and_lists_are_refused():
 def test_fake_kernels_name_bad_arguments():
     with pytest.raises(ValueError, match="R has shape"):
         dbp.decor_stats(torch.empty(1, 2, 4, 4, device="meta"), torch.empty(3, 3, device="meta"), 3)
+
+
+def test_operands_that_are_no_tensors_are_named():
+    x, weight, R = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.eye(18)
+    calls = {
+        "condensed_weight": {"weight": weight, "R": R},
+        "condensed_weight_transposed": {"weight": weight, "R": torch.eye(3)},
+        "decor_conv2d": {"input": x, "weight": weight, "R": R},
+        "decor_conv_transpose2d": {"input": x, "weight": weight[:2], "R": torch.eye(2)},
+        "decor_linear": {"input": x, "weight": torch.randn(3, 4), "R": torch.eye(4)},
+        "decorrelate": {"input": x, "R": R, "kernel_size": 3},
+        "decor_stats": {"input": x, "R": R, "kernel_size": 3},
+        "decor_update": {"input": x, "R": R, "kernel_size": 3, "lr": 0.1},
+        "patch_gram": {"input": x, "kernel_size": 3},
+    }
+    for name, arguments in calls.items():
+        getattr(dbp, name)(**arguments)
+        for operand in ("input", "weight", "R"):
+            if operand in arguments:
+                with pytest.raises(TypeError, match=rf"{operand} is a NoneType: expected a Tensor"):
+                    getattr(dbp, name)(**{**arguments, operand: None})
+
+
+def test_layers_name_an_input_that_is_no_tensor():
+    for layer in (dbp.nn.DecorLinear(2, 3), dbp.nn.DecorConv2d(2, 3, 3), dbp.nn.Decorrelate(2)):
+        with pytest.raises(TypeError, match="input is a list: expected a Tensor"):
+            layer([1.0, 2.0])
+
+
+def test_a_meta_R_is_refused_where_the_rest_is_not():
+    x, weight, R = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3), torch.eye(18, device="meta")
+    with pytest.raises(ValueError, match="R is on meta: expected the weight's device cpu"):
+        dbp.decor_conv2d(x, weight, R)
+    with pytest.raises(ValueError, match="R is on meta: expected the input's device cpu"):
+        dbp.decorrelate(x, R, 3)
+    linear = dbp.nn.DecorLinear(4, 2)
+    linear.R = linear.R.to("meta")
+    with pytest.raises(ValueError, match="R is on meta"):
+        linear(x)
+
+
+def test_a_bool_is_no_size():
+    with pytest.raises(TypeError, match="padding=True: expected an int"):
+        dbp.patch_gram(torch.randn(1, 2, 4, 4), 3, padding=True)
+
+
+def test_groups_of_a_weight_are_an_int():
+    with pytest.raises(TypeError, match="groups='2': expected an int"):
+        dbp.condensed_weight(torch.randn(2, 3), torch.eye(3), "2")
+    with pytest.raises(ValueError, match=r"weight has shape \(\)"):
+        dbp.condensed_weight(torch.tensor(1.0), torch.eye(1))
+
+
+def test_a_rate_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match=r"lr=1e\+300: expected a number from 0 to 3\.4e\+38"):
+        dbp.decor_update(torch.randn(4, 3), torch.eye(3), (), lr=1e300)
+    for lr in (1e300, 10**400, True, "fast"):
+        with pytest.raises(ValueError, match=r"lr=.*expected a finite number from 0 to"):
+            dbp.DecorUpdate(dbp.nn.DecorLinear(3, 2), lr=lr)
+    with pytest.raises(ValueError, match=r"update_every=10+: expected an int"):
+        dbp.DecorUpdate(dbp.nn.DecorLinear(3, 2), update_every=10**400)
+
+
+def test_what_is_no_model_or_choice_of_layers_is_named():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    many = torch.ones(2, 2)
+    refused = {
+        "model=str": lambda: dbp.DecorUpdate("net"),
+        "model=Tensor": lambda: dbp.DecorUpdate(many),
+        "model must be": lambda: dbp.explain([net], torch.randn(2, 3)),
+        "optimizer=tensor": lambda: dbp.attach(net, many),
+        "groups=3": lambda: dbp.attach(net, optimizer, groups=3),
+        "max_size='8'": lambda: dbp.attach(net, optimizer, max_size="8"),
+        "include=tensor": lambda: dbp.attach(net, optimizer, include=many),
+        "report=tensor": lambda: dbp.decorrelate_model(net, report=many),
+        "name=tensor": lambda: dbp.backend(many).__enter__(),
+        "num_features": lambda: dbp.nn.Decorrelate(2**62),
+        "padding_mode=tensor": lambda: dbp.patch_gram(
+            torch.randn(1, 2, 4, 4), 3, padding_mode=many
+        ),
+        "stride=tensor": lambda: dbp.patch_gram(torch.randn(4, 3), (), stride=many),
+    }
+    for message, call in refused.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
+    assert type(net[0]) is torch.nn.Linear
+    assert not net[0]._forward_hooks

@@ -1,5 +1,10 @@
 """The precision of float32 products: torch's two interfaces to it, and the update's own."""
 
+import os
+import signal
+import threading
+from contextlib import ExitStack
+
 import pytest
 import torch
 from helpers import Products, products_of_change
@@ -239,18 +244,6 @@ def test_what_is_set_for_all_operations_is_still_followed_after_an_update(parent
             parent.fp32_precision = "none"
 
 
-@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
-def test_forward_passes_of_several_threads_leave_torchs_setting_as_it_was(own):
-    """Each would restore what it found, and the last one has found another's TF32."""
-    torch.backends.cuda.matmul.fp32_precision = own
-    first, second = precision.tf32_products(), precision.tf32_products()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert now()[0] == own
-
-
 def test_precisions_within_each_other_end_one_by_one():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with precision.matmul_precision("highest"):
@@ -258,6 +251,167 @@ def test_precisions_within_each_other_end_one_by_one():
             assert now()[0] == "tf32"
         assert now()[0] == "ieee"
     assert now()[0] == "tf32"
+
+
+# Threads: the setting is the whole process's.
+
+
+class Thread:
+    """A thread that is within a block from its start until ``leave()``."""
+
+    def __init__(self, block) -> None:
+        self.seen, self._end = None, threading.Event()
+        self.entered = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(block,), daemon=True)
+        self._thread.start()
+
+    def _run(self, block) -> None:
+        with block:
+            self.seen = now()
+            self.entered.set()
+            self._end.wait(20)
+
+    def leave(self) -> None:
+        self._end.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
+def test_threads_of_one_precision_compute_together_and_leave_torchs_as_it_was(own):
+    """Each would restore what it found, and the last one has found another's TF32."""
+    torch.backends.cuda.matmul.fp32_precision = own
+    first, second = Thread(precision.tf32_products()), Thread(precision.tf32_products())
+    assert first.entered.wait(20)
+    assert second.entered.wait(20)
+    first.leave()
+    assert now()[0] == "tf32"
+    second.leave()
+    assert now()[0] == own
+
+
+@pytest.mark.parametrize("name", ["highest", None])
+def test_a_thread_waits_for_those_of_another_precision(name):
+    first = Thread(precision.matmul_precision("medium"))
+    assert first.entered.wait(20)
+    second = Thread(precision.update_precision(name, False))
+    assert not second.entered.wait(0.1)
+    assert first.seen == now() == precision.MATMUL_PRECISIONS["medium"]
+    first.leave()
+    assert second.entered.wait(20)
+    assert second.seen[1] in ("ieee", "none")
+    second.leave()
+    assert now() == ("none", "none")
+
+
+def test_threads_that_both_change_their_precision_do_not_wait_for_each_other():
+    both = threading.Barrier(2)
+
+    def work(name: str, seen: list) -> None:
+        with precision.update_precision(None, True):
+            both.wait(20)
+            with precision.matmul_precision(name):
+                seen.append(now())
+            seen.append(now())
+
+    seen = {name: [] for name in ("high", "medium")}
+    threads = [threading.Thread(target=work, args=item, daemon=True) for item in seen.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for name, own in seen.items():
+        assert own == [precision.MATMUL_PRECISIONS[name], ("none", "none")]
+
+
+def test_what_somebody_else_sets_meanwhile_stays():
+    with precision.matmul_precision("medium"):
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert now() == ("ieee", "none")
+
+
+def test_an_interrupt_while_waiting_leaves_the_thread_as_it_was():
+    other = Thread(precision.matmul_precision("medium"))
+    assert other.entered.wait(20)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt), precision.matmul_precision("highest"):
+            pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert now() == other.seen
+    other.leave()
+    assert now() == ("none", "none")
+
+
+def in_fork(check) -> bool:
+    """Whether ``check()`` is true in a forked process."""
+    child = os.fork()
+    if child == 0:  # pytest must not go on in it
+        try:
+            fine = check()
+        finally:
+            os._exit(0 if fine else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_process_has_torchs_own_setting_whatever_threads_were_at():
+    def check() -> bool:
+        seen = [now()]
+        with precision.matmul_precision("highest"):  # nobody is there to wait for
+            seen.append(now())
+        return [*seen, now()] == [("none", "none"), ("ieee", "ieee"), ("none", "none")]
+
+    other = Thread(precision.matmul_precision("medium"))
+    assert other.entered.wait(20)
+    assert in_fork(check)
+    assert now() == other.seen
+    other.leave()
+
+
+def test_a_process_forked_within_a_block_leaves_it_by_itself():
+    with precision.matmul_precision("medium"), ExitStack() as stack:
+        stack.enter_context(precision.matmul_precision("high"))
+        inside = now()
+
+        def check() -> bool:
+            seen = [now()]
+            stack.close()
+            return [*seen, now()] == [inside, precision.MATMUL_PRECISIONS["medium"]]
+
+        assert in_fork(check)
+        assert now() == inside
+    assert now() == ("none", "none")
+
+
+def test_updates_of_other_precision_in_other_threads_change_no_bit():
+    def updated(name: str | None, wait=lambda: None) -> torch.Tensor:
+        layer = dnn.DecorLinear(300, 2)
+        update = dbp.DecorUpdate(layer, lr=1e-3, sample=1.0, matmul_precision=name)
+        for x in torch.randn(20, 64, 300, generator=torch.Generator().manual_seed(0)):
+            layer(x)
+            wait()
+            update.step()
+            wait()  # torch's own products, of the forward pass, may be in another's precision
+        return layer.R.clone()
+
+    alone = {name: updated(name) for name in ("medium", None)}
+    together, both = {}, threading.Barrier(2, timeout=20)
+    threads = [
+        threading.Thread(target=lambda n=name: together.update({n: updated(n, both.wait)}))
+        for name in alone
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name, R in alone.items():
+        assert torch.equal(together[name], R), name
 
 
 def test_an_error_ends_the_updates_precision(as_cuda, monkeypatch):

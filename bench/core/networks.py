@@ -1,4 +1,4 @@
-"""The networks whose updates, steps and memory are measured, and the two that experiments lack."""
+"""The networks whose updates, steps and memory are measured."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bench.core.registry import compile_filter
 from bench.core.suite import Job, Settings, batch_of
-from experiments.models import ConvNet, resnet18, resnet34, resnet50
+from experiments.models import AlexNet, ConvNet, ViT, resnet18, resnet34, resnet50
 
 
 @dataclass(frozen=True)
@@ -33,79 +31,6 @@ class StepCase:
     def named(self, batch: int | None = None) -> str:
         """With the batch size, the case's own by default."""
         return f"{self.name} b{batch or self.batch}"
-
-
-class AlexNet(nn.Sequential):
-    """Krizhevsky's (2014) one-tower AlexNet for (N, 3, 224, 224), with torchvision's sizes."""
-
-    def __init__(self, num_classes: int = 1000) -> None:
-        super().__init__(
-            nn.Conv2d(3, 64, 11, stride=4, padding=2),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-            nn.Conv2d(64, 192, 5, padding=2),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(256, 256, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-            nn.Flatten(),
-            nn.Linear(256 * 6 * 6, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
-        )
-
-
-class _Block(nn.Module):
-    """A pre-norm transformer block on (N, tokens, width)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """A vision transformer (Dosovitskiy et al. 2021) with a class token; by default ViT-S/16.
-
-    ``forward`` takes (N, 3, size, size) and returns (N, num_classes).
-    """
-
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        size: int = 224,
-        patch: int = 16,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-    ) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, stride=patch)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
-        return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
 SMALL = (

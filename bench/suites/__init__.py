@@ -11,6 +11,7 @@ from bench.suites import (
     footprint,
     host_time,
     kernels,
+    long_run,
     passes,
     regret,
     scaling,
@@ -31,6 +32,7 @@ SUITES: dict[str, Suite] = {
     "budget": budget.SUITE,
     "training": training.SUITE,
     "host_time": host_time.SUITE,
+    "long_run": long_run.SUITE,
 }
 RUN = tuple(name for name, suite in SUITES.items() if suite.jobs is not None)  # by --suite
 

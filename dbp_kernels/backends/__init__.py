@@ -41,7 +41,7 @@ _requested: ContextVar[str | None] = ContextVar("dbp_backend", default=None)
 
 
 def _check(name: str, source: str) -> str:
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{source}={name!r}: expected one of {', '.join(map(repr, NAMES))}")
     return name
 

@@ -11,11 +11,13 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dbp_kernels.distributed import unwrap
+from dbp_kernels.loaded import is_int
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.handle import Attached
 from dbp_kernels.optim.kinds import patches_of
 from dbp_kernels.optim.optimizer_state import is_attached
+from dbp_kernels.optim.options import are_several
 from dbp_kernels.optim.site import Site, is_fed
 from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multiplies
 
@@ -64,7 +66,8 @@ def attach(
     ``optimizer.state_dict()`` has W and R, and ``load_state_dict()`` continues from them; so do the
     state dicts of torch.distributed.checkpoint (which repeats all R for every parameter of a group
     if told to flatten them). Copies and pickles of model and optimiser are a plain pair, which goes on
-    from the weights A; with those of the handle, made in one go, they are an attached pair.
+    from the weights A; with those of the handle, made in one go, they are an attached pair. A spawned process that is
+    handed all of them shares W and R with this one, as torch has it share the weights.
 
     Layers fed by the very same tensor, as q, k and v of attention are, share one R, one set of samples
     and one update from their first step on, as long as they see the same and have the same options;
@@ -102,6 +105,8 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizers = _optimizers(optimizer)
+    if max_size is not None and not is_int(max_size):
+        raise ValueError(f"max_size={max_size!r}: expected None, or an int of at least 0")
     inner = unwrap(model)
     already = [name for name, module in inner.named_modules() if is_decorrelated(module)]
     if already:
@@ -141,7 +146,7 @@ def attach(
 
 def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
     several = [given] if isinstance(given, torch.optim.Optimizer) else given
-    if not isinstance(several, Iterable):
+    if not are_several(several):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or several")
     several = [_innermost(optimizer) for optimizer in several]
     if not several:
@@ -226,7 +231,9 @@ def _grouped(
 ) -> list[Any]:
     """The sites as the engine's groups; those that no group names come last."""
     rest, made = list(sites), []
-    for group in groups or ():
+    if groups is not None and not are_several(groups):
+        raise TypeError(f"groups={groups!r}: expected None, or dicts with the key 'modules'")
+    for group in () if groups is None else groups:
         if not isinstance(group, dict) or "modules" not in group:
             raise TypeError(f"groups contains {group!r}: expected a dict with the key 'modules'")
         chosen = Rules("groups", group["modules"])

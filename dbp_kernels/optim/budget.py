@@ -21,7 +21,15 @@ from torch import Tensor
 from dbp_kernels import distributed, user_warnings
 from dbp_kernels.choose import update_choices
 from dbp_kernels.clock import Mark, mark, seconds, wait
-from dbp_kernels.optim.schedule import CALIBRATIONS, WARM_UP, Schedule, Sizes
+from dbp_kernels.loaded import StateError, is_int, is_number
+from dbp_kernels.optim.schedule import (
+    CALIBRATIONS,
+    WARM_UP,
+    Schedule,
+    Sizes,
+    are_layers,
+    is_seconds,
+)
 from dbp_kernels.optim.step import Job
 from dbp_kernels.planning import planner
 from dbp_kernels.planning.geometry import ConvGeometry
@@ -268,7 +276,7 @@ class Budget:
         elif not steps:
             base = self.schedule.base or sum(self.plain)
         else:
-            base = statistics.median(whole - update for _, update, whole in steps)
+            base = max(0.0, statistics.median(whole - update for _, update, whole in steps))
         self.schedule.calibrate(base, every, [(layers, update) for layers, update, _ in steps])
         self._measured = []
         if distributed.active(process_group):
@@ -293,7 +301,7 @@ class Budget:
         spent = [n * cost for n, cost in zip(done, schedule.costs())]
         update = sum(spent) + steps * schedule.overhead
         whole = update + steps * (base or 0.0)
-        started = base is not None and steps > 0
+        started = base is not None and steps > 0 and whole > 0
         layers = tuple(
             LayerSchedule(
                 name,
@@ -331,20 +339,30 @@ class Budget:
     def restored(self, state: Any) -> Budget:
         """A budget of the same share and layers that goes on from a ``state()``; None: anew.
 
-        Raises ValueError if it is not one of as many layers.
+        Raises ValueError naming the entry if it is not one of as many layers.
         """
+        count = len(self.images)
         new = Budget(self.share, self.costs)
-        new.restart(len(self.images))
+        new.restart(count)
         if state is None:
             return new
         keys = {"schedule", "images", "plain", "pending"}
         if not isinstance(state, dict) or state.keys() != keys:
-            raise ValueError(f"budget={state!r}: expected a dict with the keys {sorted(keys)}")
-        for key in ("images", "plain"):
-            if not isinstance(state[key], list) or len(state[key]) != len(self.images):
-                raise ValueError(
-                    f"budget has {key}={state[key]!r}: expected a list for {len(self.images)} layers"
+            raise StateError(f"budget={state!r}: expected a dict with the keys {sorted(keys)}")
+        for key, valid in (("images", is_int), ("plain", is_seconds)):
+            values = state[key]
+            if not isinstance(values, list) or len(values) != count or not all(map(valid, values)):
+                raise StateError(
+                    f"budget has {key}={values!r}: expected a number of at least 0 for each of "
+                    f"{count} layers"
                 )
+        if not isinstance(state["pending"], list) or not all(
+            _is_reading(entry, count) for entry in state["pending"]
+        ):
+            raise StateError(
+                f"budget has pending={state['pending']!r}: expected lists of some of {count} layers "
+                "and of their losses"
+            )
         new.schedule.load(state["schedule"])
         new.images, new.plain = list(state["images"]), list(state["plain"])
         for layers, losses in state["pending"]:
@@ -359,6 +377,15 @@ class Budget:
         fresh = Budget(state["share"], state["costs"])
         fresh.restart(len(state["state"]["images"]))
         vars(self).update(vars(fresh.restored(state["state"])))
+
+
+def _is_reading(entry: Any, count: int) -> bool:
+    """Whether it has layers and their losses, which may be NaN or Inf where an update was skipped."""
+    if not isinstance(entry, list) or len(entry) != 2 or not are_layers(entry[0], count):
+        return False
+    losses = entry[1]
+    numbers = isinstance(losses, list) and all(type(x) is float or is_number(x) for x in losses)
+    return numbers and len(losses) == len(entry[0])
 
 
 def sample_sizes(

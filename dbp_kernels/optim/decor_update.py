@@ -17,14 +17,21 @@ from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.optim.budget import Budget, ScheduleReport, sample_sizes
 from dbp_kernels.optim.graphs import StepGraphs
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED, Guard
-from dbp_kernels.optim.options import as_groups, check_groups, checked_options, parse_group
+from dbp_kernels.optim.options import (
+    as_groups,
+    check_groups,
+    check_own_R,
+    check_R,
+    checked_options,
+    parse_group,
+)
 from dbp_kernels.optim.stagger import phases
 from dbp_kernels.optim.state_dict import checked_generator
 from dbp_kernels.optim.step import Batch, Job, local_updates, moments_of, update_from
 from dbp_kernels.optim.streams import SideStreams
 from dbp_kernels.optim.write_back import write_back
 from dbp_kernels.sampling import Inputs, Layer, Recorder, recorder_of
-from dbp_kernels.surgery import switch_fast_paths
+from dbp_kernels.surgery import settle
 
 
 class DecorUpdate(torch.optim.Optimizer):
@@ -103,7 +110,9 @@ class DecorUpdate(torch.optim.Optimizer):
             on GPUs what forms R S R^T is as exact as in float32, large products of it by three of
             TF32 in Triton's kernels (from patches in half precision S is of exact products), and
             M' R, by which R changes, is TF32. In TF32 the former would not let R converge where S
-            is badly conditioned. None does not follow torch's own setting.
+            is badly conditioned. None does not follow torch's own setting. That is the process's:
+            updates in other threads that need another precision wait, and products of other threads
+            that are not an update's may meanwhile have this one.
         stagger: with an `update_every` above 1, layers take turns: after the first step, which updates
             all, each is due at every k-th step, but not the same one, so that steps cost about the
             same. A budget does so by itself.
@@ -117,8 +126,10 @@ class DecorUpdate(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option is out of range, there is no decorrelated layer, a layer is in two groups,
-            or there is a budget with ``cuda_graph``. Nothing is changed.
-        TypeError: the first argument has another form. Nothing is changed.
+            two layers have one R, an R has another shape, or there is a budget with ``cuda_graph``.
+            Nothing is changed.
+        TypeError: the first argument has another form, or a layer's R is no floating-point tensor.
+            Nothing is changed.
     """
 
     _inputs: Inputs | None = None  # every layer takes samples of its own
@@ -188,8 +199,7 @@ class DecorUpdate(torch.optim.Optimizer):
         self._budget = None if budget is None else Budget(limits["budget"], limits["costs"])
         super().__init__(groups, defaults)
         if isinstance(model, nn.Module):  # layers may have been placed by hand
-            distributed.ignore_in_ddp(model)
-            switch_fast_paths(model)
+            settle(model)
 
     # The layers.
 
@@ -219,18 +229,25 @@ class DecorUpdate(torch.optim.Optimizer):
     def _follow_R(self) -> None:
         """Point param_groups and state at the Rs of today: model.to() replaces buffers.
 
-        Raises RuntimeError if a layer was fused.
+        Raises RuntimeError if a layer was fused, TypeError or ValueError if an R was set to what is
+        none, or to another layer's. Nothing is changed then.
         """
-        for name, layer in self._named_layers():
+        params = [R for group in self.param_groups for R in group["params"]]
+        changed = False
+        for (name, layer), before in zip(self._named_layers(), params):
             if not hasattr(layer, "R"):
                 raise RuntimeError(
                     f"layer {name!r} has no R: {_why_lost(layer)}; expected to be asked before that"
                 )
-        changed = False
+            if layer.R is not before:
+                check_R(name, layer)
+                changed = True
+        if not changed:
+            return
+        check_own_R(self._named_layers())
         for group, layers in zip(self.param_groups, self._layers):
             for index, (before, layer) in enumerate(zip(group["params"], layers)):
                 if before is not layer.R:
-                    changed = True
                     group["params"][index] = layer.R
                     if before in self.state and layer.R not in self.state:
                         state = self.state[before]  # of others, too, where they shared R
@@ -241,10 +258,9 @@ class DecorUpdate(torch.optim.Optimizer):
                                 for kind in (SKIPPED, CLIPPED)
                             },
                         }
-        if changed:
-            used = {id(layer.R) for _, layer in self._named_layers()}
-            for gone in [R for R in self.state if id(R) not in used]:
-                del self.state[gone]
+        used = {id(layer.R) for _, layer in self._named_layers()}
+        for gone in [R for R in self.state if id(R) not in used]:
+            del self.state[gone]
 
     def _sampling_options(self, group: int, index: int) -> dict[str, Any] | None:
         """Asked by the recorders: a layer's options, or None where this step copies nothing."""
@@ -315,8 +331,9 @@ class DecorUpdate(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a layer no longer belongs to this optimiser.
-            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses.
-            TypeError: an R was set to one of less than float32.
+            ValueError: a group's lr, kappa, rule or clip was set to what the constructor refuses, or
+                an R to one of another shape, or to another layer's.
+            TypeError: an R was set to no tensor, or one of less than float32.
         """
         result = None
         if closure is not None:
@@ -610,16 +627,23 @@ class DecorUpdate(torch.optim.Optimizer):
         begins with a warm-up where none were saved.
 
         Raises ValueError, before anything is changed, if it is not of a DecorUpdate with the same
-        groups, or an option in it is out of range.
+        groups of the same layers (their names may begin otherwise), or anything in it has another
+        type or is out of range: an option, a count, a cost of the budget's schedule.
         """
-        sizes = [len(group["params"]) for group in self.param_groups]
-        generator = checked_generator(state_dict, sizes, self.defaults)
+        names = [group["param_names"] for group in self.param_groups]
+        generator = checked_generator(state_dict, names, self.defaults)
         budget = self._budget
         if budget is not None:
             budget = budget.restored(state_dict.get("budget"))
         self._follow_R()
-        names = [group["param_names"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        plain = [  # as the constructor makes them: a step would take no int beyond 64 bits
+            {
+                **group,
+                **checked_options({k: v for k, v in group.items() if not isinstance(v, Tensor)}),
+            }
+            for group in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": plain})
         for group, own in zip(self.param_groups, names):
             group["param_names"] = own
             group.setdefault("clip", self.defaults["clip"])  # saved before there was one
@@ -643,7 +667,8 @@ class DecorUpdate(torch.optim.Optimizer):
             "process_group": self.process_group,
             "_layers": self._layers,
             "_steps": self._steps,
-            "_generator": self._generator.get_state(),
+            # numbers: a spawned process is handed a tensor's memory, which must outlast the start
+            "_generator": bytes(self._generator.get_state().tolist()),
             "_budget": self._budget,
             "_matmul_precision": self._matmul_precision,
             "_cuda_graph": self._graphs is not None,
@@ -656,7 +681,7 @@ class DecorUpdate(torch.optim.Optimizer):
             super().__setstate__(state)
             return
         generator = torch.Generator()
-        generator.set_state(state["_generator"])
+        generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
         graphed = state.pop("_cuda_graph", False)
         super().__setstate__(
             {

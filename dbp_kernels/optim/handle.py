@@ -50,12 +50,15 @@ class Attached:
         }
         for site in sites:
             by_optimizer[id(of[id(site.weight)])][1].append(site)
+        # before anything is changed: it may refuse what an optimiser has loaded
+        self._checkpoints = [Checkpoint(o, own, engine, model) for o, own in by_optimizer.values()]
         self._swaps = [
             Swap(optimizer, own, self._stepped, functools.partial(self._join, own))
             for optimizer, own in by_optimizer.values()
         ]
         self._rounds = Rounds(self._swaps)
-        self._checkpoints = [Checkpoint(o, own, engine) for o, own in by_optimizer.values()]
+        for checkpoint in self._checkpoints:
+            checkpoint.register()
         self._hooks = [model.register_forward_pre_hook(_Recovery(self))]
         for site in sites:
             self._feed(site)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, rules
+from dbp_kernels.loaded import why_no_tensor
 from dbp_kernels.nn import is_decorrelated
 from dbp_kernels.optim.site import Site
 from dbp_kernels.precision import MATMUL_PRECISIONS
 from dbp_kernels.sampling import Layer
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 _SAMPLINGS = ("first", "random")
 COSTS = ("measured", "planned")  # where a budget's come from
@@ -24,7 +29,7 @@ _Layers = dict[str, Layer]
 def as_groups(model: Any) -> list[dict[str, Any]]:
     if isinstance(model, nn.Module):
         return [{"modules": model}]
-    if isinstance(model, dict) or not isinstance(model, Iterable):
+    if isinstance(model, dict) or not are_several(model):
         raise TypeError(
             f"model={type(model).__name__}: expected a torch.nn.Module, an iterable of modules, or "
             "a list of groups {'modules': ..., 'lr': ...}"
@@ -33,6 +38,11 @@ def as_groups(model: Any) -> list[dict[str, Any]]:
     if entries and all(isinstance(entry, dict) for entry in entries):
         return entries
     return [{"modules": entries}]
+
+
+def are_several(value: Any) -> TypeIs[Iterable[Any]]:
+    """Whether it is an iterable of what may be modules or groups."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Tensor))
 
 
 def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _Layers]:
@@ -49,6 +59,7 @@ def parse_group(group: Any, defaults: dict[str, Any]) -> tuple[dict[str, Any], _
             continue
         if name in layers:
             raise ValueError(f"two layers are called {name!r}: expected a name for each")
+        check_R(name, layer)
         layers[name] = layer
     if not layers:
         raise ValueError(
@@ -65,7 +76,7 @@ def _decorrelated_layers(modules: Any) -> Iterator[tuple[str, Layer]]:
             if is_decorrelated(module):
                 yield name or type(module).__name__, module
         return
-    if not isinstance(modules, Iterable):
+    if not are_several(modules):
         raise TypeError(f"modules={modules!r}: expected a torch.nn.Module or several")
     for index, entry in enumerate(modules):
         name, module = entry if isinstance(entry, tuple) and len(entry) == 2 else (index, entry)
@@ -89,37 +100,80 @@ def check_groups(groups: list[tuple[Any, _Layers]]) -> None:
                     "every layer once"
                 )
             seen[layer] = name
+    check_own_R((name, layer) for layer, name in seen.items())
+
+
+def check_R(name: str, layer: Layer) -> None:
+    """Raises TypeError or ValueError if a layer's R, which may have been set by hand, is none."""
+    groups, size = layer._patch_size()
+    reason = why_no_tensor(layer.R, (groups, size, size) if groups > 1 else (size, size))
+    if reason is not None:
+        kind = ValueError if reason.startswith("of shape") else TypeError
+        raise kind(f"R of layer {name!r} {reason}")
+
+
+def check_own_R(layers: Iterable[tuple[str, Layer]]) -> None:
+    """Raises ValueError if two layers have one R: its update would be made twice.
+
+    But for sites of ``attach``, whose R is shared where that is exact.
+    """
+    seen: dict[Any, str] = {}
+    for name, layer in layers:
+        R = getattr(layer, "R", None)  # a fused layer has lost it
+        if R is None or isinstance(layer, Site) or not R.numel():
+            continue
+        other = seen.setdefault(id(R) if R.is_meta else (R.device, R.data_ptr()), name)
+        if other != name:
+            raise ValueError(
+                f"layers {other!r} and {name!r} have one R: expected an R for each (dbp.attach shares "
+                "R among layers that are fed by the same tensor)"
+            )
 
 
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    # costs are divided by it: beyond 64 bits it may be no float
+    return _is_number(value, Integral) and 1 <= value < 2**63
+
+
+_LARGEST = torch.finfo(torch.float32).max  # torch raises where float32 is to be scaled by more
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value, Real) and 0 <= value <= _LARGEST
+
+
+def _is_one_of(values: Collection[str]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, str) and v in values
+
+
 # For each option: what it is turned into, whether a value is valid, and what is.
 _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-    "lr": (
-        float,
-        lambda v: _is_number(v, Real) and 0 <= v < math.inf,
-        "a finite number of at least 0",
-    ),
+    "lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),
+    "initial_lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),  # of schedulers
     "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
     "sample": (
         lambda v: int(v) if isinstance(v, Integral) else float(v),
-        lambda v: v >= 1 if _is_number(v, Integral) else _is_number(v, Real) and 0 < v <= 1,
+        lambda v: (
+            _is_count(v) or (not isinstance(v, Integral) and _is_number(v, Real) and 0 < v <= 1)
+        ),
         "a fraction above 0 and up to 1 (float), or a number of images of at least 1 (int)",
     ),
-    "rule": (str, lambda v: v in rules.RULES, f"one of {rules.RULES}"),
-    "update_every": (int, lambda v: _is_number(v, Integral) and v >= 1, "an int of at least 1"),
+    "rule": (str, _is_one_of(rules.RULES), f"one of {rules.RULES}"),
+    "update_every": (int, _is_count, "an int of at least 1"),
     "demean": (bool, lambda v: isinstance(v, bool), "True or False"),
     "budget": (
         lambda v: None if v is None else float(v),
         lambda v: v is None or (_is_number(v, Real) and 0 < v < 1),
         "None, or a share of the training step above 0 and below 1",
     ),
-    "costs": (str, lambda v: v in COSTS, f"one of {COSTS}"),
+    "costs": (str, _is_one_of(COSTS), f"one of {COSTS}"),
     "matmul_precision": (
         lambda v: v,
-        lambda v: v is None or v in tuple(MATMUL_PRECISIONS),
+        lambda v: v is None or _is_one_of(tuple(MATMUL_PRECISIONS))(v),
         f"None or one of {tuple(MATMUL_PRECISIONS)}",
     ),
     "clip": (
@@ -129,7 +183,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
     ),
     "stagger": (bool, lambda v: isinstance(v, bool), "True or False"),
     "cuda_graph": (bool, lambda v: isinstance(v, bool), "True or False"),
-    "sampling": (str, lambda v: v in _SAMPLINGS, f"one of {_SAMPLINGS}"),
+    "sampling": (str, _is_one_of(_SAMPLINGS), f"one of {_SAMPLINGS}"),
 }
 
 
@@ -144,8 +198,8 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
             continue
         convert, valid, expected = _OPTIONS[name]
         given = options[name]
-        if name == "lr" and isinstance(given, Tensor) and given.dim() == 0:
-            given = given.item()  # the value it has now
+        if name in ("lr", "initial_lr") and isinstance(given, Tensor) and given.dim() == 0:
+            given = math.nan if given.is_meta else given.item()  # the value it has now
         if not valid(given):
             raise ValueError(f"{name}={options[name]!r}: expected {expected}")
         checked[name] = convert(given)

@@ -22,8 +22,11 @@ are planned, and may be measured before the steps in ``CALIBRATIONS``, the last 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
+
+from dbp_kernels.loaded import StateError, is_int, is_number
 
 WARM_UP = 5
 CALIBRATIONS = (WARM_UP, 15, 45, 135)  # steps before which costs are set; the last ones stay
@@ -35,6 +38,10 @@ _FALL = 0.01
 _WORTH = 0.8  # halving a sample must bring its cost down to this fraction
 _SWEEPS = 20
 _OUTLIER = 3.0
+# What costs and times may be in a state: sums, products and ratios of such do not overflow.
+_MOST, _LEAST = 1e12, 1e-100
+_SECONDS = f"seconds from 0 to {_MOST:g}"
+_POSITIVE = f"a number from {_LEAST:g} to {_MOST:g}"
 
 Sizes = tuple[tuple[float, float], ...]  # (part of the full sample, planned seconds), falling
 
@@ -62,7 +69,8 @@ def fit_costs(
     told = len({tuple(who) for who, _ in members}) > 1 or any(len(who) == 1 for who, _ in members)
 
     def ratios() -> list[float]:
-        return [seconds / sum(fitted[i] for i in who) for who, seconds in members]
+        predicted = [sum(fitted[i] for i in who) for who, _ in members]
+        return [seconds / p if p else 1.0 for p, (_, seconds) in zip(predicted, members)]
 
     for _ in range(_SWEEPS):
         found = ratios()
@@ -245,25 +253,33 @@ class Schedule:
             },
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Any) -> None:
         """Take over a ``state()`` of as many layers, but for its share.
 
-        Raises ValueError, before anything is changed, if it is not one.
+        Raises ValueError naming the entry, before anything is changed, if it is not one.
         """
-        own = self.state()
-        if not isinstance(state, dict) or state.keys() != own.keys():
-            raise ValueError(f"schedule={state!r}: expected a dict with the keys {sorted(own)}")
-        for key in ("sizes", "scale", "size", "last", "updates", "losses"):
-            if not isinstance(state[key], list) or len(state[key]) != len(own[key]):
-                raise ValueError(
-                    f"schedule has {key}={state[key]!r}: expected a list for {len(own[key])} layers"
+        layers = len(self.sizes)
+        if not isinstance(state, dict) or state.keys() != vars(self).keys():
+            raise StateError(
+                f"schedule={state!r}: expected a dict with the keys {list(vars(self))}"
+            )
+        for key, (valid, expected) in _entries(layers).items():
+            if not valid(state[key]):
+                raise StateError(f"schedule has {key}={state[key]!r}: expected {expected}")
+        for key, (valid, expected) in _entries_of_layers(state["step"]).items():
+            values = state[key]
+            if not isinstance(values, list) or len(values) != layers:
+                raise StateError(
+                    f"schedule has {key}={values!r}: expected a list for {layers} layers"
                 )
-        chosen, count = state["chosen"], len(own["size"])
-        if not isinstance(chosen, list) or not all(i in range(count) for i in chosen):
-            raise ValueError(f"schedule has chosen={chosen!r}: expected some of {count} layers")
+            for layer, value in enumerate(values):
+                if not valid(value):
+                    raise StateError(
+                        f"schedule has {value!r} as {key} of layer {layer}: expected {expected}"
+                    )
         for size, sizes in zip(state["size"], state["sizes"]):
-            if size not in range(max(1, len(sizes))):
-                raise ValueError(f"schedule has size={size!r}: expected an index into {sizes!r}")
+            if size >= max(1, len(sizes)):
+                raise StateError(f"schedule has size={size!r}: expected an index into {sizes!r}")
         vars(self).update(
             {
                 **state,
@@ -273,3 +289,57 @@ class Schedule:
                 **{key: list(state[key]) for key in ("scale", "size", "last", "updates", "chosen")},
             }
         )
+
+
+# What a state's entries may be: whether a value is one, and what is expected.
+
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def _entries(layers: int) -> dict[str, _Check]:
+    return {
+        "share": (is_number, "a finite number"),
+        "step": (is_int, "an int of at least 0"),
+        "base": (lambda v: v is None or is_seconds(v), f"None, or {_SECONDS}"),
+        "overhead": (lambda v: is_number(v, 0, 0) or _is_positive(v), f"0, or {_POSITIVE}"),
+        "bank": (lambda v: is_number(v, -_MOST, _MOST), f"{_SECONDS}, or a debt"),
+        "chosen": (
+            lambda v: are_layers(v, layers) and v == sorted(set(v)),
+            f"some of {layers} layers, in their order",
+        ),
+    }
+
+
+def _entries_of_layers(step: int) -> dict[str, _Check]:
+    return {
+        "sizes": (_are_sizes, "pairs of a part of the sample, falling from 1, and its seconds"),
+        "scale": (_is_positive, _POSITIVE),
+        "size": (is_int, "an index"),
+        "last": (lambda v: is_int(v, -1, step), f"a step from -1 to {step}"),
+        "updates": (lambda v: is_int(v, 0, step), f"an int from 0 to {step}"),
+        "losses": (
+            lambda v: isinstance(v, list) and len(v) <= 2 * WINDOW and all(map(is_number, v)),
+            f"a list of at most {2 * WINDOW} finite numbers",
+        ),
+    }
+
+
+def is_seconds(value: Any) -> bool:
+    return is_number(value, 0, _MOST)
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value, _LEAST, _MOST)
+
+
+def are_layers(value: Any, layers: int) -> bool:
+    """Whether it is a list of places among so many layers."""
+    return isinstance(value, list) and all(is_int(i, 0, layers - 1) for i in value)
+
+
+def _are_sizes(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 for v in value)
+    if not pairs or not all(is_number(part, 0, 1) and _is_positive(t) for part, t in value):
+        return False
+    parts = [part for part, _ in value]
+    return not parts or (parts[0] == 1 and parts[-1] > 0 and all(a > b for a, b in pairwise(parts)))

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from dbp_kernels.loaded import is_int, is_number
+
 Points = tuple[tuple[int, float], ...]
 VARIABLE = "DBP_CALIBRATION"
 TYPES = ("cpu", "cuda")
@@ -254,10 +256,13 @@ def cpu_name() -> str:
 
 
 def read(path: Any, name: str) -> Calibration:
-    """The calibration in a file, which errors call ``name``. Raises ValueError naming the key."""
+    """The calibration in a file, which errors call ``name``.
+
+    Raises ValueError naming the key, for whatever is missing, has another type or is out of range.
+    """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected a calibration file: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected a JSON object")
@@ -265,8 +270,8 @@ def read(path: Any, name: str) -> Calibration:
     values = {key: _value(content, key, kind, name) for key, kind in kinds.items()}
     if values["type"] not in TYPES:
         raise ValueError(f"{name}: type={values['type']!r}: expected 'cpu' or 'cuda'")
-    if values["threads"] < 1:
-        raise ValueError(f"{name}: threads={values['threads']}: expected at least 1")
+    if not 1 <= values["threads"] <= _MOST:
+        raise ValueError(f"{name}: threads={values['threads']}: expected from 1 to {_MOST:g}")
     figures = _value(content, "figures", dict, name)
     parsers = {f.name: _PARSERS[f.name] for f in fields(Machine) if f.name in _PARSERS}
     unknown = figures.keys() - parsers.keys()
@@ -288,17 +293,20 @@ def read(path: Any, name: str) -> Calibration:
 
 def _value(content: dict[str, Any], key: str, kind: type, name: str) -> Any:
     value = content.get(key)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if type(value) is not kind or (isinstance(value, str) and not value.isprintable()):
         raise ValueError(f"{name}: {key}={value!r}: expected {_KINDS[kind]}")
     return value
 
 
-_KINDS = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
+# Beyond these no figure is one, and times that follow from two of them stay finite and above 0.
+_LEAST, _MOST = 1e-15, 1e15
+
+_KINDS = {str: "a printable string", int: "an integer", bool: "true or false", dict: "an object"}
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError("expected a positive number")
+    if not is_number(value, _LEAST, _MOST):
+        raise ValueError(f"expected a number from {_LEAST:g} to {_MOST:g}")
     return float(value)
 
 
@@ -306,8 +314,8 @@ def _points(value: Any) -> Points:
     pairs = [tuple(pair) for pair in value] if isinstance(value, list) else []
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError("expected a list of pairs [size, number]")
-    if any(type(size) is not int or size < 1 for size, _ in pairs):
-        raise ValueError("expected sizes of at least 1")
+    if any(not is_int(size, 1, int(_MOST)) for size, _ in pairs):
+        raise ValueError(f"expected sizes from 1 to {_MOST:g}")
     points = tuple((size, _number(y)) for size, y in pairs)
     if any(a >= b for (a, _), (b, _) in itertools.pairwise(points)):
         raise ValueError("expected sizes in ascending order")

@@ -15,6 +15,7 @@ from bench.suites import accumulation, kernels, passes, updates
 from bench.suites.updates import update_table
 from dbp_kernels.tools import timing
 from experiments.models import resnet50
+from experiments.models.vit import Block
 
 FAST = kernels.Settings(pairs=2, warmup=1)
 
@@ -41,7 +42,7 @@ def test_networks_have_the_published_sizes(build, parameters):
 
 def test_attention_is_torchs():
     torch.manual_seed(0)
-    block = networks._Block(8, 2)
+    block = Block(8, 2)
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     attention.load_state_dict(
         {

@@ -12,7 +12,8 @@ from experiments.data import Split
 
 def images(n: int) -> Split:
     g = torch.Generator().manual_seed(0)
-    return Split(torch.randn(n, 1, 8, 8, generator=g), torch.randint(10, (n,), generator=g))
+    x, y = torch.randn(n, 1, 8, 8, generator=g), torch.randint(10, (n,), generator=g)
+    return Split(x, y, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
 
 def flat(derivatives: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,12 +2,23 @@
 
 import copy
 import io
+import json
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small_training import assert_equal, assert_learnt, attached, everything, train, trained
+from small_training import (
+    OPTIMIZERS,
+    assert_equal,
+    assert_learnt,
+    attached,
+    everything,
+    make_model,
+    train,
+    trained,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -102,6 +113,81 @@ def test_a_state_of_other_layers_says_so_and_changes_nothing():
     with pytest.raises(ValueError, match=r"R of '3' of shape \(4, 4\): expected \(128, 128\)"):
         second[1].load_state_dict(state)
     assert_equal(everything(second[0], second[2]), before)
+
+
+def in_layer(**entries):
+    def change(own):
+        own["layers"]["3"] = {**own["layers"]["3"], **entries}
+
+    return change
+
+
+def in_progress(**entries):
+    def change(own):
+        own["progress"] = json.dumps({**json.loads(own["progress"]), **entries})
+
+    return change
+
+
+def of_another_model(own):
+    own["layers"]["head"] = own["layers"].pop("3")
+
+
+BROKEN = {
+    "nan": (in_layer(R=torch.full((128, 128), torch.nan)), "R of '3' that has .* not finite"),
+    "absurd": (in_layer(R=1e30 * torch.eye(128)), r"R of '3' that has entries up to 1e\+30"),
+    "no tensor": (in_layer(R=None), "R of '3' that is a NoneType"),
+    "W": (in_layer(W=torch.ones(5, 128).int()), "W of '3' that has dtype torch.int32"),
+    "loss": (in_layer(loss=torch.ones(2)), r"'3' whose loss of shape \(2,\)"),
+    "negative": (in_layer(skipped=torch.tensor(-1)), "'3' whose skipped=.*-1.*at least 0"),
+    "bool": (in_layer(clipped=torch.tensor(True)), "'3' whose clipped=.*True"),
+    "model": (of_another_model, "an R of 'head', which is no layer of this model"),
+    "steps": (in_progress(steps=True), "steps=True"),
+    "negative steps": (in_progress(steps=-3), "steps=-3"),
+    "phases": (in_progress(phases=[0, 1.5]), "phases="),
+    "budget": (in_progress(budget={"schedule": 3}), "budget="),
+    "progress": (lambda own: own.update(progress="{"), "progress that is no JSON"),
+    "generator": (lambda own: own.update(generator=torch.ones(3)), "no valid state"),
+    "layers": (lambda own: own.update(layers=[]), "what attach has not saved"),
+    "missing": (lambda own: own.pop("progress"), "what attach has not saved"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_state_is_refused_by_name_before_anything_changes(what):
+    change, message = BROKEN[what]
+    budget = {"budget": 0.2, "costs": "planned", "update_every": 1}
+    first, second = trained(7, **budget), trained(2, **budget)
+    state = first[1].state_dict()
+    change(state["param_groups"][0]["dbp"])
+    before, began = everything(second[0], second[2]), progress(second[2])
+    plain = copy.deepcopy(second[1].state_dict())
+    with pytest.raises(ValueError, match=message):
+        second[1].load_state_dict(state)
+    assert_equal(everything(second[0], second[2]), before)
+    assert progress(second[2]) == began
+    assert_equal(second[1].state_dict()["state"], plain["state"])
+    # nor is it taken over from before attach, which leaves the optimiser as it was
+    model = make_model()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer.load_state_dict(state)
+    own = dict(vars(optimizer))
+    with pytest.raises(ValueError, match=message):
+        dbp.attach(model, optimizer, **budget)
+    assert vars(optimizer) == own
+    assert not model._forward_pre_hooks
+    assert not model[0]._forward_hooks
+
+
+def test_warnings_made_errors_come_when_all_is_loaded():
+    model, optimizer, decor = trained(2)
+    plain = OPTIMIZERS["adamw"](make_model().parameters()).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no R of '0', '3'"):
+            optimizer.load_state_dict(plain)
+    assert torch.equal(decor.R("3"), torch.eye(128))
+    assert torch.equal(decor.W("3"), model[3].weight)
 
 
 def test_a_state_with_more_layers_names_those_it_ignores():

@@ -201,7 +201,7 @@ def test_the_learning_rate_of_R_may_be_a_tensor():
     "lr", [torch.tensor(-1.0), torch.tensor([1.0]), torch.tensor(float("nan"))]
 )
 def test_a_bad_tensor_is_no_learning_rate(lr):
-    with pytest.raises(ValueError, match=r"lr=tensor.*: expected a finite number of at least 0"):
+    with pytest.raises(ValueError, match=r"lr=tensor.*: expected a finite number from 0 to"):
         attached(lr=lr)
 
 
@@ -257,3 +257,19 @@ def test_nothing_joins_after_detach():
     optimizer.add_param_group({"params": model[0].parameters()})
     assert list(decor.decorrelated()) == ["3"]
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_samples_are_taken_where_compiled_code_breaks_off_behind_the_layer(gradients):
+    """The piece that takes them has no gradients of its own, and is run without."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decor = dbp.attach(model, optimizer, sample=1.0)
+    for layer in (model[0], model[2]):
+        layer.register_forward_hook(torch.compiler.disable(lambda *_: None))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.set_grad_enabled(gradients):
+        compiled(torch.randn(4, 6))
+    recorders = [recorder for _, _, recorder in decor._engine._places()]
+    assert [len(recorder.samples) for recorder in recorders] == [int(gradients)] * 2

@@ -513,7 +513,18 @@ def test_a_broken_budget_state_is_refused_and_an_old_pickle_loads():
     decor = dbp.DecorUpdate(net, budget=0.3)
     feed(net, 0)
     decor.step()
-    for key, value in (("images", None), ("plain", [])):
+    broken = [
+        ("images", None),
+        ("images", [-1] * 3),
+        ("images", [True] * 3),
+        ("plain", []),
+        ("plain", [float("nan")] * 3),
+        ("pending", None),
+        ("pending", [[[0], [0.5, 0.5]]]),
+        ("pending", [[[99], [0.5]]]),
+        ("pending", [[[0], [10**400]]]),
+    ]
+    for key, value in broken:
         saved = decor.state_dict()
         saved["budget"][key] = value
         with pytest.raises(ValueError, match=key):

@@ -171,6 +171,49 @@ def test_bad_states_change_nothing(what):
     assert schedule.state() == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("share", "all"),
+        ("step", -1),
+        ("step", True),
+        ("base", float("nan")),
+        ("base", -1.0),
+        ("overhead", float("inf")),
+        ("overhead", None),
+        ("bank", 10**400),
+        ("bank", [0.0]),
+        ("chosen", [1, 0]),
+        ("chosen", [0.0]),
+        ("chosen", [True]),
+        ("sizes", [[], [[0.5, 1e-3]]]),
+        ("sizes", [[], [[1.0, 1e-3], [1.0, 1e-3]]]),
+        ("sizes", [[], [[1.0, -1e-3]]]),
+        ("sizes", [[], [[1.0]]]),
+        ("scale", [1.0, 0.0]),
+        ("scale", [1.0, "1"]),
+        ("size", [0, 1]),
+        ("size", [0, False]),
+        ("last", [-1, 10**6]),
+        ("last", [-1, None]),
+        ("updates", [0, -1]),
+        ("losses", [[], [float("nan")]]),
+        ("losses", [[], 0.5]),
+        ("losses", [[], [0.5] * 100]),
+    ],
+)
+def test_every_entry_of_a_state_is_checked(key, value):
+    schedule = make([0.01, 0.02], 0.05)
+    run(schedule, 7)
+    before, state = schedule.state(), schedule.state()
+    state[key] = value
+    if key == "size":
+        state["sizes"] = [[[1.0, 1e-3]]] * 2
+    with pytest.raises(ValueError, match=rf"schedule has .*{key}"):
+        schedule.load(state)
+    assert schedule.state() == before
+
+
 def test_warm_up_is_dense_and_free():
     schedule = make([1.0, 2.0], 0.01)
     assert schedule.step == WARM_UP - 1

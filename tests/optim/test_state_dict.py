@@ -90,6 +90,24 @@ def broken_state(state: dict, what: str) -> dict:
         state["param_groups"][0]["params"].pop()
     elif what == "param_groups":
         state["param_groups"] = None
+    elif what == "steps=True":
+        state["steps"] = True
+    elif what == "skipped=-1":
+        state["state"][1]["skipped"] = torch.tensor(-1)
+    elif what == "clipped=True":
+        state["state"][1]["clipped"] = torch.tensor(True)
+    elif what == "loss=nothing":
+        state["state"][1]["loss"] = torch.ones((), device="meta")
+    elif what == r"state\[7\]":
+        state["state"][7] = state["state"].pop(1)
+    elif what == "another model":
+        state["param_groups"][0]["param_names"] = ["0", "head"]
+    elif what == "lr":
+        state["param_groups"][0]["lr"] = 10**400
+    elif what == "initial_lr":
+        state["param_groups"][0]["initial_lr"] = "large"
+    elif what == "rule":
+        state["param_groups"][0]["rule"] = ["standard"]
     return state
 
 
@@ -104,6 +122,15 @@ def broken_state(state: dict, what: str) -> dict:
         "skipped",
         "layers",
         "param_groups",
+        "steps=True",
+        "skipped=-1",
+        "clipped=True",
+        "loss=nothing",
+        r"state\[7\]",
+        "another model",
+        "lr",
+        "initial_lr",
+        "rule",
     ],
 )
 def test_a_bad_state_dict_changes_nothing(what):
@@ -120,6 +147,52 @@ def test_a_bad_state_dict_changes_nothing(what):
     for index, entry in before["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(value, after["state"][index][key], equal_nan=True)
+
+
+def test_a_model_may_be_part_of_another_when_it_is_loaded():
+    net, optimiser, decor = run()
+    train(net, optimiser, decor, torch.randn(3, 8, 2, 5, 5))
+    outer = nn.ModuleDict({"body": copy.deepcopy(net)})
+    other = dbp.DecorUpdate(outer)
+    other.load_state_dict(decor.state_dict())
+    assert other.losses().keys() == {"body.0", "body.3"}
+    decor.load_state_dict(other.state_dict())
+
+
+def test_two_layers_with_one_R_are_refused():
+    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 3))
+    own = net[1].R
+    net[1].R = net[0].R
+    with pytest.raises(ValueError, match="layers '0' and '1' have one R"):
+        dbp.DecorUpdate(net)
+    net[1].R = own
+    decor = dbp.DecorUpdate(net, lr=0.1)
+    params = list(decor.param_groups[0]["params"])
+    net[1].R = net[0].R[:]  # the same memory
+    net(torch.randn(8, 3))
+    with pytest.raises(ValueError, match="layers '0' and '1' have one R"):
+        decor.step()
+    assert all(a is b for a, b in zip(decor.param_groups[0]["params"], params))
+    assert torch.equal(net[0].R, torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("R", "error", "message"),
+    [
+        (None, TypeError, "R of layer '0' is a NoneType"),
+        (torch.eye(4), ValueError, r"R of layer '0' of shape \(4, 4\): expected \(3, 3\)"),
+        (torch.eye(3, dtype=torch.int64), TypeError, "R of layer '0' has dtype torch.int64"),
+    ],
+)
+def test_what_a_layers_R_was_set_to_is_refused_by_name(R, error, message):
+    net = nn.Sequential(dnn.DecorLinear(3, 3), dnn.DecorLinear(3, 3))
+    decor = dbp.DecorUpdate(net, lr=0.1, sample=1.0)
+    net(torch.randn(8, 3))
+    net[0].R = R
+    for call in (decor.step, decor.losses, decor.state_dict, lambda: dbp.DecorUpdate(net)):
+        with pytest.raises(error, match=message):
+            call()
+    assert torch.equal(net[1].R, torch.eye(3))
 
 
 def test_reports_and_state_dicts_are_snapshots():

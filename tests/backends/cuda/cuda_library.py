@@ -6,11 +6,11 @@ import functools
 import importlib.util
 import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from build_folder import build_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,8 +33,7 @@ def _built() -> tuple[Path, str]:
         pytest.skip(reason)
     path, targets = build.DIRECTORY, build.requested_architectures()
     if not (path / build.LIBRARY).is_file():
-        path = Path(tempfile.gettempdir()) / f"dbp-kernels-cuda-{os.getuid()}"
-        path.mkdir(mode=0o700, exist_ok=True)
+        path = build_folder("cuda")
         targets = "8.0;9.0a"
     build.build(path, targets, jobs=os.environ.get("MAX_JOBS", "2"))
     return path, targets

@@ -18,7 +18,6 @@ import shutil
 import struct
 import subprocess
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from build_folder import build_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
@@ -46,10 +46,9 @@ _FLAGS = [
 ]
 
 
+@functools.cache
 def _cache() -> Path:
-    path = Path(tempfile.gettempdir()) / f"dbp-kernels-emulation-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
+    return build_folder("emulation")
 
 
 def _pybind11_include() -> str | None:
