@@ -58,11 +58,15 @@ def check_tensors(**given: object) -> None:
             raise TypeError(f"{name} is a {type(x).__name__}: expected a Tensor")
 
 
+class DtypeError(TypeError, RuntimeError):
+    """A dtype that no operator takes. Torch's own convolutions raise RuntimeError for it."""
+
+
 def _check_floating(**tensors: Tensor) -> None:
     check_tensors(**tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in INPUT_DTYPES:
-            raise TypeError(
+            raise DtypeError(
                 f"{name} has dtype {tensor.dtype}: expected a floating-point dtype of 16 to 64 bits"
             )
         if tensor.layout != torch.strided:

@@ -55,12 +55,13 @@ def test_every_algorithm_and_function(campaign, poison):
 
         computed = x if dtype == torch.float64 else x.float()
         most = bound(reference.patch_gram(computed, *case.arguments), S, moment_error)
-        results = [(f"op, {about}", dbp.patch_gram(x, *case.arguments))]
+        assert moment_error(dbp.patch_gram(x, *case.arguments), S) <= most, about
         if case.geometry.samples:
+            # what the planner passes over may add up a thousand float32 one after the other
+            most += 0 if dtype == torch.float64 else 2e-6
             for choice in algorithms(case.geometry):
-                results.append((f"{choice}, {about}", eager.patch_gram(x, case.geometry, choice)))
-        for name, result in results:
-            assert moment_error(result, S) <= most, name
+                forced = eager.patch_gram(x, case.geometry, choice)
+                assert moment_error(forced, S) <= most, (str(choice), about)
 
         R = data((case.groups, *2 * (case.geometry.dim,)), computed.dtype, seed)
         R = torch.eye(case.geometry.dim, dtype=R.dtype) + R / max(1, case.geometry.dim)
