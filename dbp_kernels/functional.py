@@ -13,9 +13,9 @@ Arguments common to the functions on patches:
     padding: the same, or "valid", or "same" (stride 1 only; an even span pads the extra pixel at the
         right and bottom).
     padding_mode: "zeros", "reflect", "replicate" or "circular".
-They raise ValueError or TypeError naming the argument, and RuntimeError, as torch's convolutions do,
-when the kernel is larger than the padded input, or, as torch's dispatcher does, for an argument of a
-type that the operator does not take.
+They raise TypeError or ValueError naming the argument; what torch's convolutions raise RuntimeError
+for, such as a kernel larger than the padded input, is an error of both kinds. An argument of a type
+that the operator does not take is a RuntimeError, as torch's dispatcher raises it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dbp_kernels import ops
 from dbp_kernels.ops import condensed_weight, condensed_weight_transposed
-from dbp_kernels.planning.geometry import OpArguments, same_padding
+from dbp_kernels.planning.geometry import GeometryError, OpArguments, same_padding
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -76,7 +76,7 @@ def _ints(name: str, value: IntOrInts, dims: int) -> list[int]:
     if len(values) == 1:
         values *= dims
     if len(values) != dims:
-        raise ValueError(f"{name}={value}: expected an int or {dims} ints")
+        raise GeometryError(f"{name}={value}: expected an int or {dims} ints")
     return values
 
 
@@ -107,16 +107,16 @@ def _padding(
             pairs = [(0, 0)] * dims
         elif padding == "same":
             if any(s != 1 for s in _ints("stride", stride, dims)):
-                raise ValueError(f"padding='same' with stride={stride}: expected stride 1")
+                raise GeometryError(f"padding='same' with stride={stride}: expected stride 1")
             pairs = [
                 same_padding(k, d) for k, d in zip(kernel_size, _ints("dilation", dilation, dims))
             ]
         else:
-            raise ValueError(f"padding={padding!r}: expected an int, ints, 'same' or 'valid'")
+            raise GeometryError(f"padding={padding!r}: expected an int, ints, 'same' or 'valid'")
     else:
         pairs = [(p, p) for p in _ints("padding", padding, dims)]
         if any(low < 0 for low, _ in pairs):
-            raise ValueError(f"padding={padding}: expected at least 0")
+            raise GeometryError(f"padding={padding}: expected at least 0")
     if padding_mode == "zeros":
         extra = [(0, high - low) for low, high in pairs]
         remaining = [low for low, _ in pairs]
@@ -171,10 +171,10 @@ def resolved(
         for name, (value, default) in given.items():
             values = value if isinstance(value, (list, tuple)) else [value]
             if not all(_is_one(v, default) for v in values):
-                raise ValueError(f"{name}={value}: expected {default} with kernel_size=()")
+                raise GeometryError(f"{name}={value}: expected {default} with kernel_size=()")
         return (), "constant", ([], [], [], [], groups), True
     if not 1 <= dims <= 3 or len(shape) not in (dims + 1, dims + 2):
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(shape)} with kernel_size={kernel_size}: expected "
             "(N, C, *spatial) with 1 to 3 spatial dimensions, (C, *spatial) with one int of "
             "kernel_size for each, or kernel_size=() for an input (..., D)"
@@ -334,12 +334,12 @@ def _decor_conv(
 ) -> Tensor:
     ops.check_tensors(input=input, weight=weight, R=R)
     if weight.dim() != dims + 2:
-        raise ValueError(
+        raise GeometryError(
             f"weight has shape {tuple(weight.shape)}: expected {dims + 2} dimensions "
             f"(out, Cin/groups, and {dims} of the kernel)"
         )
     if input.dim() not in (dims + 1, dims + 2):
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(input.shape)}: expected {dims + 1} (unbatched) or {dims + 2} "
             "dimensions"
         )
@@ -433,7 +433,7 @@ def decor_conv_transpose2d(
     """
     ops.check_tensors(input=input, weight=weight, R=R)
     if input.dim() not in (3, 4):
-        raise ValueError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
+        raise GeometryError(f"input has shape {tuple(input.shape)}: expected 3 or 4 dimensions")
     arguments = (
         _ints("stride", stride, 2),
         _ints("padding", padding, 2),

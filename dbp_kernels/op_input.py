@@ -70,7 +70,7 @@ class _Seen:
     geometry: ConvGeometry
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _seen(shape: torch.Size, dtype: torch.dtype, *window: tuple[str, Any]) -> _Seen:
     """Kept: to work it out anew for every layer takes a good part of a step's time on the host."""
     pad, mode, arguments, _ = resolved(shape, **{**_NO_WINDOW, **dict(window)})

@@ -25,7 +25,12 @@ from torch.autograd import forward_ad
 from dbp_kernels import backends, choose
 from dbp_kernels.phases import CONDENSE, phase
 from dbp_kernels.plain_call import nothing_between, plain
-from dbp_kernels.planning.geometry import ConvGeometry, OpArguments, make_geometry
+from dbp_kernels.planning.geometry import (
+    ConvGeometry,
+    GeometryError,
+    OpArguments,
+    make_geometry,
+)
 from dbp_kernels.precision import INPUT_DTYPES, computed_in_half, statistics_dtype, without_autocast
 from dbp_kernels.products.rows_times import rows_times, times
 from dbp_kernels.rules import UpdateRule
@@ -53,11 +58,15 @@ def check_tensors(**given: object) -> None:
             raise TypeError(f"{name} is a {type(x).__name__}: expected a Tensor")
 
 
+class DtypeError(TypeError, RuntimeError):
+    """A dtype that no operator takes. Torch's own convolutions raise RuntimeError for it."""
+
+
 def _check_floating(**tensors: Tensor) -> None:
     check_tensors(**tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in INPUT_DTYPES:
-            raise TypeError(
+            raise DtypeError(
                 f"{name} has dtype {tensor.dtype}: expected a floating-point dtype of 16 to 64 bits"
             )
         if tensor.layout != torch.strided:
@@ -77,7 +86,7 @@ def _check_R(R: Tensor, groups: int, dim: int) -> None:
 
 def _check_groups(groups: int, channels: int, where: str) -> None:
     if groups < 1 or channels % groups:
-        raise ValueError(
+        raise GeometryError(
             f"groups={groups}: expected a divisor of the {channels} channels of {where}"
         )
 
@@ -121,7 +130,7 @@ def geometry_of(input: Tensor, *geometry: Unpack[OpArguments]) -> ConvGeometry:
     return _cached_geometry(tuple(input.shape), *map(tuple, lists), groups)
 
 
-_cached_geometry = lru_cache(maxsize=4096, typed=True)(make_geometry)  # 1.0 is not 1
+_cached_geometry = lru_cache(maxsize=1024, typed=True)(make_geometry)  # 1.0 is not 1
 
 
 def patch_gram(input: Tensor, *geometry: Unpack[OpArguments]) -> Tensor:
@@ -202,7 +211,7 @@ def _patch_dim(input: Tensor, kernel_size: Sequence[int], groups: int) -> int:
     dims = len(kernel_size)
     _check_floating(input=input)
     if dims > 3 or (input.dim() != dims + 2 and dims) or input.dim() == 0:
-        raise ValueError(
+        raise GeometryError(
             f"input has shape {tuple(input.shape)} with kernel_size={list(kernel_size)}: expected "
             "(N, C, *spatial) with one entry of kernel_size for each of 1 to 3 spatial dimensions, "
             "or (..., D) with kernel_size=[]"

@@ -7,7 +7,6 @@ that only allocates and launches.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import wraps
@@ -17,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dbp_kernels.backends.rows import aligned, has_room
+from dbp_kernels.planning.kept import Store
 from dbp_kernels.precision import update_products
 
-# Of all functions together; the oldest goes first. One holds 10 KB of tables on the device for a
-# layer of a ResNet on average, 100 KB at most, and shares them with other layouts of its geometry.
-KEPT = 1024
+# Bytes of all functions together. One holds 10 KB of tables on the device for a layer of a ResNet on
+# average, 100 KB at most, and shares them with other layouts of its geometry.
+_MOST = 64 << 20
 
-_kept: dict[tuple[Any, ...], Any] = {}
+_kept: Store[Any] = Store(_MOST)
 _captured: set[Any] = set()
-_lock = threading.Lock()
 T = TypeVar("T")
 
 
@@ -44,23 +43,19 @@ def prepared(make: Callable[..., T]) -> Callable[..., T]:
         found = _kept.get(key)
         if found is None:
             with torch.cuda.device_of(x):
-                found = make(x, *arguments)
-            with _lock:
-                _kept[key] = found
-                while len(_kept) > KEPT:
-                    del _kept[next(iter(_kept))]
+                found = (make(x, *arguments),)
+            _kept.keep(key, found[0])
         # the replays of a CUDA graph read the same tables: they must never be freed
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            _captured.add(found)
-        return found
+            _captured.add(found[0])
+        return found[0]
 
     return kept
 
 
 def forget() -> None:
     """Works everything out anew: what stands in for the GPU has changed."""
-    with _lock:
-        _kept.clear()
+    _kept.clear()
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dbp_kernels.planning.boxes import Box
+from dbp_kernels.planning.kept import kept
 from dbp_kernels.planning.work import Work
 
 
@@ -61,7 +61,7 @@ def _box_row(box: Box) -> list[int]:
     return words
 
 
-@lru_cache(maxsize=128)
+@kept(mebibytes=32)
 def make_tables(work: Work, device: torch.device) -> Tables:
     """The tables on a device. Only the first call for a geometry copies them there.
 

@@ -1,6 +1,6 @@
 """The products that a convolution's second moment consists of, as integers: boxes of pixels.
 
-A *box* is one class of tap pairs and one segment per axis (see ``geometry.PairClass``): pixels that
+A *box* is one class of tap pairs and one segment per axis (see ``axis.PairClass``): pixels that
 contribute to exactly the same tap pairs. Its block is
 
     B[c, c'] = sum over images and pixels p of the box of  x(p)[c] * x(p + offset)[c']
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
-from dbp_kernels.planning.geometry import Axis, PairClass, Window
+from dbp_kernels.planning.axis import Axis, PairClass, Window
+from dbp_kernels.planning.kept import kept
 
 AXES = 3  # fewer spatial axes are preceded by axes of size 1
 
@@ -37,30 +38,30 @@ def canonical(classes: tuple[PairClass, ...]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class TapPair:
-    """Where an ordered pair of taps finds its product: one class and window for each axis.
+def self_inverse(classes: tuple[PairClass, ...]) -> bool:
+    """Whether a combination of classes equals its own transpose."""
+    return all(c.self_inverse for c in classes)
 
-    ``transposed``: the classes are those of the pair the other way round.
+
+def tap_pairs(
+    classes: tuple[PairClass, ...], strides: tuple[int, ...]
+) -> list[tuple[int, int, int]]:
+    """Every pair of taps of a combination of classes: (left tap, right tap, place of its window).
+
+    A tap's number is the sum of its axes' taps times ``strides``. The combinations of the classes'
+    windows are numbered in row-major order.
     """
+    found = [(0, 0, 0)]
+    for c, stride in zip(classes, strides):
+        count = c.window_count
+        own = [(i * stride, j * stride, w) for i, j, w in zip(c.left, c.right, c.window_of)]
+        found = [(k + i, m + j, p * count + w) for k, m, p in found for i, j, w in own]
+    return found
 
-    classes: tuple[PairClass, ...]
-    windows: tuple[int, ...]
-    transposed: bool = False
 
-
-def tap_pair(
-    axes: tuple[Axis, ...], left: tuple[int, ...], right: tuple[int, ...]
-) -> TapPair | None:
-    """That of two taps, in canonical classes; None where no position sees both."""
-    pairs = tuple(zip(left, right))
-    if any(pair not in axis.class_of for axis, pair in zip(axes, pairs)):
-        return None
-    classes = tuple(axis.class_of[pair] for axis, pair in zip(axes, pairs))
-    if not canonical(classes):
-        other = tap_pair(axes, right, left)
-        return other and replace(other, transposed=True)
-    return TapPair(classes, tuple(c.window_of[pair] for c, pair in zip(classes, pairs)))
+def row_major(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """By what an axis' tap is multiplied in the number of a tap of all axes."""
+    return tuple(math.prod(kernel[d + 1 :]) for d in range(len(kernel)))
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ def _box(
         start.append(c.phase_left + axis.stride * low)
         size.append(high - low)
         offset.append(c.phase_right - c.phase_left + axis.stride * c.shift)
-    symmetric = all(c.self_inverse for c in classes)
-    return Box(_triple(start), _triple(size), _triple(offset), symmetric)
+    return Box(_triple(start), _triple(size), _triple(offset), self_inverse(classes))
 
 
 def _triple(words: list[int]) -> Triple:
@@ -116,35 +116,40 @@ def _triple(words: list[int]) -> Triple:
     return z, y, x
 
 
-@lru_cache(maxsize=512)
+@kept(mebibytes=16)
 def shift_program(axes: tuple[Axis, ...]) -> Program:
     """The program of a convolution's axes."""
-    ids: dict[tuple[object, ...], int] = {}
+    kernel = tuple(axis.kernel for axis in axes)
+    taps, strides = math.prod(kernel), row_major(kernel)
     boxes: list[Box] = []
+    nothing = Source(STRAIGHT, ())
+    sources = [nothing] * taps**2
     for classes in itertools.product(*(a.pair_classes for a in axes)):
         if not canonical(classes):
             continue
-        for segments in itertools.product(*(c.segments for c in classes)):
-            ids[tuple(c.key for c in classes), segments] = len(boxes)
-            boxes.append(_box(axes, classes, segments))
+        segments = [c.segments for c in classes]
+        numbers = dict(zip(itertools.product(*segments), itertools.count(len(boxes))))
+        boxes += [_box(axes, classes, each) for each in numbers]
+        symmetric = self_inverse(classes)
+        covered = (_covered(c.windows, own) for c, own in zip(classes, segments))
+        by_place = [
+            tuple(numbers[each] for each in itertools.product(*by_axis))
+            for by_axis in itertools.product(*covered)
+        ]
+        straight = [Source(SYMMETRIC if symmetric else STRAIGHT, own) for own in by_place]
+        transposed = [Source(TRANSPOSED, own) for own in by_place]
+        for left, right, place in tap_pairs(classes, strides):
+            sources[left * taps + right] = straight[place]
+            if not symmetric:
+                sources[right * taps + left] = transposed[place]
+    return Program(taps, tuple(boxes), tuple(sources))
 
-    def source(left: tuple[int, ...], right: tuple[int, ...]) -> Source:
-        found = tap_pair(axes, left, right)
-        if found is None:
-            return Source(STRAIGHT, ())
-        covered = (
-            [s for s in c.segments if c.covers(window, s)]
-            for c, window in zip(found.classes, found.windows)
-        )
-        keys = tuple(c.key for c in found.classes)
-        kind = TRANSPOSED if found.transposed else STRAIGHT
-        if all(c.self_inverse for c in found.classes):
-            kind = SYMMETRIC
-        return Source(kind, tuple(ids[keys, s] for s in itertools.product(*covered)))
 
-    taps = list(itertools.product(*(range(a.kernel) for a in axes)))
-    sources = tuple(source(k, j) for k in taps for j in taps)
-    return Program(len(taps), tuple(boxes), sources)
+def _covered(windows: tuple[Window, ...], segments: tuple[Window, ...]) -> list[tuple[Window, ...]]:
+    """The segments of each window."""
+    first = {start: i for i, (start, _) in enumerate(segments)}
+    last = {stop: i for i, (_, stop) in enumerate(segments)}
+    return [segments[first[start] : last[stop] + 1] for start, stop in windows]
 
 
 @lru_cache(maxsize=512)

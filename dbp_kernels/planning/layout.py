@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dbp_kernels.planning.boxes import canonical, tap_pair
-from dbp_kernels.planning.geometry import Axis, ConvGeometry, PairClass, Window, cut
+from dbp_kernels.planning.axis import Axis, PairClass, Window
+from dbp_kernels.planning.boxes import canonical, row_major, self_inverse, tap_pairs
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.kept import kept
 
 # X^T X is computed in column panels, upper triangle only, where its side is worth cutting (p panels
 # need (p + 1) / 2p of the full product's operations) and its rows outweigh mirroring the result. Many
@@ -62,24 +66,9 @@ def images_per_chunk(
     return math.ceil(geometry.batch / math.ceil(geometry.batch / size))
 
 
-@lru_cache(maxsize=1024)
-def tap_windows(axis: Axis, phase: int) -> dict[int, Window]:
-    """Non-empty lattice windows of the taps that read ``phase``."""
-    windows = {}
-    for k in range(axis.kernel):
-        tap_phase, shift = axis.tap(k)
-        start, stop = axis.valid(k)
-        if tap_phase == phase and start < stop:
-            windows[k] = (start + shift, stop + shift)
-    return windows
-
-
 def wgrad_convolutions(geometry: ConvGeometry) -> int:
-    """How many weight-gradient convolutions ``self_wgrad`` runs."""
-    total = 1
-    for axis in geometry.axes:
-        total *= sum(len(cut(tap_windows(axis, p).values())) for p in axis.phases)
-    return total
+    """How many weight-gradient convolutions ``self_wgrad`` runs: one for each segment of each phase."""
+    return math.prod(axis.counts.self_segments for axis in geometry.axes)
 
 
 # --------------------------------------------------------------------------- the shift form
@@ -110,87 +99,84 @@ class Band:
     products: tuple[Product, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per geometry
 class ShiftProgram:
     """All products of a shift form, and where their blocks belong.
 
-    ``sources`` lists what S is made of: the ``blocks`` distinct blocks, then copies: the index of
-    the block to transpose, or None for zeros where no position sees both taps. ``source_of`` has the
-    index of the source for each pair of the shifted axes' taps, in row-major order.
+    S is made of ``blocks`` distinct blocks, of which the first ``symmetric`` ones equal their own
+    transposes, then of the transposes of the others, in the same order, then of a block of zeros, for
+    taps that no position sees both of. ``source_of`` (int32) has the number of one of these for each
+    pair of the shifted axes' taps, in row-major order.
     """
 
     bands: tuple[Band, ...]
     blocks: int
-    sources: tuple[int | None, ...]
-    source_of: tuple[int, ...]
+    symmetric: int
+    source_of: array[int]
+
+    @property
+    def sources(self) -> int:
+        """How many of these there are."""
+        return 2 * self.blocks - self.symmetric + 1
 
 
-def _covering(c: PairClass, segment: Window) -> Window:
-    """The range of the class's windows that contain a segment."""
-    # windows move one way from tap to tap: those around a segment follow each other
-    indices = [i for i in range(len(c.windows)) if c.covers(i, segment)]
-    return indices[0], indices[-1] + 1
+def _covering(c: PairClass) -> dict[Window, Window]:
+    """The class's segments, the longest one first, each with the range of windows that contain it."""
+    windows, segments = c.windows, c.segments
+    starts, stops = [start for start, _ in windows], [stop for _, stop in windows]
+    # the interior that (nearly) all windows share
+    main = max(segments, key=lambda segment: segment[1] - segment[0])
+    return {
+        (a, b): (bisect_left(stops, b), bisect_right(starts, a))
+        for a, b in sorted(segments, key=lambda segment: segment != main)
+    }
 
 
-def _main_first(c: PairClass) -> list[Window]:
-    return sorted(c.segments, key=lambda segment: segment != c.main)
-
-
-@lru_cache(maxsize=512)
+@kept(mebibytes=16)
 def make_program(axes: tuple[Axis, ...]) -> ShiftProgram:
-    """The program for the shifted axes, the row axis first. Integers only, cached."""
+    """The program for the shifted axes, the row axis first. Integers only."""
     row_axis, *inner_axes = axes
-    first_blocks: dict[tuple[tuple[int, int, int], ...], int] = {}
-    blocks = 0
-
-    def first_block(classes: tuple[PairClass, ...]) -> int:
-        nonlocal blocks
-        key = tuple(c.key for c in classes)
-        if key not in first_blocks:
-            first_blocks[key] = blocks
-            blocks += math.prod(len(c.windows) for c in classes)
-        return first_blocks[key]
+    rows = row_axis.pair_classes
+    # shifts d and -d in turn: they share the columns that are copied out
+    inners = [sorted(a.pair_classes, key=lambda c: abs(c.shift)) for a in inner_axes]
+    covering = {c: _covering(c) for classes in (rows, *inners) for c in classes}
+    combinations = [each for each in itertools.product(*inners, rows) if canonical(each)]
+    combinations.sort(key=lambda classes: not self_inverse(classes))
+    first_block: dict[tuple[PairClass, ...], int] = {}
+    blocks = symmetric = 0
+    for classes in combinations:
+        first_block[classes] = blocks
+        blocks += math.prod(c.window_count for c in classes)
+        if self_inverse(classes):
+            symmetric = blocks
 
     bands = []
-    # shifts d and -d in turn: they share the columns that are copied out
-    by_shift = (sorted(a.pair_classes, key=lambda c: abs(c.shift)) for a in inner_axes)
-    for inner in itertools.product(*by_shift):
-        row_classes = [r for r in row_axis.pair_classes if canonical((*inner, r))]
-        if not row_classes:
+    for inner in itertools.product(*inners):
+        row_blocks = [(row, first_block.get((*inner, row))) for row in rows]
+        if all(block is None for _, block in row_blocks):
             continue
-        mains = tuple(c.main for c in inner)
-        for segments in itertools.product(*map(_main_first, inner)):
-            covering = [_covering(c, s) for c, s in zip(inner, segments)]
-            products = []
-            for row in row_classes:
-                classes = (*inner, row)
-                block, counts = first_block(classes), tuple(len(c.windows) for c in classes)
-                for segment in _main_first(row):
-                    covered = (*covering, _covering(row, segment))
-                    products.append(Product(row, segment, block, counts, covered))
-            bands.append(Band(inner, segments, segments == mains, tuple(products)))
+        counts = tuple(c.window_count for c in inner)
+        mains = tuple(next(iter(covering[c])) for c in inner)
+        for segments in itertools.product(*(covering[c] for c in inner)):
+            covered = tuple(covering[c][segment] for c, segment in zip(inner, segments))
+            products = tuple(
+                Product(row, segment, block, (*counts, row.window_count), (*covered, windows))
+                for row, block in row_blocks
+                if block is not None
+                for segment, windows in covering[row].items()
+            )
+            bands.append(Band(inner, segments, segments == mains, products))
 
-    taps = list(itertools.product(*(range(a.kernel) for a in axes)))
-    sources: dict[int | tuple[int, str] | None, int] = {b: b for b in range(blocks)}
-
-    def source(left: tuple[int, ...], right: tuple[int, ...]) -> int | tuple[int, str] | None:
-        found = tap_pair((*inner_axes, row_axis), left[1:] + left[:1], right[1:] + right[:1])
-        if found is None:
-            return None
-        place = 0
-        for c, window in zip(found.classes, found.windows):
-            place = place * len(c.windows) + window
-        block = first_block(found.classes) + place
-        return (block, "transposed") if found.transposed else block
-
-    source_of = tuple(sources.setdefault(source(i, j), len(sources)) for i in taps for j in taps)
-    listed = tuple(key[0] if isinstance(key, tuple) else key for key in sources)
-    return ShiftProgram(tuple(bands), blocks, listed, source_of)
-
-
-def _reach(axis: Axis) -> int:
-    """The largest shift between two taps that see a pixel each."""
-    return max((abs(c.shift) for c in axis.pair_classes), default=0)
+    kernel = tuple(axis.kernel for axis in axes)
+    taps, (row_stride, *strides) = math.prod(kernel), row_major(kernel)
+    nothing = 2 * blocks - symmetric
+    source_of = array("i", [nothing]) * taps**2
+    for classes, block in first_block.items():
+        for left, right, place in tap_pairs(classes, (*strides, row_stride)):
+            source_of[left * taps + right] = block + place
+            if block >= symmetric:
+                source_of[right * taps + left] = blocks - symmetric + block + place
+    return ShiftProgram(tuple(bands), blocks, symmetric, source_of)
 
 
 def _columns(axis: Axis) -> int:
@@ -221,24 +207,25 @@ class ShiftLayout:
     copies: int
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def shift_layout(geometry: ConvGeometry, unfolded: tuple[bool, ...]) -> ShiftLayout:
     """The layout for a geometry with the given axes unfolded, at least one of them not."""
     shifted = tuple(a for a, u in zip(geometry.axes, unfolded) if not u)
     flat = [a for a, u in zip(geometry.axes, unfolded) if u]
     side = geometry.group_channels * math.prod(a.kernel for a in flat)
     outer = geometry.batch * math.prod(a.output for a in flat) * _columns(shifted[0])
-    inner = shifted[1:]
-    bare = tuple(_columns(a) for a in inner)
-    padded = tuple(_columns(a) + _reach(a) for a in inner)
+    counts = [a.counts for a in shifted]
+    bare = tuple(_columns(a) for a in shifted[1:])
+    reach = [c.reach for c in counts[1:]]
+    padded = tuple(columns + r for columns, r in zip(bare, reach))
     # a product at shift d has d columns fewer than the map
-    exact = math.prod(max(1.0, w - _reach(a) / 2) for a, w in zip(inner, bare))
-    products = math.prod(len(a.pair_classes) for a in shifted) / 2
-    copies = math.prod(len(a.pair_classes) for a in inner)  # two, shared by d and -d
+    exact = math.prod(max(1.0, columns - r / 2) for columns, r in zip(bare, reach))
+    products = math.prod(c.classes for c in counts) / 2
+    copies = math.prod(c.classes for c in counts[1:])  # two, shared by d and -d
     wasted = 2 * products * side * (1 - exact / max(1, math.prod(padded)))
-    zero_columns = not inner or wasted < _OPERATIONS_PER_COPY * copies
+    zero_columns = not bare or wasted < _OPERATIONS_PER_COPY * copies
     widths = padded if zero_columns else bare
-    phases = math.prod(len(a.phases) for a in shifted)
+    phases = math.prod(a.phase_count for a in shifted)
     elements = phases * outer * math.prod(widths) * side * geometry.groups
     return ShiftLayout(
         shifted=shifted,

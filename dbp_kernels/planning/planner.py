@@ -17,7 +17,7 @@ from functools import lru_cache
 from dbp_kernels.planning.calibration import Machine, calibration, cost_at
 from dbp_kernels.planning.calibration import machine as machine
 from dbp_kernels.planning.choice import KERNEL_BACKENDS, PLANS, PRECISIONS, Choice
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.layout import (
     ONEDNN_WORTH,
     WGRAD_POSITIONS,
@@ -27,20 +27,6 @@ from dbp_kernels.planning.layout import (
     wgrad_convolutions,
 )
 from dbp_kernels.planning.work import MAX_PIXELS
-
-
-@lru_cache(maxsize=4096)
-def _axis_counts(axis: Axis) -> tuple[int, int, int, int, int]:
-    """Per axis: classes, self-inverse classes, segments of each, distinct windows."""
-    classes = axis.pair_classes
-    self_inverse = [c for c in classes if c.self_inverse]
-    return (
-        len(classes),
-        len(self_inverse),
-        sum(len(c.segments) for c in classes),
-        sum(len(c.segments) for c in self_inverse),
-        sum(len(c.windows) for c in classes),
-    )
 
 
 def _half(per_axis: list[int], self_inverse: list[int]) -> float:
@@ -92,10 +78,10 @@ def _shift_cost(
     geometry: ConvGeometry, unfolded: tuple[bool, ...], m: Machine, size: int, device_type: str
 ) -> Choice:
     layout = shift_layout(geometry, unfolded)
-    counts = [_axis_counts(a) for a in layout.shifted]
-    classes, self_inverse, segments, self_segments, windows = (list(c) for c in zip(*counts))
+    counts = [a.counts for a in layout.shifted]
+    self_inverse = [c.self_classes for c in counts]
     block = geometry.groups * layout.side**2
-    flop = 2.0 * _half(classes, self_inverse) * block * layout.rows
+    flop = 2.0 * _half([c.classes for c in counts], self_inverse) * block * layout.rows
     elements = geometry.input_numel * layout.expansion
     kind = _copy_kind(unfolded)
     result = geometry.groups * geometry.dim**2
@@ -104,9 +90,11 @@ def _shift_cost(
     seconds += _copying(elements, _pack_cost(geometry, kind, m, size, elements / parts), size)
     seconds += _copying(result, m.assemble[kind] + _fresh(result, m, size), size)
     # columns copied out, blocks added to
-    moved = 2 * layout.copies * elements + 4 * _half(windows, self_inverse) * block
+    blocks = _half([c.windows for c in counts], self_inverse)
+    moved = 2 * layout.copies * elements + 4 * blocks * block
     seconds += size * moved / m.bytes_per_second()
-    seconds += _half(segments, self_segments) * parts * m.product_call + m.shift_call
+    products = _half([c.segments for c in counts], [c.self_segments for c in counts])
+    seconds += products * parts * m.product_call + m.shift_call
     return Choice("shift", flop / 1e9, seconds, unfolded)
 
 
@@ -120,14 +108,16 @@ _WGRAD_TAPS = 25  # of the weights whose gradients calibrations time
 
 def _self_wgrad_cost(geometry: ConvGeometry, m: Machine, size: int) -> Choice:
     taps = math.prod(2 * a.kernel - 1 for a in geometry.axes)
-    phases = math.prod(len(a.phases) for a in geometry.axes)
+    phases = math.prod(a.phase_count for a in geometry.axes)
     lattice = geometry.input_numel / geometry.channels / math.prod(a.stride for a in geometry.axes)
     flop = 2.0 * phases * lattice * geometry.channels * geometry.group_channels * taps
     segments = wgrad_convolutions(geometry)
     pieces = segments + phases * geometry.samples / WGRAD_POSITIONS
     # a weight gradient is some calls' worth of set-up
     calls = 30 * pieces + 3 * geometry.taps * segments / phases
-    moved = size * (4 * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
+    # the input has zeros around it, as far as its taps are apart
+    padded = math.prod((a.size + 2 * (a.span - 1)) / a.size for a in geometry.axes)
+    moved = size * ((3 + padded) * geometry.input_numel + 2 * geometry.groups * geometry.dim**2)
     # rates are of 5x5 weights; libraries' larger ones are several times slower by the operation
     seconds = flop / m.wgrad_rate(geometry.group_channels) * max(1.0, taps / _WGRAD_TAPS)
     weights = geometry.channels * geometry.group_channels * taps
@@ -195,18 +185,11 @@ def _kernel_shift_cost(
     """Products of boxes of pixels: no mask at borders, only the upper tiles of a shift of zero."""
     sm90 = name == "cuda_sm90"
     side, count = _tiles(geometry.group_channels, *((64, 64) if sm90 else ()))
-    pixels, self_pixels = [], []
-    for axis in geometry.axes:
-        lengths = [
-            (sum(stop - start for start, stop in c.segments), c.self_inverse)
-            for c in axis.pair_classes
-        ]
-        pixels.append(sum(n for n, _ in lengths))
-        self_pixels.append(sum(n for n, self_inverse in lengths if self_inverse))
+    counts = [axis.counts for axis in geometry.axes]
+    pixels, self_pixels = [c.pixels for c in counts], [c.self_pixels for c in counts]
     products = (math.prod(pixels) + math.prod(self_pixels) / count) / 2
     flop = 2.0 * geometry.groups * side**2 * geometry.batch * products
-    counts = [_axis_counts(axis) for axis in geometry.axes]
-    boxes = _half([c[2] for c in counts], [c[3] for c in counts])
+    boxes = _half([c.segments for c in counts], [c.self_segments for c in counts])
     block = geometry.groups * side**2
     moved: float = 3 * _operand_size(size, precision) * geometry.input_numel
     moved += 2 * size * geometry.groups * geometry.dim**2
@@ -231,9 +214,10 @@ def _kernel_direct_cost(
 
 
 def _numbered(geometry: ConvGeometry) -> bool:
-    """Whether kernels can number the pixels and the patches, which they do in 32 bits."""
+    """Whether kernels can number pixels and patches, and say where they are, all in 32 bits."""
     pixels = geometry.input_numel // max(1, geometry.channels)
-    return max(pixels, geometry.samples) <= MAX_PIXELS
+    places = (max(a.size + 2 * a.padding, a.stride) for a in geometry.axes)
+    return max(pixels, geometry.samples, *places) <= MAX_PIXELS
 
 
 def _sm90_cost(geometry: ConvGeometry, m: Machine, size: int, name: str, precision: str) -> Choice:
@@ -279,7 +263,7 @@ def reads_rows(algorithm: str, geometry: ConvGeometry) -> bool:
     return kernels is not None and (geometry.pointwise or not kernels.gathers)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def gram_choices(
     geometry: ConvGeometry,
     device_type: str = "cpu",
@@ -297,7 +281,8 @@ def gram_choices(
     """
     m = machine(device_type, precision, itemsize)
     choices = [_unfold_cost(geometry, m, itemsize, device_type, precision)]
-    if not geometry.pointwise:
+    countable = all(axis.countable for axis in geometry.axes)
+    if countable and not geometry.pointwise:
         for unfolded in itertools.product((False, True), repeat=len(geometry.axes)):
             if not all(unfolded):
                 choices.append(_shift_cost(geometry, unfolded, m, itemsize, device_type))
@@ -307,7 +292,9 @@ def gram_choices(
         choices += [
             kernels.cost(geometry, m, itemsize, name, precision)
             for name, kernels in _KERNELS.items()
-            if name.partition("_")[0] == backend and kernels.cover(geometry, precision, sm90)
+            if name.partition("_")[0] == backend
+            and kernels.cover(geometry, precision, sm90)
+            and (countable or kernels.gathers)
         ]
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
@@ -320,7 +307,7 @@ def _dense_rate(m: Machine, side: int, dim: int, groups: int, blas: bool = False
     return m.narrow_rate(side, blas) if narrow else m.product_rate(side, groups)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def update_choices(
     geometry: ConvGeometry,
     device_type: str = "cpu",
@@ -377,7 +364,7 @@ def update_choices(
     return tuple(sorted(choices, key=lambda c: c.seconds))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def stats_choices(
     geometry: ConvGeometry,
     device_type: str = "cpu",

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from dbp_kernels.planning.boxes import Program, shift_program
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.kept import kept
 
 # In steps of block_k pixels: what an item costs beside its steps, and how short a part may be. The
 # partial tile is written here and read again by the reduction.
@@ -148,7 +149,7 @@ def _split(
     return best or _cut(pixels, max(pixels, default=1), block_k)
 
 
-@lru_cache(maxsize=128)
+@kept(mebibytes=32)
 def make_work(
     program: Program,
     batch: int,

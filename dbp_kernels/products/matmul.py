@@ -111,5 +111,11 @@ def mirror(out: Tensor, count: int) -> None:
             out[:, start:stop, left:right] = out[:, left:right, start:stop].mT
 
 
+def divide_upper(out: Tensor, count: int, n: int) -> None:
+    """Divides by n the panels of out (G, D, D) that an ``upper_product`` writes."""
+    for start, stop in _edges(out.shape[-1], count):
+        out[:, :stop, start:stop].div_(n)
+
+
 def _edges(dim: int, count: int) -> list[tuple[int, int]]:
     return list(pairwise(dim * i // count for i in range(count + 1)))

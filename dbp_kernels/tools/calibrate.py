@@ -327,7 +327,7 @@ def _assembling(meter: Meter, channels: int, size: int, kind: tuple[bool, bool])
     _, geometry = _map(meter, 1, channels, size)
     layout = shift_layout(geometry, kind)
     program = make_program(layout.shifted)
-    sources = meter.random(len(program.sources), 1, layout.side, layout.side)
+    sources = meter.random(program.sources, 1, layout.side, layout.side)
     seconds = meter.seconds(lambda: shift._assemble(sources, program, geometry, kind))
     return 1e9 * seconds / geometry.dim**2
 

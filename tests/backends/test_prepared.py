@@ -12,12 +12,13 @@ from dbp_kernels import precision
 from dbp_kernels.backends import prepared
 from dbp_kernels.backends.cuda import library
 from dbp_kernels.backends.triton import runtime
+from dbp_kernels.planning.kept import Store
 
 
 @pytest.fixture
 def made(monkeypatch):
     """A prepared function and the list of what it was called with; a cache of its own."""
-    monkeypatch.setattr(prepared, "_kept", {})
+    monkeypatch.setattr(prepared, "_kept", Store(1 << 20))
     monkeypatch.setattr(prepared, "_captured", set())
     calls = []
 
@@ -67,15 +68,22 @@ def test_everything_that_decides_tells_inputs_apart(made):
     assert len(found) == len(calls) == len(alike) + 4
 
 
-def test_the_number_of_them_is_bounded_and_the_oldest_goes(made, monkeypatch):
-    make, calls = made
-    monkeypatch.setattr(prepared, "KEPT", 3)
+def test_their_bytes_are_bounded_and_the_least_recently_used_goes(monkeypatch):
+    monkeypatch.setattr(prepared, "_kept", Store(10_000))
+    calls = []
+
+    @prepared.prepared
+    def table(x, n):
+        calls.append(n)
+        return torch.zeros(3000, dtype=torch.uint8)
+
     x = images()
-    last = [make(x, n) for n in range(5)][-1]
-    assert len(prepared._kept) == 3
-    assert make(x, 4) is last
-    make(x, 0)
-    assert len(calls) == 6
+    for n in (0, 1, 0, 2, 3):
+        table(x, n)
+    assert len(prepared._kept) == 2
+    assert prepared._kept.nbytes <= 10_000
+    table(x, 2)
+    assert calls == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,8 @@ def test_tables_that_a_graph_has_captured_are_never_freed(made, monkeypatch):
 
 def test_many_threads(made, monkeypatch):
     make, _ = made
-    monkeypatch.setattr(prepared, "KEPT", 8)
+    store = Store(8_000)
+    monkeypatch.setattr(prepared, "_kept", store)
     x, errors = images(), []
 
     def work(seed):
@@ -142,4 +151,5 @@ def test_many_threads(made, monkeypatch):
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(prepared._kept) == 8
+    assert 0 < len(store) < 23
+    assert store.nbytes <= 8_000

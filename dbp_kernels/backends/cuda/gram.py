@@ -37,7 +37,7 @@ _COST = {128: 1.0, 64: 1.25, 32: 2.0, 16: 4.0}
 _RESIDENT = 2
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def choose_block(channels: int, group_channels: int, blocks: tuple[int, ...]) -> int:
     """The tile that wastes least."""
 

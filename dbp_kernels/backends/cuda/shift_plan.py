@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dbp_kernels.planning.boxes import AXES, Box, Program, shift_program
 from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.kept import kept
 from dbp_kernels.planning.work import MAX_PIXELS, Work, make_work
 
 BLOCKS = (16, 32, 64)
@@ -112,7 +112,7 @@ def _spread(count: int, bins: int) -> list[int]:
     return [count // bins + (b < count % bins) for b in range(bins)]
 
 
-@lru_cache(maxsize=512)
+@kept(mebibytes=32)
 def shift_plan(
     geometry: ConvGeometry,
     block: int,
@@ -225,7 +225,7 @@ class ShiftTables:
     masks: Tensor
 
 
-@lru_cache(maxsize=256)
+@kept(mebibytes=32)
 def make_shift_tables(plan: ShiftPlan, device: torch.device) -> ShiftTables:
     """The tables on a device. The first call for a plan copies them there, later ones do not."""
 

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad
 
-from dbp_kernels.planning.geometry import ConvGeometry, Window, cut
-from dbp_kernels.planning.layout import WGRAD_POSITIONS, tap_windows
+from dbp_kernels.planning.axis import Window, cut
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.layout import WGRAD_POSITIONS
 from dbp_kernels.precision import convolutions_as_matmul, statistics_dtype
 
 _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
@@ -40,14 +41,14 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
     weight_size = _weight_size(geometry)
     out = x.new_zeros(g, cg, *geometry.kernel_size, cg, *geometry.kernel_size)
     for phases in itertools.product(*(a.phases for a in axes)):
-        windows = [tap_windows(a, p) for a, p in zip(axes, phases)]
-        segments = [cut(w.values()) for w in windows]
+        windows = [a.own_windows(p) for a, p in zip(axes, phases)]
+        segments = [cut(window for _, window in w) for w in windows]
         for box in itertools.product(*segments):
             with convolutions_as_matmul(x):
                 blocks = _segment(x, padded, geometry, phases, box)
             blocks = blocks.view(g, cg, *weight_size[1:])
             covering = [
-                [k for k, (lo, hi) in w.items() if lo <= start and stop <= hi]
+                [k for k, (low, high) in w if low <= start and stop <= high]
                 for w, (start, stop) in zip(windows, box)
             ]
             for taps in itertools.product(*covering):
@@ -58,7 +59,7 @@ def patch_gram_self_wgrad(x: Tensor, geometry: ConvGeometry) -> Tensor:
                 place: tuple[slice | int, ...] = (slice(None), slice(None), *taps)
                 shared: tuple[EllipsisType | slice, ...] = (..., *differences)
                 out[place] += blocks[shared]
-    return out.view(g, geometry.dim, geometry.dim).mul_(1 / geometry.samples)
+    return out.view(g, geometry.dim, geometry.dim).div_(geometry.samples)
 
 
 def _weight_size(geometry: ConvGeometry) -> tuple[int, ...]:

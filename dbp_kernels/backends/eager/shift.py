@@ -26,13 +26,14 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dbp_kernels.backends.eager.unfold import channels_first, chunks, windows
-from dbp_kernels.planning.geometry import ConvGeometry, PairClass, Window
+from dbp_kernels.planning.axis import Window
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.kept import kept
 from dbp_kernels.planning.layout import (
     Band,
     Product,
@@ -106,15 +107,14 @@ def pack(
 
 
 @contextmanager
-def _only_main(buffers: dict[Phases, Tensor], classes: tuple[PairClass, ...]) -> Iterator[None]:
-    """Zeroes the columns outside the classes' main segments, and restores them afterwards.
+def _only_main(buffers: dict[Phases, Tensor], band: Band) -> Iterator[None]:
+    """Zeroes the columns outside a main band's segments, and restores them afterwards.
 
     Where both operands have the same phase, a column below the window is zeroed for both: as a right
     operand it belongs to a pair whose left column lies further below, which is excluded anyway.
     """
     saved: list[tuple[Tensor, Tensor]] = []
-    for axis, c in enumerate(classes, start=1):
-        start, stop = c.main
+    for axis, (c, (start, stop)) in enumerate(zip(band.inner, band.segments), start=1):
         if c.phase_left == c.phase_right:
             start, stop = min(start, start + c.shift), max(stop, stop + c.shift)
         for phases, buffer in buffers.items():
@@ -213,7 +213,7 @@ def _operands(
     for band in program.bands:
         sides = _operand(band, False), _operand(band, True)
         if band.main and layout.zero_columns:
-            with _only_main(buffers, band.inner):
+            with _only_main(buffers, band):
                 yield from _main_operands(band, sides, rows, layout.widths, images)
         else:
             copies = _copy_columns(sides, buffers, copies)
@@ -268,7 +268,7 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
     g, dtype = geometry.groups, statistics_dtype(x.dtype)
     if not program.blocks:  # every tap reads padding at every position
         return torch.zeros(g, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
-    shape = (len(program.sources), g, layout.side, layout.side)
+    shape = (program.sources, g, layout.side, layout.side)
     sources = torch.empty(shape, dtype=dtype, device=x.device)
     blocks = _Blocks(sources[: program.blocks])
     for part, part_geometry in chunks(x, geometry, layout.expansion, 2):
@@ -283,20 +283,17 @@ def patch_gram_shift(x: Tensor, geometry: ConvGeometry, unfolded: tuple[bool, ..
                 product(X, Y, out, accumulate)
             blocks.spread(p)
         del buffers, X, Y
-    blocks.tensor.mul_(1 / geometry.samples)
-    for index, source in enumerate(program.sources[program.blocks :], start=program.blocks):
-        if source is None:
-            sources[index].zero_()
-        else:
-            sources[index].copy_(sources[source].mT)
+    blocks.tensor.div_(geometry.samples)
+    sources[program.blocks : -1].copy_(blocks.tensor[program.symmetric :].mT)
+    sources[-1].zero_()
     return _assemble(sources, program, geometry, unfolded)
 
 
-@lru_cache(maxsize=512)
-def _source_index(source_of: tuple[int, ...], device: torch.device) -> Tensor:
+@kept(mebibytes=16)
+def _source_index(program: ShiftProgram, device: torch.device) -> Tensor:
     # kept: on a GPU making it anew would wait for the device at every call
     with torch.inference_mode(False):
-        return torch.tensor(source_of, device=device)
+        return torch.frombuffer(program.source_of, dtype=torch.int32).to(device)
 
 
 def _assemble(
@@ -305,7 +302,7 @@ def _assemble(
     """S (groups, D, D) from the blocks for each pair of shifted taps, some channels at a time."""
     g, cg, kernel = geometry.groups, geometry.group_channels, geometry.kernel_size
     out = torch.empty(g, cg, *kernel, cg, *kernel, dtype=sources.dtype, device=sources.device)
-    index = _source_index(program.source_of, sources.device)
+    index = _source_index(program, sources.device)
     dims = len(kernel)
     shifted, flat = ([d for d in range(dims) if unfolded[d] is u] for u in (False, True))
     shifted_kernel, flat_kernel = [kernel[d] for d in shifted], [kernel[d] for d in flat]

@@ -9,10 +9,13 @@ from torch import Tensor
 from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.layout import images_per_chunk, panels
 from dbp_kernels.precision import product_dtype, statistics_dtype
-from dbp_kernels.products.matmul import mirror, upper_product
+from dbp_kernels.products.matmul import divide_upper, mirror, upper_product
 
 # Patches per image from which on one product per image beats packing all images into rows.
 _MANY = 512
+# Strided patches are copied in runs of taps from so many in a run on; the product with what lies in
+# memory like that is slower where patches are longer than this.
+_RUN, _LONG_PATCH = 16, 512
 
 
 def windows(x: Tensor, geometry: ConvGeometry, axes: tuple[int, ...]) -> Tensor:
@@ -62,11 +65,18 @@ def rows(x: Tensor, geometry: ConvGeometry, dtype: torch.dtype | None = None) ->
     z = windows(x, geometry, tuple(range(dims)))
     z = z.unflatten(1, (g, geometry.group_channels))
     z = z.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    if x.is_cuda:
+    if x.is_cuda or _in_runs(x, geometry):
         out = torch.empty(z.shape, dtype=dtype, device=x.device)
     else:
         out = channels_first(list(z.shape), 2 + dims, dtype, x.device)
     return out.copy_(z).flatten(2 + dims).flatten(1, -2)
+
+
+def _in_runs(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether copying runs of taps beats copying runs of pixels, of which a stride leaves none."""
+    last = geometry.axes[-1]
+    taps = last.kernel if last.dilation == 1 and x.stride(-1) == 1 else 1
+    return last.stride > 1 and taps >= _RUN and geometry.dim <= _LONG_PATCH
 
 
 def chunks(
@@ -74,17 +84,24 @@ def chunks(
 ) -> list[tuple[Tensor, ConvGeometry]]:
     """x split over images, as many at a time as ``images_per_chunk`` says."""
     size = images_per_chunk(geometry, expansion, inputs, x.device.type)
+    if size >= geometry.batch:
+        return [(x, geometry)]
     return [(part, geometry.with_batch(part.shape[0])) for part in x.split(size)]
 
 
 def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
     """S (groups, D, D) by im2col and a symmetric product; see ``ops.patch_gram``."""
     dtype = statistics_dtype(x.dtype)
-    count, mean = panels(geometry.dim, geometry.samples, x.is_cuda), 1 / geometry.samples
-    few = geometry.groups == 1 and geometry.samples <= geometry.dim
+    n = geometry.samples
+    count = panels(geometry.dim, n, x.is_cuda)
+    # libraries scale an operand, not the sum: exact where n is a power of two, and so quicker
+    exact = n & (n - 1) == 0
+    mean = 1 / n if exact else 1.0
+    few = geometry.groups == 1 and n <= geometry.dim
     if few and not geometry.axes and count == 1 and x.dtype == dtype:
         Z = x.reshape(-1, geometry.dim)  # one call: a small linear layer notices every other
-        return torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
+        S = torch.addmm(Z.new_empty(()), Z.T, Z, beta=0, alpha=mean).unsqueeze(0)
+        return S if exact else S.div_(n)
     out = torch.empty(geometry.groups, geometry.dim, geometry.dim, dtype=dtype, device=x.device)
     many_pixels = len(geometry.axes) and geometry.positions >= max(_MANY, 4 * geometry.dim)
     if geometry.pointwise and many_pixels and not (x.is_cuda or geometry.strided):
@@ -96,6 +113,9 @@ def patch_gram_unfold(x: Tensor, geometry: ConvGeometry) -> Tensor:
         for i, (part, g) in enumerate(chunks(x, geometry, geometry.expansion, 1)):
             Z = rows(part, g, product_dtype(x))
             upper_product(Z, Z, out, i > 0, count, mean)
+            del Z  # the next part takes the same memory
+    if not exact:
+        divide_upper(out, count, n)
     mirror(out, count)
     return out
 

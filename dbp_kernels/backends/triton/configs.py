@@ -81,7 +81,7 @@ def _measured(
     return _nearest(kernel, precision, tuple(sorted(sizes.items())), name, runtime.target(device))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _nearest(
     kernel: str, precision: str, sizes: tuple[tuple[str, int], ...], name: str, target: int
 ) -> dict[str, Any] | None:

@@ -25,8 +25,9 @@ from dbp_kernels.backends.triton.dot import dot
 from dbp_kernels.backends.triton.im2col import STRIDES, columns, im2col, patches, pixels
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.planning.axis import Axis
 from dbp_kernels.planning.boxes import direct_program
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.work import make_work, tile_pairs
 
 
@@ -84,7 +85,7 @@ def sizes(geometry: ConvGeometry) -> dict[str, int]:
     return {"dim": geometry.dim, "groups": geometry.groups, "samples": geometry.samples}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def choose(groups: int, dim: int, precision: str, target: int) -> Config:
     """The configuration whose tiles waste least."""
 

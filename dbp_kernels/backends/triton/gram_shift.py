@@ -135,7 +135,7 @@ def sizes(geometry: ConvGeometry) -> dict[str, int]:
     return {"group_channels": geometry.group_channels, "groups": geometry.groups, "pixels": pixels}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def choose(channels: int, group_channels: int, precision: str, target: int) -> Config:
     """The configuration whose tiles waste least."""
 

@@ -31,8 +31,10 @@ from dbp_kernels.backends.triton.gram_shift import divide, programs, sizes
 from dbp_kernels.backends.triton.pack import pack_into
 from dbp_kernels.backends.triton.reduce import reduction
 from dbp_kernels.backends.triton.runtime import KernelCase, Launch
+from dbp_kernels.planning.axis import Axis
 from dbp_kernels.planning.boxes import AXES, Box
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
+from dbp_kernels.planning.kept import kept
 from dbp_kernels.planning.work import MAX_PIXELS, Work, shift_work, tile_pairs
 
 KERNEL = "gram_shift_tma"
@@ -179,7 +181,7 @@ def _run_words(box: Box, rows: Layout, block_k: int) -> list[int]:
     ]
 
 
-@lru_cache(maxsize=128)
+@kept(mebibytes=32)
 def _run_table(work: Work, rows: Layout, block_k: int, device: torch.device) -> Tensor:
     words = [_run_words(box, rows, block_k) for box in work.program.boxes]
     with torch.inference_mode(False):
@@ -198,7 +200,7 @@ def usable(x: Tensor, geometry: ConvGeometry) -> bool:
     return tma and x.dtype.itemsize == 2 and layout(geometry).rows <= MAX_PIXELS
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def choose(channels: int, group_channels: int, target: int) -> Config:
     """The largest tile, unless channels leave more than half of it empty."""
     large, *others = configs(KERNEL, "bf16", target)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dbp_kernels.backends.tables import reciprocal
 from dbp_kernels.backends.triton.gram_shift import divide
+from dbp_kernels.planning.axis import Axis
 from dbp_kernels.planning.boxes import AXES as MAX_AXES
-from dbp_kernels.planning.geometry import Axis, ConvGeometry
+from dbp_kernels.planning.geometry import ConvGeometry
 from dbp_kernels.planning.work import MAX_PIXELS
 
 MAX_INT = 2**31 - 1
