@@ -21,14 +21,14 @@ from experiments import parallel
 class Foof:
     """Preconditions gradients when the optimiser steps; made after ``dbp.attach``, if that is used.
 
-    S is a running average of ``dbp.patch_gram`` of the first images of every ``every``-th batch.
-    Under DBP the layer's input is x = R z, and R S R^T takes the place of S.
+    S is an average of ``dbp.patch_gram`` of the first images of every ``every``-th batch: a running
+    one, but a plain mean until that has seen enough, or the first batch would count for too long. Under DBP the layer's input is x = R z, and R S R^T takes the place of S.
 
     Args:
         model: its layers of the kinds that ``dbp.register`` knows are preconditioned.
         optimizer: of its weights.
         damping: added to S's diagonal, in its unit (the square of an input's).
-        decay: of the running average.
+        decay: of the running average: it sees 1 / (1 - decay) batches.
         every: steps from one S, and one inverse, to the next.
         sample: images for S, as for ``dbp.attach``.
         decor: what ``dbp.attach`` has returned.
@@ -43,7 +43,7 @@ class Foof:
         damping: float = 1e-2,
         decay: float = 0.95,
         every: int = 10,
-        sample: float | int = 0.1,
+        sample: float | int = 1.0,
         decor: dbp.Attached | None = None,
     ) -> None:
         for name, ok, expected in (
@@ -85,11 +85,12 @@ class Foof:
 
     @torch.no_grad()
     def _precondition(self, *_: Any) -> None:
+        share = max(1 - self.decay, 1 / (self.steps // self.every + 1))
         for name, (module, patches) in self.layers.items():
             weight = module._parameters[patches.weight]
             if name in self.fresh:
                 S = parallel.mean(self.fresh.pop(name))
-                self.S[name] = self.S[name].lerp(S, 1 - self.decay) if name in self.S else S
+                self.S[name] = self.S[name].lerp(S, share) if name in self.S else S
                 self.inverses[name] = self._inverse(name)
             if weight is None or weight.grad is None or name not in self.inverses:
                 continue

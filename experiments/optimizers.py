@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "adamw_lr": 1e-3,
         "adamw_weight_decay": 0.0,
     },
-    "foof": {"base": "sgd", "damping": 1e-2, "decay": 0.95, "every": 10, "sample": 0.1},
+    "foof": {"base": "sgd", "damping": 1e-2, "decay": 0.95, "every": 10, "sample": 1.0},
 }
 
 

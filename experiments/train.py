@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dbp_kernels as dbp
+from dbp_kernels.planning.geometry import make_geometry
+from dbp_kernels.planning.planner import gram_choices
 from experiments import checkpoint, parallel, schedules, tasks
 from experiments.config import RunConfig
 from experiments.energy import Meter
@@ -40,7 +42,8 @@ from experiments.extras import need
 from experiments.metrics import Row, to_csv
 from experiments.optimizers import Optimizers
 
-WARM_UP_STEPS = 3
+# As often the optimisers' work is gone through before a run begins: a CUDA graph is captured the second time.
+WARM_UP_PERIODS = 3
 # In what a run may differ that is continued: it decides nothing.
 MAY_CHANGE = ("data.dir", "checkpoint_every", "save_model")
 
@@ -57,8 +60,22 @@ def _inverse(factor: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(factor) * factor[-1] // 3
 
 
+def _second_moments(
+    input: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **_: Any,
+) -> int:
+    geometry = make_geometry(input, kernel_size, stride, padding, dilation, groups)
+    return round(1e9 * gram_choices(geometry)[0].gflop)
+
+
 # What torch's counter leaves out, of the shapes it gives.
 UNCOUNTED = {
+    torch.ops.dbp.patch_gram: _second_moments,
     torch.ops.aten.addmm_: _product,
     torch.ops.aten.baddbmm_: _product,
     torch.ops.aten.linalg_cholesky_ex: _factorisation,
@@ -140,7 +157,7 @@ class Trainer:
         """Steps that leave nothing behind, so that the run does not pay for first calls.
 
         Returns the floating point operations of a step of all processes, multiply-adds counted
-        twice: those of products, convolutions and FOOF's inverses, on average over the optimisers'
+        twice: those of products, convolutions and all of FOOF's work, on average over the optimisers'
         period.
         """
         state = copy.deepcopy(self.state_dict())
@@ -154,7 +171,7 @@ class Trainer:
                     self.step(batch, self.task.model)
                 flops += counter.get_total_flops()
                 counted += 1
-            elif self.done < counted + WARM_UP_STEPS:
+            elif self.done < counted * (1 + WARM_UP_PERIODS):
                 self.step(batch)
             else:
                 break
@@ -250,6 +267,7 @@ class _Run:
     def train(self, progress: bool) -> dict[str, Any]:
         """The epochs that are missing."""
         first = parallel.rank() == 0
+        _forget_peak(self.device)
         tqdm = need("tqdm", "tqdm", "the progress bar").tqdm
         steps = self.config.epochs * self.trainer.task.steps_per_epoch
         done = self.rows[-1].step if self.rows else 0
@@ -363,10 +381,24 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
 
+def _forget_peak(device: torch.device) -> None:
+    """So that neither the warm-up, nor on Linux reading the data or an earlier run, counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory(device: torch.device) -> int:
     """Of the GPU's allocations; on a CPU of the whole process, data and libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(
+        OSError
+    ):  # ru_maxrss counts what the process had that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -142,20 +142,22 @@ def test_foof_is_its_definition() -> None:
 
 
 def test_foof_averages_and_refreshes() -> None:
+    """A plain mean at first: a running one would be of the first batch's images for long."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    foof = Foof(model, optimizer, decay=0.75, every=2, sample=1.0)
-    xs = torch.randn(4, 6, 5)
+    foof = Foof(model, optimizer, decay=0.6, every=2, sample=1.0)
+    xs = torch.randn(8, 6, 5)
     seen = []
     for x in xs:
         backward(model, x)
         optimizer.step()
         seen.append(foof.S["0"][0])
-    first, third = (x.T @ x / 6 for x in (xs[0], xs[2]))
+    first, third, fifth = (x.T @ x / 6 for x in xs[:5:2])
     torch.testing.assert_close(seen[0], first)
     assert torch.equal(seen[1], seen[0])
-    torch.testing.assert_close(seen[3], 0.75 * first + 0.25 * third)
+    torch.testing.assert_close(seen[3], (first + third) / 2)
+    torch.testing.assert_close(seen[5], 0.6 * seen[3] + 0.4 * fifth)
 
 
 def test_foof_does_not_look_at_evaluations() -> None:

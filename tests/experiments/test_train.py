@@ -26,7 +26,7 @@ from experiments.checkpoint import random_states, set_random_states
 from experiments.config import RunConfig
 from experiments.energy import Meter
 from experiments.metrics import COLUMNS, read
-from experiments.train import run
+from experiments.train import Trainer, run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -169,6 +169,39 @@ def test_flops_of_a_step(tmp_path: Path) -> None:
     assert each > 64**3
     second = flops("second", decor={"lr": 1e-3, "update_every": 2, "stagger": False}) - frozen
     assert second == pytest.approx(each / 2, rel=0.01)
+    foof = {"name": "foof", "options": {"every": 1}}
+    more = flops("foof", optimizer=foof) - step
+    # S of all images (half or all of a symmetric product), its inverse, and gradients times that
+    inverse = 64**3 + 20**3
+    gram, products = 2 * 64 * (64**2 + 20**2), 2 * (20 * 64**2 + 10 * 20**2)
+    assert gram / 2 <= more - inverse - products <= gram
+
+
+def test_warm_up_makes_every_kind_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of work that is done at every fourth only: or its first calls would count as training."""
+    decor = {"lr": 1e-3, "update_every": 4, "stagger": False}
+    trainer = Trainer(config(decor=decor, batch_size=8), torch.device("cpu"))
+    made, step = [], trainer.step
+
+    def counting(batch: Any, model: nn.Module | None = None) -> torch.Tensor:
+        if model is None:  # not those whose operations are counted
+            made.append(trainer.done)
+        return step(batch, model)
+
+    monkeypatch.setattr(trainer, "step", counting)
+    trainer.warm_up()
+    assert sum(done % 4 == 0 for done in made) >= 3
+    assert trainer.done == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells it")
+def test_peak_memory_is_of_this_run_alone(tmp_path: Path) -> None:
+    """Not of an earlier one in the same process, nor of what has started this one."""
+    ballast = torch.ones(2**29, dtype=torch.uint8)
+    held = run(config(epochs=1), tmp_path / "a", progress=False)["peak_memory_bytes"]
+    del ballast
+    freed = run(config(epochs=1), tmp_path / "b", progress=False)["peak_memory_bytes"]
+    assert freed < held - 2**28
 
 
 @pytest.mark.parametrize("decor", [None, {"lr": 1e-3}])
