@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make the page of a study again")
     report.add_argument("directory", type=Path, help="of its runs, or of its results")
     fisher = commands.add_parser("fisher", help="condition of the Fisher matrix, BP and DBP")
-    fisher.add_argument("--out", type=Path, default=Path("runs/fisher"))
+    fisher.add_argument("--out", type=Path, default=Path("runs/fisher"), help="(runs/fisher)")
     return top
 
 

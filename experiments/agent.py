@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig
 from experiments.extras import need
+from experiments.models.initialise import he_initialise
 
 # config.options, with Stable-Baselines3's defaults but for what its authors use on small games.
 OPTIONS = {
@@ -147,6 +148,7 @@ class Agent:
         return {"pickled": torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Unpickles the games, which may execute anything: for checkpoints of one's own only."""
         held = pickle.loads(state["pickled"].numpy().tobytes())
         for game, its in zip(self.games.envs, held["games"], strict=True):
             vars(game.unwrapped).update(vars(its))
@@ -183,6 +185,7 @@ def _eyes() -> type[nn.Module]:
                 nn.Linear(channels * (height - 2) * (width - 2), hidden),
                 nn.ReLU(),
             )
+            he_initialise(self)
 
         def forward(self, boards: Tensor) -> Tensor:
             seen: Tensor = self.see(boards)

@@ -3,7 +3,8 @@
 The rules, fixed before any run, beside those of ``experiments.choice`` and ``experiments.statistics``:
 
 * A run's final score is its test score at the last evaluation; that of a run that diverged or failed
-  is the worst possible.
+  is the worst possible. Where a method chose its number of epochs, it is that of runs of its own
+  length.
 * A group's target is the final score that the best of its baselines reaches with half of its seeds
   or more: the lower median, of the baseline for which it is the highest. That baseline is what all
   others are compared with.

@@ -39,7 +39,7 @@ def save(path: Path, state: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `save` has written, on the CPU. Executes nothing that the file contains."""
+    """What `save` has written, on the CPU. Executes nothing that the file contains; a task may, see its own."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -21,7 +21,7 @@ STYLES = ("-", "--", "-.", ":")
 DPI = 110
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     matplotlib = need("matplotlib", "matplotlib", "drawing the plots")
     matplotlib.use("Agg")
     return need("matplotlib.pyplot", "matplotlib", "drawing the plots")
@@ -36,14 +36,14 @@ def _look(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _plain(axis: Any) -> None:
+def plain(axis: Any) -> None:
     axis.grid(True, color="#E5E5E5", linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save(plt: Any, figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
 
@@ -67,7 +67,7 @@ def draw_scores(analysis: Analysis, group: Group, path: Path) -> None:
 
     Controls, which are many, are drawn thinner and without a band.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
     look = _look(analysis.study.methods)
     starts, tops = [], []
@@ -89,7 +89,7 @@ def draw_scores(analysis: Analysis, group: Group, path: Path) -> None:
                 band = {"color": look[name]["color"], "alpha": 0.13, "linewidth": 0}
                 axis.fill_between(x, low, high, **band)
     for axis, label in zip(axes, ("epoch", "training seconds"), strict=True):
-        _plain(axis)
+        plain(axis)
         axis.set_xlabel(label)
         if group.target is not None:
             axis.axhline(group.target, color="#444444", linestyle=(0, (1, 2)), linewidth=1.2)
@@ -99,12 +99,12 @@ def draw_scores(analysis: Analysis, group: Group, path: Path) -> None:
         axes[0].set_ylim(min(starts) - room, max(tops) + room)
     axes[0].set_ylabel("test score")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def draw_times(analysis: Analysis, group: Group, path: Path) -> None:
     """Every seed's seconds to the target as a dot, medians as bars, misses beyond the dashed line."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = list(group.lines.values())
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.42 * len(lines)), layout="constrained")
     look = _look(analysis.study.methods)
@@ -129,8 +129,8 @@ def draw_times(analysis: Analysis, group: Group, path: Path) -> None:
     axis.set_yticks(range(len(lines)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("training seconds to the target (x: never reached)")
-    _plain(axis)
-    _save(plt, figure, path)
+    plain(axis)
+    save(plt, figure, path)
 
 
 def draw_tuning(analysis: Analysis, group: str, path: Path) -> bool:
@@ -143,7 +143,7 @@ def draw_tuning(analysis: Analysis, group: str, path: Path) -> bool:
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     if not keys:
         return False
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(3, len(keys))
     height = math.ceil(len(keys) / columns)
     size = (4.2 * columns, 3.4 * height)
@@ -167,7 +167,7 @@ def draw_tuning(analysis: Analysis, group: str, path: Path) -> bool:
     for axis in grid.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
     return True
 
 
@@ -219,7 +219,7 @@ def _tuning_panel(
         ring = {**style, "markersize": 12, "markerfacecolor": "none", "markeredgewidth": 1.6}
         axis.plot([places[r.id] for r in rings], [last[r.id] for r in rings], "o", **ring)
     axis.set_xlabel(key)
-    _plain(axis)
+    plain(axis)
 
 
 def _last_validation(record: Record) -> float:

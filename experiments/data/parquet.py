@@ -43,7 +43,7 @@ def find_parquet(name: str, data_dir: Path, split: str) -> list[Path]:
     hub = KNOWN[name].hub if name in KNOWN else name
     raise FileNotFoundError(
         f"no {split}-*.parquet for {name} in any of: {looked}{missing}. Put the parquet files of "
-        f"the public hub's dataset {hub} there, or point --data-dir at them"
+        f"the public hub's dataset {hub} there, or name their folder: data.dir, or a queue's --data-dir"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.models.alexnet import AlexNet
-from experiments.models.build import CLASSIFIERS, MODELS, build_model
+from experiments.models.build import MODELS, build_model
 from experiments.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50
 from experiments.models.resnet9 import ResNet9
 from experiments.models.small import MLP, ConvNet
@@ -11,7 +11,6 @@ from experiments.models.vae import VAE, negative_elbo, sample
 from experiments.models.vit import ViT
 
 __all__ = [
-    "CLASSIFIERS",
     "MLP",
     "MODELS",
     "VAE",

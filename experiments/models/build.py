@@ -89,7 +89,6 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vae": _vae,
 }
 MODELS = tuple(BUILDERS)
-CLASSIFIERS = tuple(name for name in MODELS if name != "vae")
 
 # What a network has that has no such option: saying so is no mistake.
 USUAL = {"batch_norm": True, "pool_every": 1}

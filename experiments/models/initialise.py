@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 
@@ -14,5 +16,12 @@ def he_initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.ConvTranspose2d):
+            # torch takes the outputs for the inputs; of a kernel an output meets 1 / stride per axis
+            met = math.prod(module.kernel_size) / math.prod(module.stride)
+            fan_in = module.in_channels // module.groups * met
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in))
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -56,6 +56,16 @@ def epoch(trainer: Trainer, number: int) -> tuple[float, ...]:
     return trainer.evaluate("validation") + trainer.evaluate("test")
 
 
+def test_its_layers_begin_as_those_of_all_networks_here():
+    wide = {**AGENT, "model": {"options": {"hidden": 200}}}
+    policy = Trainer(config(wide), torch.device("cpu")).task.model
+    for layer in policy.features_extractor.see[::3]:
+        assert layer.weight.std().item() == pytest.approx(
+            (2 / layer.weight[0].numel()) ** 0.5, rel=0.1
+        )
+        assert not layer.bias.any()
+
+
 def test_evaluation_repeats_itself_and_leaves_the_generators():
     trainer = Trainer(config(AGENT), torch.device("cpu"))
     before = torch.get_rng_state()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dbp_kernels as dbp
-from experiments import fisher
+from experiments import fisher, fisher_matrix
 from experiments.data import Split
 
 
@@ -24,8 +24,8 @@ def test_the_models_matrix_is_the_hessian_of_a_linear_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     data = images(7)
-    derivatives, logits = fisher.jacobian(model, data.x)
-    matrix, gradient = fisher.fisher(flat(derivatives), logits, data.y, "model")
+    derivatives, logits = fisher_matrix.jacobian(model, data.x)
+    matrix, gradient = fisher_matrix.fisher(flat(derivatives), logits, data.y, "model")
 
     def loss(weight):
         return F.cross_entropy(data.x.flatten(1).double() @ weight.view(10, 64).mT, data.y)
@@ -39,8 +39,8 @@ def test_the_empirical_matrix_is_the_mean_of_outer_products():
     torch.manual_seed(0)
     model = fisher.network((2, 3))
     data = images(5)
-    derivatives, logits = fisher.jacobian(model, data.x)
-    matrix, _ = fisher.fisher(flat(derivatives), logits, data.y, "empirical")
+    derivatives, logits = fisher_matrix.jacobian(model, data.x)
+    matrix, _ = fisher_matrix.fisher(flat(derivatives), logits, data.y, "empirical")
     expected = torch.zeros_like(matrix)
     double = fisher.network((2, 3)).double()
     double.load_state_dict(model.state_dict())
@@ -63,8 +63,8 @@ def test_derivatives_in_W_are_those_of_the_network_as_a_function_of_W():
     Rs = {f"{i}.weight": layers[i].R for i in (0, 3, 7)}
     plain.load_state_dict(dbp.fuse_state_dict(layers.state_dict()))
     data = images(4)
-    derivatives, _ = fisher.jacobian(plain, data.x)
-    ours = fisher.in_W(derivatives, Rs.get)
+    derivatives, _ = fisher_matrix.jacobian(plain, data.x)
+    ours = fisher_matrix.in_W(derivatives, Rs.get)
     layers.double()
     for n, x in enumerate(data.x.double()):
         for c in range(10):
@@ -89,7 +89,8 @@ def test_every_matrix_is_a_line_and_in_the_report(report):
     assert len(lines) == 1 + 2 * 2 * 3 * 2
     assert (out / "fisher.png").stat().st_size > 10_000
     assert (out / "report.md").read_text() == text
-    for form in fisher.FORMS.values():
+    assert "hours of CPU time" in text
+    for form in fisher_matrix.FORMS.values():
         assert text.count(f"| 10 | {form} |") == 2
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import dbp_kernels as dbp
 from experiments.models import MODELS, VAE, ConvNet, build_model, negative_elbo, resnet18
+from experiments.models.initialise import he_initialise
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
@@ -118,6 +119,28 @@ def test_every_network_trains_with_an_attached_optimiser(
     assert all(loss > 0 for loss in losses.values())
     for key, value in model.named_parameters():
         assert not torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(300, 200),
+        nn.Conv2d(32, 24, 3),
+        nn.Conv2d(32, 24, 3, groups=4),
+        nn.ConvTranspose2d(32, 24, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(48, 24, 4, stride=2, groups=2),
+    ],
+    ids=str,
+)
+def test_initial_weights_keep_the_size_of_signals_through_relus(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    he_initialise(layer)
+    shape = (2000, 300) if isinstance(layer, nn.Linear) else (20, layer.in_channels, 12, 12)
+    out = layer(torch.randn(shape).relu())
+    if out.dim() == 4:
+        out = out[:, :, 3:-3, 3:-3]  # at the border fewer taps meet the image
+    assert out.square().mean().item() == pytest.approx(1, rel=0.2)
+    assert not layer.bias.any()
 
 
 def test_a_vae_reconstructs_and_its_loss_is_the_bound() -> None:
