@@ -87,6 +87,11 @@ def check_writable(tensor: Tensor, what: str, layer: str) -> None:
     )
 
 
+def version(tensor: Tensor) -> int:
+    """It counts the writes to a tensor, but for those to one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def carry_through(*writes: Callable[[], object]) -> None:
     """Make all of the writes, in order; where one raises, make it again, and the others; then raise.
 

@@ -77,7 +77,7 @@ def by_default() -> bool:
 
 
 # The innermost block of each thread, but of those that wait: these need nothing, so that no two can
-# wait for each other. Weakly: one that an interrupt has kept from ending is gone with its frame.
+# wait for each other. Weakly: one that an interrupt has kept from ending is over with its frame.
 _within: dict[int, weakref.ref[Within]] = {}
 # Of operations that have been set here: as they were found, and all that they were set to since.
 _changed: dict[Any, tuple[str, set[str]]] = {}
@@ -101,7 +101,13 @@ def _become(block: Within | None) -> None:
             if _within and not _fits(block):
                 _settle()
                 _turn.wait_for(lambda: _fits(block))
-            _within[thread] = weakref.ref(block)
+            _within[thread] = weakref.ref(block, _lost)
+        _settle()
+
+
+def _lost(_: weakref.ref[Within]) -> None:
+    """A block that an interrupt has kept from ending is gone: what it needed, nobody needs."""
+    with _lock:
         _settle()
 
 
@@ -124,7 +130,7 @@ def _settle() -> None:
     needed = {op: to for block in _others() for op, to in block.needs.items() if to != AS_FOUND}
     for operation in [op for op in _changed if op not in needed]:
         operation.fp32_precision = _found(operation)
-        del _changed[operation]
+        _changed.pop(operation, None)  # the garbage collector may bring us here from within
     for operation, precision in needed.items():
         if operation.fp32_precision == precision:
             continue

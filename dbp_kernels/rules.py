@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbp_kernels.interrupts import Once
+from dbp_kernels.interrupts import Once, version
 from dbp_kernels.precision import products_of_change, rounding
 from dbp_kernels.products.matmul import (
     add_product_,
@@ -198,16 +198,11 @@ class _Product:
         R = self._R
         if self._version is None:
             self._before.copy_(self._diagonal)
-            self._version = _version(R)
-        elif self._version != _version(R) or not torch.equal(self._before, self._diagonal):
+            self._version = version(R)
+        elif self._version != version(R) or not torch.equal(self._before, self._diagonal):
             return
         with products_of_change(R):
             add_product_(R, *self._operands)
-
-
-def _version(R: Tensor) -> int:
-    """It counts writes; not those to tensors made in inference mode."""
-    return 0 if R.is_inference() else R._version
 
 
 def _product_update(M: Tensor, R: Tensor, rule: UpdateRule) -> Update:

@@ -56,7 +56,7 @@ class SampleMemory:
         self.write(batch, size, chosen)
 
     def fits(self, batch: Tensor, size: int, dtype: torch.dtype) -> bool:
-        """Whether such a sample of a batch can be written here."""
+        """Whether such a sample of a batch can be written here, under the backend that is asked for."""
         return self._layout == _layout(batch, dtype) and len(self.images) >= size
 
     def write(self, batch: Tensor, size: int, chosen: Tensor | None) -> Tensor:
@@ -83,4 +83,5 @@ class SampleMemory:
 
 
 def _layout(batch: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    return batch.shape[1:], batch.stride(), dtype, batch.device
+    # whoever asks for another backend may not trust this one's kernels
+    return batch.shape[1:], batch.stride(), dtype, batch.device, backends.requested()

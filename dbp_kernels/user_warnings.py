@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 # Where the calls between a user's line and a warning of ours may pass through.
 _BETWEEN = tuple(
-    str(Path(module.__file__ or "").parent) for module in (sys.modules[__name__], torch)
+    str(Path(module.__file__ or "").parent) + os.sep for module in (sys.modules[__name__], torch)
 )
 
 

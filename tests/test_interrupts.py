@@ -13,6 +13,7 @@ import dbp_kernels as dbp
 from dbp_kernels import interrupts, rules
 from dbp_kernels import nn as dnn
 from dbp_kernels.interrupts import Once, carry_through, uninterrupted
+from dbp_kernels.optim.budget import Budget
 from dbp_kernels.optim.guard import Gauge
 from dbp_kernels.optim.schedule import Schedule
 from dbp_kernels.optim.site import Site
@@ -104,6 +105,27 @@ def test_a_step_is_done_or_not_done(images, monkeypatch):
         assert torch.equal(ours, expected)
         assert not torch.equal(ours, torch.eye(300))
     assert found_state["steps"] == state["steps"] == 1
+
+
+def test_where_R_has_changed_all_optimisers_weights_follow_whatever_fails_then(monkeypatch):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizers = [torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 2)]
+    options = {"lr": 0.1, "sample": 1.0, "budget": 0.5, "costs": "planned"}
+    decor = dbp.attach(net, optimizers, **options)
+    net(torch.randn(32, 6)).square().mean().backward()
+    optimizers[0].step()
+
+    def fail(*_):
+        raise OverflowError
+
+    monkeypatch.setattr(Budget, "_finish", fail)
+    with pytest.raises(OverflowError):
+        optimizers[1].step()
+    for name in ("0", "2"):
+        assert not torch.equal(decor.R(name), torch.eye(len(decor.R(name))))
+        A = net.get_submodule(name).weight
+        torch.testing.assert_close(A, decor.W(name) @ decor.R(name))
 
 
 @pytest.fixture

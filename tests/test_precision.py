@@ -349,6 +349,21 @@ def test_an_interrupt_while_waiting_leaves_the_thread_as_it_was():
     assert now() == ("none", "none")
 
 
+def test_a_block_that_never_ends_is_over_once_it_is_gone():
+    lost = precision.matmul_precision("medium")
+    lost.__enter__()
+    other = Thread(precision.matmul_precision("highest"))
+    assert not other.entered.wait(0.2)
+    del lost  # as with the frame that an interrupt has left before the block's end
+    assert other.entered.wait(20)
+    assert other.seen == ("ieee", "ieee")
+    other.leave()
+    lost = precision.matmul_precision("medium")
+    lost.__enter__()
+    del lost
+    assert now() == ("none", "none")
+
+
 def in_fork(check) -> bool:
     """Whether ``check()`` is true in a forked process."""
     child = os.fork()

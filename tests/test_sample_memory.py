@@ -202,6 +202,17 @@ def test_what_kernels_do_not_copy_torch_does(launched):
     assert len(launched) == 1
 
 
+def test_another_backend_copies_by_itself(launched):
+    layer = nn.Conv2d(5, 4, 3).to(DEVICE)
+    _, handle, recorder = attached(layer)
+    for name, count in (("triton", 1), ("eager", 1), ("triton", 2)):
+        with dbp.backend(name):
+            layer(images((2, 5, 6, 6)))
+        assert len(launched) == count
+        assert torch.equal(recorder.samples[0], images((2, 5, 6, 6)))
+        handle._engine.discard()
+
+
 def test_images_that_lie_otherwise_than_the_last_are_copied_as_well(launched):
     """Of a batch with gaps, the first images have them too; chosen ones lie close."""
     x = images((4, 5, 6, 8))[..., :5]

@@ -1,12 +1,14 @@
 """Warnings name the line of the user's that led to them, however deep they come from."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import dbp_kernels as dbp
+from dbp_kernels import user_warnings
 
 
 def line_of(step) -> tuple[str, int]:
@@ -47,3 +49,9 @@ def test_a_plain_checkpoint_is_told_of_at_the_call_that_loads_it():
     dbp.attach(net, optimizer)
     load = lambda: optimizer.load_state_dict(plain)  # noqa: E731
     assert line_of(load) == (__file__, load.__code__.co_firstlineno)
+
+
+def test_packages_whose_names_begin_like_torchs_are_not_torch():
+    folder = str(Path(torch.__file__).parent)
+    assert user_warnings._is_between(str(Path(folder, "optim", "sgd.py")))
+    assert not user_warnings._is_between(str(Path(f"{folder}metrics", "metric.py")))

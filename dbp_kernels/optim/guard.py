@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dbp_kernels import user_warnings
+from dbp_kernels.interrupts import version
 from dbp_kernels.optim.step import Job
 from dbp_kernels.optim.swap import some
 
@@ -134,8 +135,8 @@ class Gauge:
 
     def _same(self, layer: int, R: Tensor) -> bool:
         """Whether nobody else has written to R since our last step."""
-        before, version = self._seen.get(layer, (lambda: None, 0))
-        return before() is R and version == _version(R)
+        before, then = self._seen.get(layer, (lambda: None, 0))
+        return before() is R and then == version(R)
 
     def _reach(self, clip: float) -> float:
         """The longest that a row can be after the step to come."""
@@ -181,7 +182,7 @@ class Gauge:
         """
         self._steps += 1
         for layer, R in Rs.items():
-            self._seen[layer] = weakref.ref(R), _version(R)
+            self._seen[layer] = weakref.ref(R), version(R)
         if _capturing(self.values):
             return
         if self._reading is None:
@@ -214,10 +215,6 @@ class Gauge:
                 told.update(new)
                 layers = ("layer " if len(new) == 1 else "layers ") + some(new)
                 user_warnings.warn(_TELLING[kind].format(layers), RuntimeWarning)
-
-
-def _version(R: Tensor) -> int:
-    return 0 if R.is_inference() else R._version
 
 
 def _capturing(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dbp_kernels import distributed, user_warnings
+from dbp_kernels.interrupts import uninterrupted
 from dbp_kernels.optim.budget import ScheduleReport
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.kinds import Patches, patches_of
@@ -99,6 +100,7 @@ class Attached:
         """Hook: an optimiser's step() comes to its end."""
         if not swap.is_over():
             return
+        behind = [swap]  # whose A is not W R if an error comes
         try:
             stepped = self._rounds.over_with(swap) if swap.sites else []
             if stepped:
@@ -107,9 +109,12 @@ class Attached:
                     if other is not swap:
                         other.take_over()
                 self._engine.gate([s.found_inf for s in stepped if s.found_inf is not None])
+                behind = self._swaps
                 self._engine.step()
-        except BaseException:  # R is as it was, but the weights have made their step
-            swap.form()
+        except BaseException:
+            with uninterrupted():
+                for each in behind:
+                    each.form()
             raise
         if stepped:
             for each in self._swaps:

@@ -36,8 +36,14 @@ def as_groups(model: Any) -> list[dict[str, Any]]:
         )
     entries = list(model)
     if entries and all(isinstance(entry, dict) for entry in entries):
-        return entries
+        return list(map(_lasting, entries))
     return [{"modules": entries}]
+
+
+def _lasting(group: dict[str, Any]) -> dict[str, Any]:
+    """The group, whose modules are looked at twice: to check them, and to take them."""
+    modules = group.get("modules")
+    return {**group, "modules": list(modules)} if isinstance(modules, Iterator) else group
 
 
 def are_several(value: Any) -> TypeIs[Iterable[Any]]:

@@ -26,7 +26,7 @@ def in_own_precision(sites: Sequence[Site]) -> Iterator[None]:
     were rounded to less than TF32 is.
     """
     with ExitStack() as stack:
-        if all(site.W.is_cuda and site.rounded for site in sites):
+        if sites and all(site.W.is_cuda and site.rounded for site in sites):
             stack.enter_context(tf32_products())
         for device_type in {site.W.device.type for site in sites}:
             if torch.amp.autocast_mode.is_autocast_available(device_type):

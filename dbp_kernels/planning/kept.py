@@ -6,6 +6,7 @@ bytes each, ``functools.lru_cache`` bounds them as well, and is quicker.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import OrderedDict
@@ -19,11 +20,14 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_PACKAGE = __name__.partition(".")[0] + "."
+
 
 def size_of(value: object, enough: int = sys.maxsize) -> int:
     """Bytes of a value with all that it consists of, each object once; at ``enough`` it stops.
 
-    It looks into containers, dataclasses and partial calls, and counts tensors' memory.
+    It looks into containers, dataclasses, objects of this package and partial calls, and counts
+    tensors' memory.
     """
     seen: dict[int, object] = {}
     found: list[Any] = [value]
@@ -43,10 +47,22 @@ def size_of(value: object, enough: int = sys.maxsize) -> int:
             found.extend(one.values())
         elif isinstance(one, partial):
             found += [one.func, one.args, one.keywords]
-        elif is_dataclass(one):
-            own = getattr(one, "__dict__", None)
-            found += [getattr(one, f.name) for f in fields(one)] if own is None else [own]
+        elif is_dataclass(one) or type(one).__module__.startswith(_PACKAGE):
+            if hasattr(one, "__dict__"):
+                found.append(vars(one))
+            elif is_dataclass(one):
+                found += [getattr(one, f.name) for f in fields(one)]
     return total
+
+
+# Of all stores: a fork waits for it, as the child would for a thread that it does not have. A signal's
+# handler may come here from within.
+_lock = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 class Store(Generic[T]):
@@ -55,14 +71,13 @@ class Store(Generic[T]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._values: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        self._lock = threading.RLock()  # a signal's handler may come here from within
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, key: Hashable) -> tuple[T] | None:
         """The value in a tuple, which now is the most recently used one; None if there is none."""
-        with self._lock:
+        with _lock:
             found = self._values.get(key)
             if found is None:
                 return None
@@ -74,7 +89,7 @@ class Store(Generic[T]):
         size = size_of((key, value), self._most + 1)
         if size > self._most:
             return
-        with self._lock:
+        with _lock:
             self._values[key] = value, size
             self._values.move_to_end(key)
             total = self.nbytes
@@ -85,12 +100,12 @@ class Store(Generic[T]):
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        with self._lock:
+        with _lock:
             return sum(size for _, size in self._values.values())
 
     def clear(self) -> None:
         """Forgets all."""
-        with self._lock:
+        with _lock:
             self._values.clear()
 
 

@@ -86,6 +86,12 @@ def test_add_param_group():
     assert len(update.param_groups) == len(update._layers) == len(update._recorders) == 2
 
 
+def test_a_groups_modules_may_come_from_an_iterator():
+    first, second = dnn.DecorLinear(3, 2), dnn.DecorLinear(3, 2)
+    groups = [{"modules": iter([first])}, {"modules": (m for m in [second])}]
+    assert [len(g["params"]) for g in dbp.DecorUpdate(groups).param_groups] == [1, 1]
+
+
 def test_names():
     net = nn.Sequential(nn.Sequential(dnn.DecorLinear(3, 3)), dnn.DecorLinear(3, 3))
 

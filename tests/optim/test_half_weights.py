@@ -10,6 +10,7 @@ from torch import nn
 import dbp_kernels as dbp
 from dbp_kernels import nn as dnn
 from dbp_kernels import precision
+from dbp_kernels.optim.swap import in_own_precision
 from dbp_kernels.products import rows_times
 
 LAYERS = {
@@ -162,3 +163,8 @@ def test_a_cpu_does_without(make, shape, formed, monkeypatch):
     with autocast():
         layer(x).float().sum().backward()
     assert formed == []
+
+
+def test_an_optimiser_without_layers_has_nothing_to_round():
+    with in_own_precision([]):
+        assert not precision.tf32()

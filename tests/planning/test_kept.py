@@ -1,11 +1,15 @@
 """What is kept, and how its bytes are counted."""
 
 import gc
+import os
+import signal
 import threading
+import time
 import tracemalloc
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 
 from dbp_kernels.planning.kept import Store, kept, size_of
@@ -96,3 +100,26 @@ def test_bytes_stay_bounded_with_many_threads():
     for thread in threads:
         thread.join()
     assert 0 < store.nbytes <= 30_000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_process_forked_while_a_thread_is_at_it_does_not_wait_for_ever():
+    store, inside = Store(1000), threading.Event()
+    store.keep("key", "value")
+
+    class Slow:
+        def __hash__(self):
+            inside.set()
+            time.sleep(0.3)
+            return 0
+
+    thread = threading.Thread(target=store.get, args=(Slow(),))
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(store.get("key") != ("value",))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join()

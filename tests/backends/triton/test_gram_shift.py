@@ -15,6 +15,7 @@ from dbp_kernels.backends.triton import runtime
 from dbp_kernels.backends.triton.configs import Config, configs
 from dbp_kernels.backends.triton.gram_shift import patch_gram_shift, shift_gram
 from dbp_kernels.backends.triton.pack import pack
+from dbp_kernels.planning.kept import size_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -49,6 +50,15 @@ def test_rows_with_room_are_not_copied():
     assert pack not in in_place.steps
     assert copying.steps == (pack,)
     assert torch.equal(in_place(roomy), copying(x))
+
+
+def test_what_is_kept_is_counted_with_its_tables():
+    geometry = case(2, 16, (7, 7), 5, padding=2).geometry
+    gram = shift_gram(random((2, 16, 7, 7), torch.float32).to(DEVICE), geometry)
+    launches = (*gram.products, gram.reduce)
+    tables = [x for own in launches for x in own._fixed if isinstance(x, torch.Tensor)]
+    assert len(tables) >= 4
+    assert size_of(gram) > sum(table.nbytes for table in tables)
 
 
 CASES = [
