@@ -25,7 +25,10 @@ def now() -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def _restored():
+    """Each test finds torch's setting as it is at first, whatever tests of other files have left."""
     before = now()
+    for backend in MATMUL:
+        backend.fp32_precision = "none"
     yield
     for backend, value in zip(MATMUL, before):
         backend.fp32_precision = value

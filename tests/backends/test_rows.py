@@ -68,8 +68,7 @@ def test_what_does_not_lie_in_rows_is_packed():
     assert widened(wide(8)).shape == (2, 8, 4, 4)
 
 
-def test_what_is_prepared_for_rows_with_room_is_not_for_rows_without(monkeypatch):
-    monkeypatch.setattr(prepared, "_kept", {})
+def test_what_is_prepared_for_rows_with_room_is_not_for_rows_without():
     made = []
 
     @prepared.prepared
