@@ -7,13 +7,16 @@ cases of each kind were tried and failed.
 
 import json
 import os
+import platform
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,4 +80,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for kind, own in table.items():
         terminalreporter.line(f"{kind}: {own['tried']} tried, {own['failed']} failed")
     if (path := config.getoption("--tally")) is not None:
-        Path(path).write_text(json.dumps(table, indent=1) + "\n")
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        whole = {"command": " ".join(sys.argv), **versions, "kinds": table}
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
