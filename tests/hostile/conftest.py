@@ -81,5 +81,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.line(f"{kind}: {own['tried']} tried, {own['failed']} failed")
     if (path := config.getoption("--tally")) is not None:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        whole = {"command": " ".join(sys.argv), **versions, "kinds": table}
+        whole = {"command": " ".join(["pytest", *sys.argv[1:]]), **versions, "kinds": table}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n")
