@@ -355,9 +355,7 @@ class DecorUpdate(torch.optim.Optimizer):
         try:
             jobs, many = self._due_jobs()
             if many or self._graphs is None or not self._by_graph(self._graphs, jobs):
-                with self._own_precision(jobs):
-                    work_out = self._reduced if many else local_updates
-                    batches = work_out(jobs, self._gate)
+                batches = self._work_out(jobs, many)
                 with uninterrupted():
                     self._carry_out(jobs, batches, begin)
                     self.discard()
@@ -404,9 +402,7 @@ class DecorUpdate(torch.optim.Optimizer):
                 self._side.fork({layer.R.device for _, layer in self._named_layers()}),
             ):
                 jobs, many = self._due_jobs()
-                with self._own_precision(jobs):
-                    work_out = self._reduced if many else local_updates
-                    batches = work_out(jobs, self._gate)
+                batches = self._work_out(jobs, many)
             for _, _, recorder in self._places():  # forward passes in the block must not write to
                 recorder.give_away()  # what is read beside it
             versions, steps = [(job.R, job.R._version) for job in jobs], self._steps
@@ -465,6 +461,11 @@ class DecorUpdate(torch.optim.Optimizer):
             for kind, report in self.state.get(job.R, {}).items():
                 check_writable(report, kind, names[job.index])
         return jobs, many
+
+    def _work_out(self, jobs: list[Job], many: bool) -> list[Batch]:
+        """The updates of the jobs, if there are many ranks from the samples of all; no R changes."""
+        with self._own_precision(jobs):
+            return (self._reduced if many else local_updates)(jobs, self._gate)
 
     def _by_graph(self, graphs: StepGraphs, jobs: list[Job]) -> bool:
         """Whether a CUDA graph has done the step; else it is still to be done."""
