@@ -56,16 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no case matches --filter {options.filter!r}", file=sys.stderr)
         return 2
 
-    threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     try:
-        with timing.cpu_time(options.cpu_time):
+        with timing.threads(options.threads), timing.cpu_time(options.cpu_time):
             result = _measure(options, arguments, jobs)
     finally:
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
     print(report.text_report(result))
     if target is not None:

@@ -185,19 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save and options.save.exists():
         print(f"{options.save} exists and is not overwritten", file=sys.stderr)
         return 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        records = [
-            measure(backend, case, options.pairs)
-            for backend in options.backend or BACKENDS
-            for case in registry.select(options.filter, BATCH)
-        ]
+        with timing.threads(1):
+            records = [
+                measure(backend, case, options.pairs)
+                for backend in options.backend or BACKENDS
+                for case in registry.select(options.filter, BATCH)
+            ]
     except RuntimeError as error:  # no Triton, or one that interprets
         print(error, file=sys.stderr)
         return 2
-    finally:
-        torch.set_num_threads(threads)
     if not records:
         print(f"no case matches --filter {options.filter!r}", file=sys.stderr)
         return 2

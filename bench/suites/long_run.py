@@ -24,6 +24,7 @@ from bench.core import machine
 from bench.core.results import save
 from bench.core.suite import Suite
 from bench.core.table import format_table
+from dbp_kernels.tools import timing
 
 STEPS, WINDOWS = 20_000, 20
 FORMS = ("attach", "layers", "attach, budget")
@@ -163,12 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save and options.save.exists():
         print(f"{options.save} exists and is not overwritten", file=sys.stderr)
         return 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with timing.threads(1):
         records = [measure(form, options.steps) for form in FORMS]
-    finally:
-        torch.set_num_threads(threads)
     print(table(records))
     if options.save:
         result = {

@@ -28,7 +28,7 @@ from dbp_kernels.planning.layout import make_program, shift_layout
 from dbp_kernels.precision import matmul_precision, products_in
 from dbp_kernels.tools import origin
 from dbp_kernels.tools.arguments import device, positive
-from dbp_kernels.tools.timing import cpu_time, time_once
+from dbp_kernels.tools.timing import cpu_time, threads, time_once
 
 Content = dict[str, Any]
 FOLDER = Path(calibration.__file__).parent / "calibrations"  # of the package
@@ -472,15 +472,10 @@ def main(options: argparse.Namespace, command: str) -> int:
     if options.cpu_time and (options.threads != 1 or options.device.type != "cpu"):
         print("--cpu-time is for --threads 1 on a CPU", file=sys.stderr)
         return 2
-    threads = torch.get_num_threads()
     root = origin.clone()
-    try:
-        torch.set_num_threads(options.threads or threads)
+    with threads(options.threads), cpu_time(options.cpu_time):
         content = header(options.device, command, origin.commit(root), origin.dirty(root))
-        with cpu_time(options.cpu_time):
-            return _calibrate(options, content)
-    finally:
-        torch.set_num_threads(threads)
+        return _calibrate(options, content)
 
 
 def _calibrate(options: argparse.Namespace, content: Content) -> int:

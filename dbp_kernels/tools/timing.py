@@ -19,6 +19,17 @@ _clock = time.perf_counter
 
 
 @contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Within it torch computes with so many threads on the CPU; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def cpu_time(wanted: bool = True) -> Iterator[None]:
     """Within it CPU samples count the process's CPU time, if ``wanted``.
 
