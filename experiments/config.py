@@ -127,6 +127,7 @@ class DecorConfig:
     stagger: bool = True
     clip: float | None = 0.5
     cuda_graph: bool | None = None
+    follow_lr: bool = True
     mode: str = "learned"
 
     def __post_init__(self) -> None:

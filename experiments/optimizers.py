@@ -63,6 +63,8 @@ class Optimizers:
         # last: what DBP makes of the gradients is what it preconditions
         attached = self.decor if isinstance(self.decor, dbp.Attached) else None
         self.foof = None if foof is None else Foof(model, self.all[0], **foof, decor=attached)
+        self._follow_lr = config.decor is not None and config.decor.follow_lr
+        self._highest = 0.0  # of the factors so far
         # steps after which their work repeats, as far as it is regular
         self.period = max(
             1 if config.decor is None else config.decor.update_every,
@@ -81,7 +83,11 @@ class Optimizers:
             group["lr"] = group["initial_lr"] * factor
         for optimizer in self.all:
             optimizer.step()
-        if isinstance(self.decor, dbp.DecorUpdate):
+        if isinstance(self.decor, dbp.DecorUpdate):  # attach does so itself
+            self._highest = max(self._highest, factor)
+            share = factor / self._highest if self._follow_lr else 1.0
+            for group in self.decor.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
             self.decor.step()
 
     def zero_grad(self) -> None:
@@ -91,11 +97,17 @@ class Optimizers:
     def state_dict(self) -> dict[str, Any]:
         states = [optimizer.state_dict() for optimizer in self.all]
         decor = self.decor.state_dict() if isinstance(self.decor, dbp.DecorUpdate) else None
-        return {"all": states, "foof": self.foof and self.foof.state_dict(), "decor": decor}
+        return {
+            "all": states,
+            "foof": self.foof and self.foof.state_dict(),
+            "decor": decor,
+            "highest": self._highest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for optimizer, its in zip(self.all, state["all"], strict=True):
             optimizer.load_state_dict(its)
+        self._highest = state["highest"]
         if isinstance(self.decor, dbp.DecorUpdate):
             self.decor.load_state_dict(state["decor"])
         if self.foof is not None:

@@ -43,6 +43,7 @@ def attach(
     stagger: bool = True,
     clip: float | None = 0.5,
     cuda_graph: bool | None = None,
+    follow_lr: bool = True,
 ) -> Attached:
     """Train a model with decorrelated backpropagation, by one line after its optimiser is made::
 
@@ -98,6 +99,11 @@ def attach(
             process_group, stagger, clip: as for `DecorUpdate`.
         cuda_graph: as for `DecorUpdate`; with it A = W R is formed in the same CUDA graph. None: True
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
+        follow_lr: multiply R's lr by what the optimiser's lr is now, as a share of the highest that it has
+            had for the weight: while a schedule lets it fall R falls to rest with it, and warm-up
+            slows down the weights alone. The paper's R learns at a constant rate; then A = W R, which
+            changes with R, is never at rest, and accuracy won is lost again at the end of a schedule.
+            An lr that is a tensor on a GPU is not followed, as to read it is to wait for the device.
         include, exclude: layers, as for `decorrelate_model`.
         groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.
         max_size: layers whose R would have more than max_size rows are left alone. R takes
@@ -116,6 +122,8 @@ def attach(
     optimizers = _optimizers(optimizer)
     if max_size is not None and not is_int(max_size):
         raise ValueError(f"max_size={max_size!r}: expected None, or an int of at least 0")
+    if not isinstance(follow_lr, bool):
+        raise ValueError(f"follow_lr={follow_lr!r}: expected True or False")
     inner = unwrap(model)
     already = [name for name, module in inner.named_modules() if is_decorrelated(module)]
     if already:
@@ -149,6 +157,7 @@ def attach(
         stagger=stagger,
         clip=clip,
         cuda_graph=budget is None if cuda_graph is None else cuda_graph,
+        follow_lr=follow_lr,
     )
     return Attached(inner, optimizers, sites, engine, left_alone, waiting)
 

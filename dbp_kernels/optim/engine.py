@@ -27,18 +27,31 @@ class Engine(DecorUpdate):
     Args:
         sites: all of them.
         groups: the same as parameter groups, as for `DecorUpdate`.
+        follow_lr: as for `attach`.
         options: as for `DecorUpdate`.
     """
 
-    def __init__(self, sites: Sequence[Site], groups: list[dict[str, Any]], **options: Any) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        groups: list[dict[str, Any]],
+        follow_lr: bool,
+        **options: Any,
+    ) -> None:
         self._sites = list(sites)
+        self._follow_lr = follow_lr
         self._counts: Tensor | None = None  # of the gate: a CUDA graph reads the same one always
         super().__init__(groups, **options)
         self._inputs = Inputs() if self._budget is None else None
 
     def __getstate__(self) -> dict[str, Any]:
         inputs = None if self._inputs is None else Inputs()
-        own = {"_sites": self._sites, "_counts": None, "_inputs": inputs}
+        own = {
+            "_sites": self._sites,
+            "_follow_lr": self._follow_lr,
+            "_counts": None,
+            "_inputs": inputs,
+        }
         return {**super().__getstate__(), **own}
 
     @property
@@ -48,6 +61,10 @@ class Engine(DecorUpdate):
 
     def _jobs(self) -> list[Job]:
         jobs = super()._jobs()
+        if self._follow_lr:
+            in_order = self._in_order
+            for job in jobs:
+                job.options["lr"] *= in_order[job.index].lr_share
         if distributed.active(self.process_group):
             self.part(self._sites)
         elif self._inputs is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from dbp_kernels.optim.swap import some
 # torch.distributed.checkpoint drops keys it does not know. It also drops, from states it has
 # flattened, what it does not find in the live groups: those have the key too, with None.
 KEY = "dbp"
+_PROGRESS = {"steps", "phases", "budget", "highest_lr"}
 
 
 def is_attached(optimizer: torch.optim.Optimizer) -> bool:
@@ -109,6 +111,7 @@ class Checkpoint:
     def _common(self) -> dict[str, Any]:
         own = self._engine.state_dict()
         progress = {key: own.get(key) for key in ("steps", "phases", "budget")}
+        progress["highest_lr"] = {site.name: site.highest_lr for site in self._engine._sites}
         # on the device of the rest, as torch.distributed.checkpoint wants all vectors on one
         generator = own["generator"].to(self._sites[0].R.device)
         return {"progress": json.dumps(progress), "generator": generator}
@@ -150,8 +153,11 @@ class Checkpoint:
             progress = json.loads(common["progress"])
         except (TypeError, ValueError, RecursionError) as error:
             raise _refused(f"a progress that is no JSON ({error})") from None
-        if not isinstance(progress, dict) or progress.keys() != {"steps", "phases", "budget"}:
-            raise _refused(f"progress={progress!r}: expected steps, phases and budget")
+        if not isinstance(progress, dict) or progress.keys() != _PROGRESS:
+            raise _refused(f"progress={progress!r}: expected {sorted(_PROGRESS)}")
+        rates = progress["highest_lr"]
+        if not isinstance(rates, dict) or not all(map(_is_lr, rates.values())):
+            raise _refused(f"highest_lr={rates!r}: expected a number of at least 0 for each layer")
         if not is_int(progress["steps"]):
             raise _refused(f"steps={progress['steps']!r}: expected an int of at least 0")
         phases = progress["phases"]
@@ -217,6 +223,8 @@ class Checkpoint:
         progress = json.loads(common["progress"])
         phases = progress["phases"] if same else None
         engine._steps = progress["steps"]
+        for site in self._sites:
+            site.highest_lr = float(progress["highest_lr"].get(site.name, 0.0))
         engine._phases = phases if valid_phases(phases, len(engine._sites)) else None
         engine._generator.set_state(common["generator"].cpu())
         engine._ranks_agree = False
@@ -246,6 +254,11 @@ def _check_layer(site: Site, entry: Any) -> None:
     reason = why_no_report(entry)
     if reason is not None:
         raise _refused(f"an entry of {site.name!r} whose {reason}")
+
+
+def _is_lr(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def _that(reason: str) -> str:

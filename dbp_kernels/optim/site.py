@@ -98,6 +98,8 @@ class Site:
             The same tensor as that of other sites with which it is shared.
         W: as the weight. Within the step it is the memory that the parameter points to.
         compared: whether sites that could share R have been looked for.
+        highest_lr: the highest learning rate that the weight has had.
+        lr_share: what the last one was of it.
     """
 
     _recorder: weakref.ref[Recorder] | None = None
@@ -110,6 +112,8 @@ class Site:
         self.R = identity_R(patches.groups, patches.size, weight.device, weight.dtype)
         self.W = weight.detach().clone()
         self.compared = False
+        self.highest_lr = 0.0
+        self.lr_share = 1.0
         self._outside: tuple[Tensor, Tensor | None] | None = (
             None  # within the step: A's memory, dL/dA
         )
@@ -176,6 +180,14 @@ class Site:
         return None if gradient is None else GradientSeen(gradient)
 
     # A, W and their gradients.
+
+    def saw_lr(self, lr: Any) -> None:
+        """The weight has made a step at this learning rate. Not counted where it cannot be read."""
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = float(lr)
+        if isinstance(lr, (int, float)) and 0 <= lr < math.inf:
+            self.highest_lr = max(self.highest_lr, lr)
+            self.lr_share = lr / self.highest_lr if lr else float(not self.highest_lr)
 
     def check(self) -> None:
         """Raises RuntimeError if the step could not write to what it is to change."""

@@ -175,6 +175,7 @@ class Swap:
             return False
         unused, self._evaluations = self._evaluations == 0, None
         self._leave()
+        self._tell_lr()
         # fused optimisers are called by a GradScaler even if the step is to be left out
         self.found_inf = getattr(self._optimizer, "found_inf", None)
         if unused:
@@ -183,6 +184,12 @@ class Swap:
                 "expected it to, so that the weights step by its gradients; nothing was learnt of R"
             )
         return True
+
+    def _tell_lr(self) -> None:
+        groups = self._optimizer.param_groups
+        lr_of = {id(p): group.get("lr") for group in groups for p in group["params"]}
+        for site in self.sites:
+            site.saw_lr(lr_of.get(id(site.weight)))
 
     def _initialises(self) -> bool:
         """Whether this step only makes the optimiser's state, before one is saved or loaded.

@@ -158,13 +158,18 @@ def test_with_a_learning_rate_scheduler(first):
 
     decor = run(first)
     layers = LayerForm(lambda p: torch.optim.SGD(p, lr=0.1), **OPTIONS)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(layers.optimizer, 0.5)
+    schedules = [  # attach has R follow the weights' schedule
+        torch.optim.lr_scheduler.ExponentialLR(scheduled, 0.5)
+        for scheduled in (layers.optimizer, layers.decor)
+    ]
     for x, y in batches(4):
         F.cross_entropy(layers.model(x), y).backward()
         layers.step()
-        schedule.step()
+        for schedule in schedules:
+            schedule.step()
     for name in LAYERS:
         torch.testing.assert_close(decor.W(name), layers.of(name)[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(decor.R(name), layers.of(name)[2], rtol=1e-12, atol=1e-12)
 
 
 def test_several_optimizers():
