@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from experiments.data.augment import Augment
 from experiments.data.parquet import KNOWN, read_split
@@ -46,9 +47,11 @@ def load(
         augment: what is done to images that are trained on: see `Augment.parse`. Large images always
             have crops of random size and are mirrored, and take nothing else.
         options: ``normalise`` (True): zero mean and unit deviation per channel, measured on the
-            training split alone; False: pixels are in [0, 1]. Of large images: `load_streamed`'s.
+            training split alone; False: pixels are in [0, 1]. Of digits also ``size`` (8): their
+            height and width, to which they are enlarged bilinearly. Of large images:
+            `load_streamed`'s.
 
-    Digits: 1797 images of 8x8. One fixed permutation (seed 0) puts 450 images into the test split
+    Digits: 1797 images, of 8x8 as they come. One fixed permutation (seed 0) puts 450 images into the test split
     and 1347 into training and validation.
 
     Raises:
@@ -59,7 +62,9 @@ def load(
     if name not in DATASETS:
         raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
     large = name in STREAMED
-    takes = [*inspect.signature(load_streamed).parameters][5:] if large else ["normalise"]
+    takes = ["normalise", "size"] if name == "digits" else ["normalise"]
+    if large:
+        takes = [*inspect.signature(load_streamed).parameters][5:]
     for key, value in options.items():
         if key not in takes:
             raise ValueError(f"{name} has no option {key!r} (got {value!r}): expected {takes}")
@@ -75,7 +80,7 @@ def load(
             name, Path(data_dir), **sizes, validation_fraction=validation_fraction, **options
         )
     if name == "digits":
-        train, test = _digits()
+        train, test = _digits(options.get("size", 8))
     else:
         train = read_split(name, Path(data_dir), "train", train_size)
         test = read_split(name, Path(data_dir), "test", test_size)
@@ -84,7 +89,7 @@ def load(
     kept = kept_of(name, len(train[1]), len(test[1]), validation_fraction)
     mean, std = mean_and_deviation(train[0][:kept])
     if not options.get("normalise", True):
-        mean, std = torch.zeros_like(mean), torch.full_like(std, 16 if name == "digits" else 255)
+        mean, std = torch.zeros_like(mean), torch.full_like(std, 255)
     augmentation.check(*train[0].shape[2:])
     return Dataset(
         name,
@@ -96,10 +101,14 @@ def load(
     )
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _digits(size: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    if type(size) is not int or not 8 <= size <= 64:
+        raise ValueError(f"size of digits is {size!r}: expected an int from 8 to 64")
     datasets = need("sklearn.datasets", "scikit-learn", "the digits images")
     bundle = datasets.load_digits()
-    images = torch.from_numpy(bundle.images).to(torch.uint8).unsqueeze(1)  # from 0 to 16
+    small = torch.from_numpy(bundle.images).float().unsqueeze(1)  # from 0 to 16
+    larger = functional.interpolate(small, size=(size, size), mode="bilinear")
+    images = (larger * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(bundle.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]

@@ -314,8 +314,8 @@ def test_processes_share_each_batch() -> None:
 def test_pixels_between_0_and_1_on_demand() -> None:
     train = load("digits", normalise=False).train
     assert (train.x.min().item(), train.x.max().item()) == (0, 1)
-    with pytest.raises(ValueError, match=r"digits has no option 'size' \(got 3\)"):
-        load("digits", size=3)
+    with pytest.raises(ValueError, match=r"digits has no option 'width' \(got 3\)"):
+        load("digits", width=3)
 
 
 def test_a_channel_of_one_value_is_zero(tmp_path: Path) -> None:
@@ -326,3 +326,19 @@ def test_a_channel_of_one_value_is_zero(tmp_path: Path) -> None:
     x = load("cifar10", tmp_path, validation_fraction=0.2).train.x
     assert x[:, 1].eq(0).all()
     assert x.isfinite().all()
+
+
+def test_digits_may_be_enlarged():
+    small, large = load("digits"), load("digits", size=20)
+    assert large.image_shape == (1, 20, 20)
+    assert torch.equal(small.train.y, large.train.y)
+    expected = torch.nn.functional.interpolate(
+        small.train.images[:5].double(), size=(20, 20), mode="bilinear"
+    )
+    assert (large.train.images[:5] - expected).abs().max() <= 1  # both are rounded
+
+
+@pytest.mark.parametrize("size", [7, 65, 16.0, "16", True])
+def test_digits_of_no_such_size(size):
+    with pytest.raises(ValueError, match="size of digits"):
+        load("digits", size=size)
