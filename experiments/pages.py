@@ -241,11 +241,15 @@ def _settings_table(found: Analysis) -> str:
         return ""
     lines = []
     for (group, method), winner in found.winners.items():
-        settings = [str(winner.settings.get(key, "")) for key in keys]
+        spaces = {d.key: d for d in found.study.methods[winner.method].space}
+        edges = {k for k, v in winner.settings.items() if k in spaces and spaces[k].at_edge(v)}
+        settings = [f"{winner.settings.get(key, '')}{' *' * (key in edges)}" for key in keys]
         of = winner.method if winner.method != method else ""
         trial = "" if winner.trial is None else str(winner.trial)
         lines.append([group, method, of, trial, *settings])
-    return markdown_table(["group", "chosen for", "settings of", "trial", *keys], lines)
+    table = markdown_table(["group", "chosen for", "settings of", "trial", *keys], lines)
+    marked = any(cell.endswith(" *") for line in lines for cell in line)
+    return table + "\n\n\\*: in the outer tenth of its range." * marked
 
 
 def _rules() -> str:

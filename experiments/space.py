@@ -57,6 +57,15 @@ class Dimension:
         value = low * (high / low) ** u if logarithmic else low + (high - low) * u
         return float(f"{value:.3g}")
 
+    def at_edge(self, value: Any) -> bool:
+        """Whether a number is within a tenth of either end, so that a wider range might be better."""
+        if self.kind == "choice":
+            return False
+        low, high = self.values
+        if self.kind == "log":
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return not 0.1 <= (value - low) / (high - low) <= 0.9
+
 
 def draws(
     spaces: Mapping[str, Sequence[Dimension]], trials: int, seed: int

@@ -265,3 +265,18 @@ def test_declared_studies_are_sound(path: Path) -> None:
     assert study.question
     check(study)
     json.dumps([run.config for run in study.tuning_runs()])
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "edge"),
+    [
+        ({"log": [1e-3, 1e-1]}, 1.2e-3, True),
+        ({"log": [1e-3, 1e-1]}, 8e-2, True),
+        ({"log": [1e-3, 1e-1]}, 2e-2, False),
+        ({"linear": [0, 1]}, 0.05, True),
+        ({"linear": [0, 1]}, 0.5, False),
+        ({"choice": [1, 2]}, 1, False),
+    ],
+)
+def test_at_edge(declared: dict[str, Any], value: float, edge: bool) -> None:
+    assert Dimension.parse("optimizer.lr", declared).at_edge(value) is edge
