@@ -7,9 +7,11 @@ GPU runs some blocks of the real grid, and they stand for all.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -101,15 +103,10 @@ def _triton(target: int, started: Started) -> Callable[..., None]:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` blocks, at irregular distances: at regular ones plans repeat."""
-    if total <= count:
-        return list(range(total))
-    chosen: dict[int, None] = {}
-    position, golden = 0.5, (math.sqrt(5) - 1) / 2
-    while len(chosen) < count:
-        chosen[int(total * position)] = None
-        position = (position + golden) % 1
-    return list(chosen)
+    """``count`` of ``total`` blocks, one anywhere in each part: at even distances plans repeat."""
+    count, chance = min(count, total), random.Random(0)
+    ends = [part * total // count for part in range(count + 1)]
+    return [chance.randrange(first, last) for first, last in pairwise(ends)]
 
 
 def record(make: Callable[[], tuple[Launch, int]], target: int) -> dict:
@@ -131,7 +128,7 @@ def profile(launch: Launch) -> Any:
         blocks = spread(total, count)
         return launch.run(blocks=blocks, profile=True, lockstep=True, max_steps=_STEPS).profile
 
-    first = run(min(total, FEWEST))
+    first = run(FEWEST)
     budget = PRODUCTS if first.total.mma_instructions else OTHERS
     count = len(first.blocks) * budget // max(1, first.total.warp_instructions)
     count = min(total, MOST, count)
