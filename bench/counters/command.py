@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bench.core import machine, results
+from bench.core import machine, registry, results
 from bench.core.suite import Suite, failed
 from bench.core.table import format_table, short
 from bench.counters import cuda_ptx, emulation, limits
@@ -80,21 +80,28 @@ class Rows:
         self._rows: dict[str, dict] = {}
 
     def run(self) -> list[dict]:
-        """Makes the problem's calls. What raises is a row of its own."""
+        """Makes the problem's calls. One that raises is a row of its own."""
+        with stand_in(self._problem.backend, self._target, self._started):
+            self._guarded(self._make_calls)
+        return list(self._rows.values())
+
+    def _make_calls(self) -> None:
+        for call in self._problem.calls(self._target):
+            self._call = call
+            self._times.clear()
+            self._guarded(call.run)
+            if self._selection.quick:
+                return
+
+    def _guarded(self, run: Callable[[], object]) -> None:
         try:
-            with stand_in(self._problem.backend, self._target, self._started):
-                for call in self._problem.calls(self._target):
-                    self._call = call
-                    self._times.clear()
-                    call.run()
-                    if self._selection.quick:
-                        break
+            run()
         except Missing:
             raise
         except Exception as failure:
             reason = failed(failure)
-            self._add("", "", lambda: reason)
-        return list(self._rows.values())
+            kernel = self._call.kernel if self._call else None
+            self._add(kernel or "", "", lambda: reason)
 
     def _started(self, kernel: str, config: str, make: Callable) -> None:
         self._times[kernel, config] += 1
@@ -241,26 +248,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     targets = tuple(options.target or (QUICK_TARGETS if options.quick else TARGETS))
     parts = options.backend, options.kernel, options.problem
+    selection = Selection(*parts, targets, options.quick)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    begin = time.perf_counter()
     try:
-        selection = Selection(*parts, targets, options.quick)
-        compared = json.loads(options.against.read_text())["counters"] if options.against else None
+        for pattern in (options.kernel, options.problem):
+            registry.compile_filter(pattern)
+        compared = json.loads(options.against.read_text()) if options.against else None
         limited = limits.read(options.limits)
         _ready(selection, options.save)
-        begin = time.perf_counter()
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         rows, complete = measure(selection)
-    except (Missing, OSError, ValueError, KeyError, re.error) as error:
-        print(
-            f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error,
-            file=sys.stderr,
-        )
+    except (Missing, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
         return 2
     if not rows:
         print("no launch matches --backend, --kernel, --problem and --target", file=sys.stderr)
         return 2
     print(table(rows))
     if compared is not None:
-        print(f"\n{comparison(rows, compared)}")
+        print(f"\n{comparison(rows, compared['counters'])}")
+    whole = selection.whole and complete
     if options.save:
         result = {
             "format": 1,
@@ -271,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "settings": {
                 "device": "simulator",
                 "dtype": "all",
-                "whole": selection.whole and complete,
+                "whole": whole,
                 "compilers": limits.compilers(),
             },
             "took_seconds": round(time.perf_counter() - begin),
@@ -279,17 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         results.save(result, options.save)
         print(f"\nsaved {options.save}")
-    whole = selection.whole and complete
     if options.write_limits:
         limits.write(rows, options.limits, whole)
         limited = limits.read(options.limits)
-    problems = limits.violations(rows, limited, whole)
-    print(
-        "\n".join(["", *limits.uncompared(limited), *problems])
-        if problems
-        else "all within their limits"
-    )
-    return 1 if problems or not complete else 0
+    wrong = limits.violations(rows, limited, whole)
+    print("\n".join(["", *limits.uncompared(limited), *(wrong or ["all within their limits"])]))
+    return 1 if wrong or not complete else 0
 
 
 def _ready(selection: Selection, save: Path | None) -> None:

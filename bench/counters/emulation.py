@@ -6,7 +6,6 @@ device, or only records the launches that it would make (``record``).
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -140,6 +139,8 @@ def load(more: tuple[Path, ...] = ()) -> ModuleType:
 
     Raises Missing without a host C++ compiler, pybind11 or Python's headers.
     """
+    import fcntl  # not on every system, which may yet report results
+
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         raise Missing("no host C++ compiler (g++ or clang++, or CXX)")

@@ -7,9 +7,12 @@ for, nothing is compared.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,12 +38,12 @@ _SLACK = 1.02  # counts do not vary; which blocks stand for the grid does, with 
 def compilers() -> dict[str, str]:
     """{backend: version of its compiler} of those that are here."""
     found = {}
-    try:
+    if importlib.util.find_spec("triton"):
         found["triton"] = importlib.metadata.version("triton")
-        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
         found["cuda"] = re.search(r"release (\d+\.\d+)", text.stdout)[1]
-    except (importlib.metadata.PackageNotFoundError, OSError, subprocess.CalledProcessError):
-        pass
     return found
 
 

@@ -251,6 +251,39 @@ def test_what_is_asked_for():
     assert not command.Selection(kernel="reduce").counts("decor_stats_reduce")
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("target", problems.TARGETS)
+def test_every_shipped_configuration_of_triton_is_counted(target, monkeypatch):
+    from dbp_kernels.backends.triton import configs
+
+    monkeypatch.setattr(measure, "multiprocessors", lambda target: 100)
+    monkeypatch.setattr(command, "record", lambda make, target: {"status": "ok"})
+    selection = command.Selection("triton", targets=(target,))
+    rows = [r for job in selection.jobs() for r in command.Rows(*job, selection).run()]
+    assert all(r["status"] == "ok" for r in rows), rows
+    counted = {(r["kernel"], r["precision"], r["config"]) for r in rows}
+    for kernel, shipped in configs._family(target).items():
+        if kernel == "gram_shift_tma" and target < 90:  # shipped, and never used
+            continue
+        for precision in shipped.keys() - {"fp16"}:
+            for c in shipped[precision]:
+                sides = (
+                    [c.block_m, c.block_n, c.block_k]
+                    if kernel == "product"
+                    else [c.block_m, c.block_k]
+                )
+                text = f"{'x'.join(map(str, sides))} w{c.num_warps} s{c.num_stages}"
+                assert (kernel, precision, text) in counted
+
+
+@pytest.mark.skipif(not command.RESULT.exists(), reason="no result is committed")
+def test_the_committed_result_is_whole_and_within_its_limits():
+    result = json.loads(command.RESULT.read_text())
+    assert result["complete"]
+    assert result["settings"]["whole"]
+    assert not limits.violations(result["counters"], limits.read(), whole=True)
+
+
 def problem(*calls) -> problems.Problem:
     return problems.Problem("cuda", "bf16", "toy", lambda target: iter(calls))
 
@@ -291,16 +324,23 @@ def test_rows_are_those_of_the_launches_that_count(stubbed):
     assert found(kernel="gram") == [first[1]]
 
 
-def test_a_call_that_raises_costs_its_problem_alone(stubbed, monkeypatch):
+def test_a_call_that_raises_costs_itself_alone(stubbed, monkeypatch):
     def broken():
         stubbed("gram")
         raise RuntimeError("does not fit")
 
     toy = problem(problems.Call(broken), problems.Call(lambda: stubbed("other")))
-    gram, failure = command.Rows(toy, 80, command.Selection()).run()
-    assert gram["status"] == "ok"
+    gram, failure, other = command.Rows(toy, 80, command.Selection()).run()
+    assert gram["status"] == other["status"] == "ok"
     assert failure["status"] == "failed"
     assert failure["reason"] == "RuntimeError: does not fit"
+
+    def no_inputs(target):
+        raise MemoryError
+
+    toy = problems.Problem("cuda", "bf16", "toy", no_inputs)
+    (failure,) = command.Rows(toy, 80, command.Selection()).run()
+    assert failure["reason"] == "MemoryError: "
 
     def missing():
         raise Missing("no compiler")
@@ -328,7 +368,7 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--problem", "("], "unterminated"),
+        (["--problem", "("], "regular expression"),
         (["--against", "nowhere.json"], "nowhere.json"),
         (["--problem", "nothing", "--backend", "cuda"], "no launch matches"),
     ],
