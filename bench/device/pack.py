@@ -2,8 +2,9 @@
 
 It holds the wheel of this clone, with the CUDA library where nvcc is at hand; bench, tests and
 experiments, but no package beside them, so that what runs is what was built; CIFAR-10 where a folder
-of it is named; what there is in ``runs`` of group "train"'s study, which goes on; small pure wheels for tests that the machine may lack; ``packed.json`` and
-``run.sh``, which needs nothing but Python with torch and pip.
+of it is named; what ``runs`` has of the study of group "train", which then goes on; small pure wheels
+that the machine may lack; ``packed.json`` and ``run.sh``, which needs nothing but Python with torch
+and pip.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def run(name: str, setting: Setting) -> dict:
     """Makes the next run, whichever it is."""
     if name == IMAGES:
         _read_an_image()
-    from experiments.queue import make_next
+    from experiments.queue import LOG, make_next
 
     study, options = _study(setting)
     record = make_next(study, options)
@@ -72,8 +72,13 @@ def run(name: str, setting: Setting) -> dict:
         return {"status": SKIPPED, "reason": "all runs are over"}
     archive(options.root / study.name, setting.beside("-runs.tar.gz"))
     told = {"status": PASSED, RESULT: {"runs": [summary(record)]}, "run": record.id}
-    # The reason is read by what started this process: a CUDA error in it means that another is needed.
-    return told | {"status": FAILED, "reason": record.error} if record.status == "failed" else told
+    if record.status != "failed":
+        return told
+    # With the end of the traceback, whose last line need not be the one that says "CUDA error": by that it
+    # is known that this process is of no use to the next run.
+    log = options.root / study.name / record.id / LOG
+    output = log.read_text()[-2000:] if log.is_file() else ""
+    return told | {"status": FAILED, "reason": record.error, "output": output}
 
 
 def summary(record: Record) -> dict:

@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 from bench.core import report
 from bench.device import train
 from bench.device.stage import RESULT, SKIPPED, Setting
-from dbp_kernels.verify.workers import FAILED, PASSED
+from dbp_kernels.verify.workers import FAILED, PASSED, breaks_the_context
 from experiments import pages, queue
 from experiments.study import load
 
@@ -67,12 +67,13 @@ def test_a_run_that_raises_is_told_with_its_error(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(folder: Path, data_dir: str | None) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
     monkeypatch.setattr(queue.worker, "main", failing)
     line = train.run("run 1 of 10", setting)
     assert line["status"] == FAILED
-    assert "CUDA error" in line["reason"]  # by which a broken context is known
+    assert "Compile with ..." in line["reason"]
+    assert breaks_the_context(line)  # so that the next run has another process
     assert line[RESULT]["runs"][0]["status"] == "failed"
 
 

@@ -262,6 +262,17 @@ def test_a_long_epoch_is_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read(tmp_path / "run" / "metrics.csv")[0].step < 270 // 8
 
 
+@pytest.mark.parametrize(("dirty", "commit"), [(False, "c0ffee"), (True, "c0ffee+changes")])
+def test_the_commit_of_a_packed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dirty: bool, commit: str
+) -> None:
+    from experiments import environment
+
+    (tmp_path / "packed.json").write_text(json.dumps({"commit": "c0ffee", "dirty": dirty}))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "experiments" / "environment.py"))
+    assert environment.environment()["commit"] == commit
+
+
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was told of an epoch before its checkpoint was there is told once in the end."""
     pytest.importorskip("tensorboard")
