@@ -14,9 +14,9 @@ from bench.suites import (
     long_run,
     passes,
     regret,
+    runs,
     scaling,
     steps,
-    training,
     updates,
 )
 
@@ -30,7 +30,7 @@ SUITES: dict[str, Suite] = {
     "scaling": scaling.SUITE,
     "regret": regret.SUITE,
     "budget": budget.SUITE,
-    "training": training.SUITE,
+    "runs": runs.SUITE,
     "host_time": host_time.SUITE,
     "long_run": long_run.SUITE,
 }
