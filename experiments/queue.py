@@ -43,6 +43,7 @@ from experiments.study import PlannedRun, Study, load
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG, LOCK = "output.txt", ".lock"
+WAIT = 10.0  # seconds between two looks at runs in another queue's hands
 
 
 class OutOfTime(Exception):
@@ -243,6 +244,26 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
         return through(list(study.final_runs(winners(study, read(folder)[1], folder))))
 
 
+def work_all(
+    studies: Sequence[Study], options: Options, launch: Launch = launch
+) -> Iterator[Study]:
+    """Each study as soon as it is over. One that waits for runs in another queue's hands has its turn
+    again after the others. Raises as `work`."""
+    left = list(studies)
+    while left:
+        held = []
+        for study in left:
+            if work(study, options, launch):
+                yield study
+            else:
+                held.append(study)
+        if held and len(held) == len(left):
+            if options.deadline is not None and time.monotonic() >= options.deadline:
+                raise OutOfTime
+            time.sleep(WAIT)
+        left = held
+
+
 def _told(record: Record) -> str:
     """A line for the log of a queue that is left alone."""
     text = f"{time.strftime('%H:%M:%S')} {record.id}: {record.status}"
@@ -283,12 +304,8 @@ def main(given: argparse.Namespace) -> int:
     status = 0
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        for study in studies:
-            if work(study, options, launcher):
-                print(make(options.root / study.name, given.results or RESULTS))
-            else:
-                status = 3
-                print(f"{study.name}: some of its runs are in another queue's hands")
+        for study in work_all(studies, options, launcher):
+            print(make(options.root / study.name, given.results or RESULTS))
     except OutOfTime:
         print("time is over; the same command goes on", file=sys.stderr)
         status = 3

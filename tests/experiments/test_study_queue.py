@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,30 @@ def test_a_run_in_another_queues_hands_is_left_to_it(study: Study, options: Opti
         assert planned.id not in fake.made
         assert len(fake.made) == 3
     assert work(study, options, fake)
+
+
+def test_what_another_queue_holds_is_waited_for_after_the_rest(
+    study: Study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = parse(TEXT.replace("small", "other"))
+    planned = next(iter(study.tuning_runs()))
+    waits = []
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(locked(options.root / "small" / planned.id)) is not None
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                stack.close()
+
+        monkeypatch.setattr(queue.time, "sleep", sleep)
+        over = queue.work_all([study, other], options, Fake())
+        assert next(over).name == "other"
+        assert next(over).name == "small"
+    assert waits == [queue.WAIT] * 2
+    with locked(options.root / "small" / planned.id), pytest.raises(OutOfTime):
+        (options.root / "small" / planned.id / "result.json").unlink()
+        list(queue.work_all([study], replace(options, deadline=time.monotonic() - 1), Fake()))
 
 
 def test_a_run_that_another_queue_has_just_finished_is_not_repeated(
