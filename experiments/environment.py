@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -44,6 +45,10 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """The checkout's commit, with "+changes" when tracked files differ from it."""
     root = Path(__file__).resolve().parent.parent
+    packed = root / "packed.json"  # no checkout, but a folder made of one for another machine
+    if packed.is_file():
+        made: dict[str, Any] = json.loads(packed.read_text())
+        return f"{made['commit']}+changes" if made["dirty"] else made["commit"]
     try:
 
         def git(*arguments: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,21 @@ from experiments.choice import winners
 from experiments.config import RunConfig
 from experiments.extras import need
 from experiments.pages import RESULTS, make
-from experiments.records import ATTEMPTS, PLANNED, STUDY, Record, read, read_run, write_planned
+from experiments.records import (
+    ATTEMPTS,
+    PLANNED,
+    STUDY,
+    Record,
+    attempts_at,
+    read,
+    read_run,
+    write_planned,
+)
 from experiments.study import PlannedRun, Study, load
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG, LOCK = "output.txt", ".lock"
+WAIT = 10.0  # seconds between two looks at runs in another queue's hands
 
 
 class OutOfTime(Exception):
@@ -85,6 +96,7 @@ def launch(folder: Path, options: Options, lock: int) -> int:
 
 def launch_here(folder: Path, options: Options, lock: int) -> int:
     """Makes the run in this process: no start of Python for each, but a crash ends the queue too."""
+    gc.collect()  # what the run before has left on a GPU is no memory of this one
     try:
         worker.main(folder, options.data_dir)
     except Exception:
@@ -158,6 +170,38 @@ def _over(record: Record, options: Options) -> bool:
     return record.over and not (record.status == "failed" and options.retry_failed)
 
 
+def _to_make(folder: Path, options: Options) -> bool:
+    return not ((folder / PLANNED).is_file() and _over(read_run(folder), options))
+
+
+def make_next(study: Study, options: Options, most_lost: int = 2) -> Record | None:
+    """Makes the first run of ``study`` that is to be made, in this process: a trial or, once all of these
+    are over, a final run. None: there is none.
+
+    For processes that may be killed: a run that was lost with its process ``most_lost`` times has
+    failed, so that the others have their turn.
+    """
+    folder = options.root / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).write_text(study.text)
+
+    def first(planned_runs: Iterable[PlannedRun]) -> PlannedRun | None:
+        return next((p for p in planned_runs if _to_make(folder / p.id, options)), None)
+
+    planned = first(study.tuning_runs())
+    if planned is None:
+        planned = first(study.final_runs(winners(study, read(folder)[1], folder)))
+    if planned is None:
+        return None
+    run = folder / planned.id
+    lost = sum("outcome" not in attempt for attempt in attempts_at(run))
+    if lost >= most_lost:
+        _append(run, {"outcome": "failed", "error": f"its process was lost {lost} times"})
+    else:
+        attempt(run, planned, options, launch_here)
+    return read_run(run)
+
+
 def work(study: Study, options: Options, launch: Launch = launch) -> bool:
     """Makes all runs of ``study`` that are to be made; returns whether all of them are over.
 
@@ -183,7 +227,7 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
                 run = folder / planned.id
                 bar.set_postfix_str(planned.id)
                 seen += 1
-                if not ((run / PLANNED).is_file() and _over(read_run(run), options)):
+                if _to_make(run, options):
                     if options.deadline is not None and time.monotonic() >= options.deadline:
                         raise OutOfTime
                     if attempt(run, planned, options, launch):
@@ -198,6 +242,26 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
         if not through(tuning):
             return False
         return through(list(study.final_runs(winners(study, read(folder)[1], folder))))
+
+
+def work_all(
+    studies: Sequence[Study], options: Options, launch: Launch = launch
+) -> Iterator[Study]:
+    """Each study as soon as it is over. One that waits for runs in another queue's hands has its turn
+    again after the others. Raises as `work`."""
+    left = list(studies)
+    while left:
+        held = []
+        for study in left:
+            if work(study, options, launch):
+                yield study
+            else:
+                held.append(study)
+        if held and len(held) == len(left):
+            if options.deadline is not None and time.monotonic() >= options.deadline:
+                raise OutOfTime
+            time.sleep(WAIT)
+        left = held
 
 
 def _told(record: Record) -> str:
@@ -240,12 +304,8 @@ def main(given: argparse.Namespace) -> int:
     status = 0
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        for study in studies:
-            if work(study, options, launcher):
-                print(make(options.root / study.name, given.results or RESULTS))
-            else:
-                status = 3
-                print(f"{study.name}: some of its runs are in another queue's hands")
+        for study in work_all(studies, options, launcher):
+            print(make(options.root / study.name, given.results or RESULTS))
     except OutOfTime:
         print("time is over; the same command goes on", file=sys.stderr)
         status = 3

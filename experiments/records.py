@@ -73,7 +73,7 @@ def read(folder: Path) -> tuple[Study, dict[str, Record]]:
 def read_run(folder: Path) -> Record:
     """The record of one run's folder, which holds ``planned.json``."""
     planned = json.loads((folder / PLANNED).read_text())
-    attempts = _attempts(folder)
+    attempts = attempts_at(folder)
     facts: dict[str, float] = {"attempts": len(attempts)}
     for name in ("cpu_seconds", "wall_seconds"):
         facts[name] = sum(attempt.get(name, 0.0) for attempt in attempts)
@@ -108,7 +108,7 @@ def write_planned(folder: Path, planned: PlannedRun) -> None:
     write_atomically(folder / PLANNED, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def _attempts(folder: Path) -> list[dict[str, Any]]:
+def attempts_at(folder: Path) -> list[dict[str, Any]]:
     """Each attempt at the run; of one whose end was never written there is its beginning."""
     if not (folder / ATTEMPTS).is_file():
         return []

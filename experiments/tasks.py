@@ -56,19 +56,29 @@ class Task(Protocol):
 
 
 EVALUATED = 512  # images at a time: they need no gradients
+SHOWN = 2000  # images to a model that looks at some before it is trained
+OPTIONS = {"label_smoothing": 0.0, "mirrored": False, "evaluated": EVALUATED}
 
 
 class Classification:
     """Images and their classes by cross-entropy; the score is accuracy.
 
-    ``config.options``: ``label_smoothing`` (0).
+    ``config.options``: ``label_smoothing`` (0); ``mirrored`` (False): evaluate by the mean of the logits
+    of an image and of its mirror image; ``evaluated`` (512): so many images at a time.
+
+    A model's method ``initialise_from``, if it has one, is given some training images, normalised and
+    not augmented.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        unknown = set(config.options) - {"label_smoothing"}
+        unknown = set(config.options) - set(OPTIONS)
         if unknown:
-            raise ValueError(f"options has {sorted(unknown)}: expected label_smoothing or nothing")
-        self.smoothing = float(config.options.get("label_smoothing", 0.0))
+            raise ValueError(f"options has {sorted(unknown)}: expected some of {list(OPTIONS)}")
+        options = {**OPTIONS, **config.options}
+        self.smoothing = float(options["label_smoothing"])
+        self.mirrored, self.evaluated = bool(options["mirrored"]), int(options["evaluated"])
+        if self.evaluated < 1:
+            raise ValueError(f"options.evaluated is {self.evaluated}: expected at least 1")
         self.seed = config.seed
         self.batch_size = config.batch_size
         data = config.data
@@ -87,6 +97,8 @@ class Classification:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.device = device
         self.model = model.to(device=device, memory_format=layout)
+        if hasattr(model, "initialise_from"):
+            model.initialise_from(next(self.data.train.batches(SHOWN))[0])
         images, processes = len(self.data.train), parallel.world()
         self.steps_per_epoch = images // config.batch_size
         if self.steps_per_epoch == 0:
@@ -116,8 +128,10 @@ class Classification:
         part = getattr(self.data, split)
         loss = torch.zeros((), device=self.device)
         hits = torch.zeros((), device=self.device, dtype=torch.int64)
-        for x, y in part.batches(EVALUATED):
+        for x, y in part.batches(self.evaluated):
             logits = self.model(x)
+            if self.mirrored:
+                logits = (logits.float() + self.model(x.flip(3)).float()) / 2
             loss += F.cross_entropy(logits.float(), y, reduction="sum")
             hits += (logits.argmax(1) == y).sum()
         return loss.item() / len(part), hits.item() / len(part)

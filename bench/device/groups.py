@@ -51,7 +51,7 @@ GROUPS: dict[str, Group] = {
             suite.TESTS,
         ),
     ),
-    "train": Group(230, (train.SPEED, train.TRAINING)),
+    "train": Group(400, (train.TRAINING,)),
 }
 DESCRIBE = describe.DESCRIBE  # comes first in every run
 

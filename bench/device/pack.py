@@ -2,8 +2,9 @@
 
 It holds the wheel of this clone, with the CUDA library where nvcc is at hand; bench, tests and
 experiments, but no package beside them, so that what runs is what was built; CIFAR-10 where a folder
-of it is named; small pure wheels for tests that the machine may lack; ``packed.json`` and
-``run.sh``, which needs nothing but Python with torch and pip.
+of it is named; what ``runs`` has of the study of group "train", which then goes on; small pure wheels
+that the machine may lack; ``packed.json`` and ``run.sh``, which needs nothing but Python with torch
+and pip.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from pathlib import Path
 import torch
 
 from bench.core import machine
+from bench.device.train import STUDY
 
 LIMIT = 60e6  # bytes in all
 SOURCES = ("bench", "tests", "experiments", "examples", "csrc", "pyproject.toml")
-NOT_PACKED = ("__pycache__", "*.py[cod]", "*.so", "*.o", "*.png")
+NOT_PACKED = ("__pycache__", "*.py[cod]", "*.so", "*.o", "*.png", "*.pt", "events.out.*")
 PYTHON = "3.12"  # of the machines it goes to
 SPARE = (
     *("pytest", "iniconfig", "pluggy", "packaging", "pygments", "pytest-xdist", "execnet"),
-    *("hypothesis", "sortedcontainers", "expecttest", "tqdm"),
+    *("hypothesis", "sortedcontainers", "expecttest", "tqdm", "nvidia-ml-py"),
 )
 RUN = "run.sh"
 
@@ -62,6 +64,9 @@ def _fill(folder: Path, data: Path | None, download: bool) -> dict:
     for name in SOURCES:
         _copy(machine.ROOT / name, folder / name)
     _copy(Path(__file__).with_name(RUN), folder / RUN)
+    earlier = Path("runs", STUDY)
+    if (machine.ROOT / earlier).is_dir():
+        _copy(machine.ROOT / earlier, folder / earlier)
     if data is not None:
         _copy_data(data, folder / "data" / "cifar10")
     wheel = _build_wheel(folder / "wheels")

@@ -1,112 +1,107 @@
-"""Stages of group ``train``: how fast the methods train, then as many epochs of BP and DBP as fit.
+"""The stage of group ``train``: the runs of a study of ``experiments``, as far as time allows.
 
-A case is an epoch, so that a run cut short keeps those before. One worker trains; what it holds is
-lost with it, and then the rest of that method is skipped.
+A case is the next run that is to be made; they lie in ``runs/`` as those of any queue, so that the
+same command goes on where time was up, and ``<result>-runs.tar.gz`` has what a page is made of::
+
+    tar xf train-runs.tar.gz && python -m experiments report runs/cifar10-airbench
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Iterator
-from dataclasses import asdict
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.core import machine
-from bench.device import training
 from bench.device.stage import RESULT, SKIPPED, Setting, Stage
-from bench.device.training import BP, DBP, EAGER, METHODS, Images, Recipe
-from dbp_kernels.verify.workers import NOT_RUN, Case
+from dbp_kernels.verify.workers import FAILED, PASSED, Case
 
+if TYPE_CHECKING:  # other groups need nothing of what experiments import
+    from experiments.queue import Options
+    from experiments.records import Record
+    from experiments.study import Study
+
+STUDY, REHEARSED = "cifar10-airbench", "tiny-digits"
+RUNS = machine.ROOT / "runs"
 DATA = machine.ROOT / "data"  # CIFAR-10's parquet files, if there
-SECONDS = 68.0  # of each method's training and tests, at most
-_BESIDE = 24.0  # seconds of the stage for everything else
-_FIRST, _LIMIT = 70.0, 30.0  # seconds of an epoch: of the first, with all that comes before it
-_SPEED_LIMIT = 40.0  # compilation included
-_WARMUP, _STEPS = 10, 30  # of the measurement of speed
-_REHEARSED = Recipe(model="convnet", widths=(4, 8), batch=16, lr=0.05)
+IMAGES = "CIFAR-10's images"
+SECONDS = 395.0
+_LIMIT = 90.0  # seconds of a run, with all that comes before a process's first one
+# Of a run's folder: all but TensorBoard's events and checkpoints.
+_KEPT = (".yaml", ".json", ".jsonl", ".csv", ".txt")
 
 
-def _recipe(setting: Setting) -> Recipe:
-    return _REHEARSED if setting.rehearse else Recipe()
+def _study(setting: Setting) -> tuple[Study, Options]:
+    from experiments.queue import Options
+    from experiments.study import load
+
+    root = setting.beside("-runs") if setting.rehearse else RUNS
+    options = Options(root, data_dir=str(DATA), progress=False)
+    return load(REHEARSED if setting.rehearse else STUDY), options
 
 
-# --------------------------------------------------------------------------- speed
+def _read_an_image() -> None:
+    """Raises what any run would raise where data or a package are missing."""
+    from experiments.data.parquet import read_split
+
+    read_split("cifar10", DATA, "test", 1)
 
 
-def speed_cases(setting: Setting) -> list[Case]:
-    return [Case(method, _SPEED_LIMIT) for method in METHODS]
+def cases(setting: Setting) -> list[Case]:
+    """Where there are no images a single one that says so: a run that fails is not made again."""
+    if not setting.rehearse:
+        try:
+            _read_an_image()
+        except (OSError, ValueError, ImportError):
+            return [Case(IMAGES, _LIMIT)]
+    study, _ = _study(setting)
+    finals = len(study.groups) * len(study.methods) * len(study.final_seeds)
+    total = len(list(study.tuning_runs())) + finals
+    return [Case(f"run {number} of {total}", _LIMIT) for number in range(1, total + 1)]
 
 
-def run_speed(method: str, setting: Setting) -> dict:
-    """Images per second, on made-up images: nothing has to be decoded for it."""
-    recipe = _recipe(setting)
-    images = training.synthetic(10 * recipe.batch, 1).to(setting.torch_device)
-    warmup, steps = (1, 2) if setting.rehearse else (_WARMUP, _STEPS)
-    found = training.speed(method, images, recipe, warmup, steps)
-    return {"images_per_second": float(f"{found:.4g}")}
+def run(name: str, setting: Setting) -> dict:
+    """Makes the next run, whichever it is."""
+    if name == IMAGES:
+        _read_an_image()
+    from experiments.queue import LOG, make_next
+
+    study, options = _study(setting)
+    record = make_next(study, options)
+    if record is None:
+        return {"status": SKIPPED, "reason": "all runs are over"}
+    archive(options.root / study.name, setting.beside("-runs.tar.gz"))
+    told = {"status": PASSED, RESULT: {"runs": [summary(record)]}, "run": record.id}
+    if record.status != "failed":
+        return told
+    # With the end of the traceback, whose last line need not be the one that says "CUDA error": by that it
+    # is known that this process is of no use to the next run.
+    log = options.root / study.name / record.id / LOG
+    output = log.read_text()[-2000:] if log.is_file() else ""
+    return told | {"status": FAILED, "reason": record.error, "output": output}
 
 
-# --------------------------------------------------------------------------- training
+def summary(record: Record) -> dict:
+    """For the result file; the archive has the rest."""
+    last = record.rows[-1] if record.rows else {}
+    return {
+        "run": record.id,
+        **{key: record.identity[key] for key in ("method", "phase", "trial", "seed")},
+        "status": record.status,
+        "epochs": len(record.rows),
+        **{key: last.get(key) for key in ("seconds", "validation_score", "test_score")},
+    }
 
 
-def epoch_cases(setting: Setting) -> list[Case]:
-    """As many epochs as the slower method has time for; both are trained for as many.
-
-    Without our kernels if those were tried for speed and did not survive it.
-    """
-    speeds = _speeds(setting)
-    methods = (BP, EAGER if DBP in speeds and speeds[DBP] is None else DBP)
-    known = [speeds[method] for method in methods if speeds.get(method)]
-    seconds = min(SECONDS, (setting.left - _BESIDE) / len(methods))
-    epochs = training.epochs_within(seconds, known) if known else training.EPOCHS[0]
-    if setting.rehearse:
-        epochs = 2
-    return [
-        Case(f"{method}: epoch {n} of {epochs}", _FIRST if n == 1 else _LIMIT)
-        for method in methods
-        for n in range(1, epochs + 1)
-    ]
+def archive(folder: Path, path: Path) -> None:
+    """What a study's runs have left, as ``runs/<study>/...``; replaces ``path`` in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with tarfile.open(partial, "w:gz") as file:
+        for found in sorted(folder.rglob("*")):
+            if found.suffix in _KEPT:
+                file.add(found, Path("runs", folder.name, found.relative_to(folder)))
+    partial.replace(path)
 
 
-def _speeds(setting: Setting) -> dict[str, float | None]:
-    """What was measured in this run, by the lines that its workers' cases left; None: it failed."""
-    lines = setting.beside(".jsonl")
-    cases = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
-    tried = [c for c in cases if c["stage"] == SPEED.name and c["status"] != NOT_RUN]
-    return {case["case"]: case.get("images_per_second") for case in tried}
-
-
-@functools.cache
-def _images(rehearse: bool, device: str) -> tuple[Images, str | None]:
-    if rehearse:
-        images, reason = training.synthetic(96, 32), "a rehearsal"
-    else:
-        images, reason = training.load(DATA)
-    return images.to(device), reason
-
-
-_running: dict[str, Iterator[dict]] = {}  # of this worker: what yields a method's next epoch
-
-
-def run_epoch(name: str, setting: Setting) -> dict:
-    """The next epoch of a method; the first one begins its training."""
-    method, _, which = name.partition(": epoch ")
-    number, _, epochs = which.partition(" of ")
-    images, reason = _images(setting.rehearse, setting.device)
-    recipe = _recipe(setting)
-    if number == "1":
-        _running[method] = training.train(method, images, int(epochs), recipe)
-    run = _running.pop(method, None)  # and gone if the epoch raises
-    if run is None:
-        return {"status": SKIPPED, "reason": "the network was lost in an epoch before"}
-    record = next(run)
-    _running[method] = run
-    told = {key: record[key] for key in ("train_loss", "test_accuracy", "images_per_second")}
-    terms = {**asdict(recipe), "widths": str(recipe.widths), "images": images.name}
-    if reason:
-        terms["no_cifar10"] = reason
-    return {**told, RESULT: {"training": [record], "recipe": terms}}
-
-
-SPEED = Stage("speed", 65, speed_cases, run_speed)
-TRAINING = Stage("training", 160, epoch_cases, run_epoch)
+# Each case is a family of its own: what one method's runs crash in must not end the others'.
+TRAINING = Stage("training", SECONDS, cases, run, family=lambda name: name)

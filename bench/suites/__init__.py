@@ -15,9 +15,9 @@ from bench.suites import (
     long_run,
     passes,
     regret,
+    runs,
     scaling,
     steps,
-    training,
     updates,
 )
 
@@ -31,7 +31,7 @@ SUITES: dict[str, Suite] = {
     "scaling": scaling.SUITE,
     "regret": regret.SUITE,
     "budget": budget.SUITE,
-    "training": training.SUITE,
+    "runs": runs.SUITE,
     "host_time": host_time.SUITE,
     "long_run": long_run.SUITE,
     "counters": counters.SUITE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.data.augment import Augment
-from experiments.data.parquet import KNOWN, read_split
+from experiments.data.parquet import KNOWN, find_parquet, read_split
 from experiments.data.sets import Dataset, Split, kept_of, mean_and_deviation
 from experiments.data.streamed import load_streamed
 from experiments.extras import need
@@ -79,16 +81,48 @@ def load(
         return load_streamed(
             name, Path(data_dir), **sizes, validation_fraction=validation_fraction, **options
         )
+    how = (validation_fraction, augmentation, bool(options.get("normalise", True)))
     if name == "digits":
-        train, test = _digits(options.get("size", 8))
-    else:
-        train = read_split(name, Path(data_dir), "train", train_size)
-        test = read_split(name, Path(data_dir), "test", test_size)
+        return _divided(name, *_digits(options.get("size", 8)), train_size, test_size, *how)
+    found: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # said in its turn, by who reads them
+        for split in ("train", "test"):
+            found += find_parquet(name, Path(data_dir), split)
+    states = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in found)
+    return _of_parquet(name, Path(data_dir), states, train_size, test_size, *how)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_parquet(
+    name: str,
+    data_dir: Path,
+    states: tuple[tuple[Path, int, int], ...],
+    train_size: int | None,
+    test_size: int | None,
+    *how: Any,
+) -> Dataset:
+    """Kept, as long as the files stay what they are: decoding takes longer than a short run, and a
+    process may make many runs."""
+    train = read_split(name, data_dir, "train", train_size)
+    test = read_split(name, data_dir, "test", test_size)
+    return _divided(name, train, test, train_size, test_size, *how)
+
+
+def _divided(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    train_size: int | None,
+    test_size: int | None,
+    validation_fraction: float,
+    augmentation: Augment,
+    normalise: bool,
+) -> Dataset:
     train = train[0][:train_size], train[1][:train_size]
     test = test[0][:test_size], test[1][:test_size]
     kept = kept_of(name, len(train[1]), len(test[1]), validation_fraction)
     mean, std = mean_and_deviation(train[0][:kept])
-    if not options.get("normalise", True):
+    if not normalise:
         mean, std = torch.zeros_like(mean), torch.full_like(std, 255)
     augmentation.check(*train[0].shape[2:])
     return Dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments.models.airbench import Airbench
 from experiments.models.alexnet import AlexNet
 from experiments.models.build import MODELS, build_model
 from experiments.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50
@@ -14,6 +15,7 @@ __all__ = [
     "MLP",
     "MODELS",
     "VAE",
+    "Airbench",
     "AlexNet",
     "BasicBlock",
     "Bottleneck",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from experiments.models.airbench import Airbench
 from experiments.models.alexnet import AlexNet
 from experiments.models.own import build_own
 from experiments.models.resnet import ResNet, resnet18, resnet34, resnet50
@@ -59,6 +60,17 @@ def _resnet9(shape: ImageShape, classes: int, width: int = 64, scale: float = 0.
     return ResNet9(classes, shape[0], width, scale)
 
 
+def _airbench(
+    shape: ImageShape, classes: int, widths: Sequence[int] = (64, 256, 256), scale: float = 1 / 9
+) -> nn.Module:
+    if min(shape[1:]) <= 2 ** len(widths):
+        size = 2 ** len(widths) + 1
+        raise ValueError(
+            f"airbench needs images of at least {size}x{size}, got {shape[1]}x{shape[2]}"
+        )
+    return Airbench(classes, shape[0], widths, scale)
+
+
 def _vit_s(
     shape: ImageShape,
     classes: int,
@@ -85,6 +97,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": _resnet(resnet50),
     "alexnet": _alexnet,
     "resnet9": _resnet9,
+    "airbench": _airbench,
     "vit_s": _vit_s,
     "vae": _vae,
 }
@@ -111,6 +124,7 @@ def build_model(name: str, image_shape: ImageShape, num_classes: int, **options:
             resnet*    stem: "imagenet" or "cifar", by default as the images are large
             alexnet    dropout 0.5
             resnet9    width 64, scale 0.125
+            airbench   widths (64, 256, 256), scale 1/9
             vit_s      patch: 16 or 4, as the images are large; width 384, depth 12, heads 6
             vae        widths (32, 64), latent 20
             =========  ==================================================================

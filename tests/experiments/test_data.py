@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from image_files import bomb, encoded, make_parquet, noise
 
 from experiments.data import DIGITS_TEST, load, read_parquet
 from experiments.data.decode import decode
+from experiments.data.parquet import read_split
 from experiments.extras import need
 
 pytest.importorskip("sklearn")
@@ -226,6 +228,29 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(part)
         with pytest.raises(ValueError, match=r"train-0\.parquet: no parquet file that can be read"):
             load("mnist", tmp_path)
+
+
+def test_files_are_decoded_once_as_long_as_they_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "test"):
+        files = [noise(5, 4, seed=i) for i in range(4)]
+        make_parquet(tmp_path / f"{split}-0.parquet", files, [0, 1, 2, 3])
+    read: list[str] = []
+
+    def counted(name: str, folder: Path, split: str, limit: int | None) -> Any:
+        read.append(split)
+        return read_split(name, folder, split, limit)
+
+    monkeypatch.setattr(sys.modules[load.__module__], "read_split", counted)
+    first = load("cifar10", tmp_path, validation_fraction=0.25)
+    again = load("cifar10", tmp_path, validation_fraction=0.25)
+    assert torch.equal(first.train.images, again.train.images)
+    assert read == ["train", "test"]
+    assert len(load("cifar10", tmp_path, validation_fraction=0.5).train) == 2
+    other = [noise(5, 4, seed=i) for i in range(10, 15)]
+    make_parquet(tmp_path / "test-0.parquet", other, [4] * 5)
+    assert load("cifar10", tmp_path, validation_fraction=0.5).test.y.tolist() == [4] * 5
 
 
 # --- batches ------------------------------------------------------------------------------------

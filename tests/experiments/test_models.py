@@ -32,6 +32,12 @@ def count(model: nn.Module) -> int:
         ("vit_s", IMAGENET, 1000, 22_050_664),  # timm's vit_small_patch16_224
         ("resnet18", CIFAR, 10, 11_173_962),  # kuangliu/pytorch-cifar
         ("resnet9", CIFAR, 10, 6_573_120),  # Page, "How to train your ResNet"
+        (
+            "airbench",
+            CIFAR,
+            10,
+            1_972_792,
+        ),  # github.com/KellerJordan/cifar10-airbench: 1.97 million
     ],
 )
 def test_networks_have_the_published_sizes(
@@ -44,7 +50,9 @@ def test_networks_have_the_published_sizes(
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), CIFAR, (3, 96, 128)])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("alexnet", "vae")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("alexnet", "airbench", "vae")]
+)
 def test_models_take_every_image_size(name: str, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         model = build_model(name, shape, 7)
@@ -172,6 +180,7 @@ def test_a_vae_reconstructs_and_its_loss_is_the_bound() -> None:
         ("resnet18", CIFAR, {"stem": "large"}, r"stem must be .* got 'large'"),
         ("alexnet", CIFAR, {}, r"at least 63x63, got 32x32"),
         ("resnet9", (1, 4, 4), {}, r"at least 8x8, got 4x4"),
+        ("airbench", (1, 8, 8), {}, r"at least 9x9, got 8x8"),
         ("vit_s", (1, 30, 30), {}, r"patch must divide images of 30x30, got 4"),
         ("vit_s", CIFAR, {"heads": 5}, r"heads must divide the width 384, got 5"),
         ("vae", (1, 30, 30), {}, r"30x30 cannot be halved 2 times.*multiples of 4"),
@@ -182,6 +191,43 @@ def test_build_model_names_the_bad_value(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, shape, 10, **options)
+
+
+def test_airbench_whitens_patches_of_the_images_that_it_is_shown() -> None:
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.randn(200, 3, 5, 5), 9, mode="bilinear") + torch.randn(
+        200, 3, 1, 1
+    )
+    model = build_model("airbench", (3, 9, 9), 10, widths=(4, 6, 5))
+    model.initialise_from(smooth)
+    whitened = model.whiten(smooth).transpose(0, 1).flatten(1)
+    half = len(whitened) // 2
+    torch.testing.assert_close(whitened[:half], -whitened[half:])
+    second_moments = whitened[:half] @ whitened[:half].mT / whitened.shape[1]
+    # of unit size but for the damping, which tells only where there is hardly anything
+    torch.testing.assert_close(second_moments, torch.eye(half), atol=0.05, rtol=0)
+    assert model(smooth).shape == (200, 10)
+    # every convolution begins by passing on what it gets
+    convolutions = [m for m in model.groups.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 6
+    for convolution in convolutions:
+        kept = min(convolution.weight.shape[:2])
+        passed = convolution(x := torch.randn(2, convolution.in_channels, 4, 4))[:, :kept]
+        torch.testing.assert_close(passed, x[:, :kept])
+
+
+def test_airbench_attached_leaves_its_fixed_layer_alone() -> None:
+    torch.manual_seed(0)
+    model = build_model("airbench", (3, 9, 9), 10, widths=(4, 6, 5))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    handle = dbp.attach(model, optimizer, lr=1e-3, sample=4)
+    before = model.whiten.weight.clone()
+    F.cross_entropy(model(torch.randn(8, 3, 9, 9)), torch.arange(8)).backward()
+    optimizer.step()
+    assert torch.equal(before, model.whiten.weight)
+    assert set(handle.left_alone()) == {"whiten"}
+    assert len(handle.losses()) == 7
 
 
 def test_what_a_network_has_anyway_may_be_said() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
 from experiments import queue
-from experiments.queue import LOCK, Options, OutOfTime, attempt, launch, locked, work
-from experiments.records import ATTEMPTS, PLANNED, read, read_run
+from experiments.queue import LOCK, Options, OutOfTime, attempt, launch, locked, make_next, work
+from experiments.records import ATTEMPTS, PLANNED, read, read_run, write_planned
 from experiments.study import Study, parse
 
 TEXT = """
@@ -102,6 +104,42 @@ def test_trials_come_first_then_the_winners_with_fresh_seeds(
     assert {r.status for r in records.values()} == {"finished"}
 
 
+def test_one_run_after_another(
+    study: Study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Fake()
+    assert work(study, options, whole)
+    one_by_one = Fake()
+    monkeypatch.setattr(queue, "launch_here", one_by_one)
+    other = Options(options.root / "other", progress=False)
+    while record := make_next(study, other):
+        assert record.status == "finished"
+        assert record.id == one_by_one.made[-1]
+    assert one_by_one.made == whole.made
+
+
+def test_a_run_that_is_lost_with_its_process_twice_has_failed(
+    study: Study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    monkeypatch.setattr(queue, "launch_here", fake)
+    first = next(study.tuning_runs())
+    folder = options.root / "small" / first.id
+    folder.mkdir(parents=True)
+    write_planned(folder, first)
+    # As a process that was killed leaves it; once it may have been for want of time.
+    (folder / ATTEMPTS).write_text('{"began": 1.0}\n')
+    assert make_next(study, options).status == "finished"
+    assert fake.made == [first.id]
+    (folder / "result.json").unlink()
+    (folder / ATTEMPTS).write_text('{"began": 1.0}\n{"began": 2.0}\n')
+    record = make_next(study, options)
+    assert (record.id, record.status) == (first.id, "failed")
+    assert "lost 2 times" in record.error
+    assert make_next(study, options).id != first.id
+    assert len(fake.made) == 2
+
+
 def test_what_is_over_is_never_made_again(study: Study, options: Options) -> None:
     assert work(study, options, Fake())
     again = Fake()
@@ -166,6 +204,31 @@ def test_a_run_in_another_queues_hands_is_left_to_it(study: Study, options: Opti
         assert planned.id not in fake.made
         assert len(fake.made) == 3
     assert work(study, options, fake)
+
+
+def test_what_another_queue_holds_is_waited_for_after_the_rest(
+    study: Study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = parse(TEXT.replace("small", "other"))
+    planned = next(iter(study.tuning_runs()))
+    waits = []
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(locked(options.root / "small" / planned.id)) is not None
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                stack.close()
+
+        monkeypatch.setattr(queue.time, "sleep", sleep)
+        over = queue.work_all([study, other], options, Fake())
+        assert next(over).name == "other"
+        assert next(over).name == "small"
+    assert waits == [queue.WAIT] * 2
+    (options.root / "small" / planned.id / "result.json").unlink()
+    late = queue.work_all([study], replace(options, deadline=time.monotonic() - 1), Fake())
+    with locked(options.root / "small" / planned.id), pytest.raises(OutOfTime):
+        next(late)
 
 
 def test_a_run_that_another_queue_has_just_finished_is_not_repeated(

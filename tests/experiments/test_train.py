@@ -137,6 +137,35 @@ def test_evaluation_is_of_the_saved_model(tmp_path: Path) -> None:
     assert (loss, score) == (last.test_loss, last.test_score)
 
 
+def test_evaluation_by_an_image_and_its_mirror_image() -> None:
+    from experiments.tasks import Classification
+
+    torch.manual_seed(0)
+    options = {"mirrored": True, "evaluated": 30}
+    task = Classification(config(options=options), torch.device("cpu"))
+    task.model.eval()
+    x, y = task.data.test.x, task.data.test.y
+    with torch.no_grad():
+        loss, score = task.evaluate("test")
+        logits = (task.model(x) + task.model(x.flip(3))) / 2
+        alone = task.model(x)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert score == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert not torch.equal(logits, alone)
+
+
+def test_a_model_that_asks_for_images_is_shown_some_to_train_on() -> None:
+    from experiments.tasks import Classification
+
+    task = Classification(
+        config(model={"name": "airbench", "options": {"widths": [8]}}), torch.device("cpu")
+    )
+    x = task.data.train.x
+    expected = type(task.model)(10, 1, [8])
+    expected.initialise_from(x)
+    assert torch.equal(task.model.whiten.weight, expected.whiten.weight)
+
+
 def test_a_seed_is_a_run(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.randn(3)  # what was drawn before does not matter
@@ -231,6 +260,17 @@ def test_a_long_epoch_is_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = run(wild, tmp_path / "run", progress=False)
     assert result["status"] == "diverged"
     assert read(tmp_path / "run" / "metrics.csv")[0].step < 270 // 8
+
+
+@pytest.mark.parametrize(("dirty", "commit"), [(False, "c0ffee"), (True, "c0ffee+changes")])
+def test_the_commit_of_a_packed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dirty: bool, commit: str
+) -> None:
+    from experiments import environment
+
+    (tmp_path / "packed.json").write_text(json.dumps({"commit": "c0ffee", "dirty": dirty}))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "experiments" / "environment.py"))
+    assert environment.environment()["commit"] == commit
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,6 +563,7 @@ def test_an_atomic_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"batch_size": 1000}, "batch_size is 1000: expected at most 270"),
         ({"options": {"speed": 1}}, "options has .*speed"),
+        ({"options": {"evaluated": 0}}, "options.evaluated is 0"),
         ({"optimizer": {"name": "lion"}}, "optimizer.name is 'lion'"),
         ({"schedule": {"name": "steps"}}, "schedule.name is 'steps'"),
         ({"decor": {"include": ["nothing"]}}, "include.*nothing"),
