@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for pattern in (options.kernel, options.problem):
             registry.compile_filter(pattern)
-        compared = json.loads(options.against.read_text()) if options.against else None
+        compared = _rows_of(options.against) if options.against else None
         limited = limits.read(options.limits)
         _ready(selection, options.save)
         rows, complete = measure(selection)
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(table(rows))
     if compared is not None:
-        print(f"\n{comparison(rows, compared['counters'])}")
+        print(f"\n{comparison(rows, compared)}")
     whole = selection.whole and complete
     if options.save:
         result = {
@@ -292,6 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = limits.violations(rows, limited, whole)
     print("\n".join(["", *limits.uncompared(limited), *(wrong or ["all within their limits"])]))
     return 1 if wrong or not complete else 0
+
+
+def _rows_of(file: Path) -> list[dict]:
+    """A saved result's. Raises OSError or ValueError where there are none."""
+    result = json.loads(file.read_text())
+    if not isinstance(result, dict) or "counters" not in result:
+        raise ValueError(f"{file}: not a result that `python -m bench counters --save` wrote")
+    return result["counters"]
 
 
 def _ready(selection: Selection, save: Path | None) -> None:

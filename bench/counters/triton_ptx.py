@@ -96,12 +96,9 @@ def launch(
         if _divisible(value) and not parameter.do_not_specialize:
             divisible.append(name)
     options = num_warps, num_stages, target
-    code, cubin = _code(kernel, _frozen(signature), _frozen(constexprs), tuple(divisible), *options)
+    types, constants = tuple(signature.items()), tuple(constexprs.items())
+    code, cubin = _code(kernel, types, constants, tuple(divisible), *options)
     return Launch(code, cubin, grid, tuple(values))
-
-
-def _frozen(entries: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(entries.items())
 
 
 @lru_cache(maxsize=256)

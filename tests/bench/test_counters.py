@@ -370,6 +370,7 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
     [
         (["--problem", "("], "regular expression"),
         (["--against", "nowhere.json"], "nowhere.json"),
+        (["--against", str(ROOT / "bench" / "results" / "host-time.json")], "not a result that"),
         (["--problem", "nothing", "--backend", "cuda"], "no launch matches"),
     ],
 )
