@@ -3,7 +3,8 @@
 Every shipped kernel and configuration is compiled for sm_80, sm_90 and sm_89, and some blocks of its
 real grid run in the PTX simulator: instructions, shared-memory wavefronts, sectors, and the bounds that
 they put on its time on an A100, H100 and RTX 4090. No GPU is needed. Bounds are lower ones, not
-predictions: latency is not modelled. It ends with 1 where a row fails or passes its committed limit.
+predictions: latency is not modelled; where not all blocks were run ("simulated" of "grid"), megabytes
+and bounds are good to about a tenth. It ends with 1 where a row fails or passes its committed limit.
 
     python -m bench counters --save                    all of it, to bench/results/counters.json
     python -m bench counters --quick                   each kernel at some sizes, against the limits

@@ -22,9 +22,9 @@ from bench.counters.cuda_ptx import simulator
 
 GPUS = {80: "A100", 90: "H100", 89: "RTX 4090"}
 _NAMES = {80: "sm_80", 90: "sm_90a", 89: "sm_89"}
-# Warp instructions that are simulated of a launch, in whole blocks. Those of matrix products are alike;
-# of a reduction some blocks have nothing to do, and many are looked at.
-PRODUCTS, OTHERS, FEWEST, MOST = 300_000, 1_500_000, 3, 400
+# Warp instructions that are simulated of a launch, in whole blocks. Those of matrix products are much
+# alike; of a reduction some blocks have nothing to do, and many are looked at.
+PRODUCTS, OTHERS, FEWEST, MOST = 600_000, 1_500_000, 3, 400
 _STEPS = 20_000_000  # of a launch, until it counts as one that does not end
 _WRITES = ("st.global", "tma.store", "atomic")
 
@@ -155,6 +155,7 @@ def describe(profile: Any, target: int, registers: int) -> dict:
         "registers": registers,
         "shared_bytes": profile.shared_bytes,
         "instructions": _short(counts.warp_instructions * estimate.scale),
+        "gflop": _short(1e-9 * estimate.flops),
         "instructions_per_mma": _short(counts.instructions_per_mma),
         "loop_instructions_per_mma": _short(instructions_per_mma(lines)),
         "wavefronts": _short(wavefronts(profile.lines)),
