@@ -23,6 +23,7 @@ from dbp_kernels.tools import timing
 # {command: the module that runs it}, imported on demand
 COMMANDS = {
     "check": "bench.core.regress",
+    "counters": "bench.counters.command",
     "device-check": "bench.device.command",
     "host-time": "bench.suites.host_time",
     "long-run": "bench.suites.long_run",

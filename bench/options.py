@@ -17,6 +17,7 @@ _EPILOG = """\
 python -m bench report FILE [--plot PNG]   rebuilds tables and plot from a saved result
 python -m bench report --adopt FILE        puts what a device check found into this clone
 python -m bench check                      compares a quick run's ratios with the committed ones
+python -m bench counters                   every kernel's instructions and memory traffic, simulated
 python -m bench device-check               all that only a machine with a GPU can tell, in one run
 python -m bench host-time                  what Python takes for one call, with every launch stubbed
 python -m bench long-run                   whether memory and time of a step stay what they are

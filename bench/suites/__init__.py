@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from bench.core.suite import DTYPES, QUICK_PAIRS, Job, Settings, Suite
+from bench.counters import command as counters
 from bench.suites import (
     accumulation,
     budget,
@@ -33,6 +34,7 @@ SUITES: dict[str, Suite] = {
     "runs": runs.SUITE,
     "host_time": host_time.SUITE,
     "long_run": long_run.SUITE,
+    "counters": counters.SUITE,
 }
 RUN = tuple(name for name, suite in SUITES.items() if suite.jobs is not None)  # by --suite
 

@@ -132,9 +132,12 @@ def _matrix_shapes() -> Iterator[Shape]:
                 )
                 yield Shape("symmetric_update", precision, label, update)
     for precision in ("tf32", "ieee"):
-        for case in _SMALL:
-            stats = partial(_stats_problem, precision, case)
-            yield Shape("decor_stats", precision, case.name, stats)
+        yield from (stats_shape(case, precision) for case in _SMALL)
+
+
+def stats_shape(case: Case, precision: str) -> Shape:
+    """Of the fused statistics."""
+    return Shape("decor_stats", precision, case.name, partial(_stats_problem, precision, case))
 
 
 def _gram_problem(kernel: str, precision: str, case: Case, device: torch.device) -> Problem | None:

@@ -537,7 +537,7 @@ def test_committed_results_can_be_reported(path, tmp_path):
     )
     for record in report.judged_records({**result, "regret": []}):
         assert f"| {record.get('sweep', record['name'])}" in text
-    undrawn = ("regret", "host_time", "long_run")
+    undrawn = ("regret", "host_time", "long_run", "counters")
     drawn = any(result.get(suite) for suite in suites.SUITES if suite not in undrawn)
     assert report.plot(result, tmp_path / "plot.png") == drawn
 

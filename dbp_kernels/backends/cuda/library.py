@@ -21,12 +21,16 @@ LIBRARY = Path(__file__).with_name("libdbp_cuda.so")
 # A stand-in for the GPU: called with a kernel's name and arguments, it writes the results.
 Simulator = Callable[[str, dict[str, Any]], None]
 _simulator: Simulator | None = None
+_simulated_multiprocessors = 4
 
 
-def simulate(simulator: Simulator | None) -> None:
-    """From now on launches go to ``simulator`` and the backend takes CPU tensors; None ends it."""
-    global _simulator
-    _simulator = simulator
+def simulate(simulator: Simulator | None, multiprocessors: int = 4) -> None:
+    """From now on launches go to ``simulator`` and the backend takes CPU tensors; None ends it.
+
+    ``multiprocessors`` are few, where every block is run one after the other.
+    """
+    global _simulator, _simulated_multiprocessors
+    _simulator, _simulated_multiprocessors = simulator, multiprocessors
     forget()
 
 
@@ -84,11 +88,13 @@ def sm90_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
-@lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of this GPU; few where a simulator stands in for it."""
-    if device.type != "cuda":
-        return 4
+    """Of this GPU, or of what stands in for it."""
+    return _multiprocessors(device) if device.type == "cuda" else _simulated_multiprocessors
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

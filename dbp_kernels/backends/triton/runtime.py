@@ -61,10 +61,12 @@ class Simulator:
     """Stands in for the GPU: ``launch(kernel, grid, arguments, num_warps, num_stages)``.
 
     Without ``launch`` kernels start as on a GPU: for a driver of Triton's that stands in for it.
+    ``multiprocessors`` are few, where every program is run one after the other.
     """
 
     target: int
     launch: Callable[[Any, tuple[int, ...], dict[str, Any], int, int], None] | None
+    multiprocessors: int = 4
 
 
 _simulator: Simulator | None = None
@@ -196,8 +198,10 @@ def _target(index: int) -> int:
 
 
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors to fill; few where every program is run one after the other."""
-    if on_cpu():
+    """Multiprocessors to fill; few where every program is interpreted, one after the other."""
+    if _simulator is not None:
+        return _simulator.multiprocessors
+    if INTERPRET:
         return 4
     return _sm_count(torch.cuda._utils._get_device_index(device, True))
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from build_folder import build_folder
+
+from bench.counters.build_folder import build_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 

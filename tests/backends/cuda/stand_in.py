@@ -6,19 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from emulation import call
 
 import dbp_kernels as dbp
+from bench.counters.cuda_ptx import array
 from dbp_kernels.backends.cuda import library
-
-
-def array(t: torch.Tensor) -> np.ndarray:
-    """The memory from a tensor's first to its last element, without a copy; bf16 as its bits."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
-    flat = t.detach().as_strided((extent,), (1,))
-    return (flat.view(torch.uint16) if t.dtype == torch.bfloat16 else flat).numpy()
 
 
 @contextmanager

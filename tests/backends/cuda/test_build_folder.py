@@ -4,7 +4,8 @@ import os
 import tempfile
 
 import pytest
-from build_folder import build_folder
+
+from bench.counters.build_folder import build_folder
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,10 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_in import array, emulated
+from stand_in import emulated
 
 import dbp_kernels as dbp
+from bench.counters.cuda_ptx import array
 from dbp_kernels import backends, precision, reference, rules
 from dbp_kernels.backends.cuda import gram, library, ops, stats, update
 from dbp_kernels.choose import gram_choices

@@ -18,8 +18,8 @@ import torch
 from cuda_library import library as compiled
 from emulation import LaunchError, call
 from helpers import LAYOUTS, case, rows
-from stand_in import array
 
+from bench.counters.cuda_ptx import array
 from dbp_kernels.backends.cuda import gram, library, pack, stats, update
 from dbp_kernels.rules import UpdateRule
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 
 import dbp_kernels.backends.triton as package
-from dbp_kernels.backends.triton import runtime
+from bench.counters.triton_ptx import compile_kernel, resources
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,11 @@ def compile_cases(module: str, target: int, part: int, parts: int) -> list[Code]
 
 def compile_case(case, target: int, divisible: tuple[str, ...] = ()) -> Code:
     """Compiles one KernelCase for a compute capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = case.kernel.arg_names
     aligned = {n for n, t in case.signature.items() if t.startswith("*")} | set(divisible)
-    source = ASTSource(
-        fn=case.kernel,
-        signature={n: case.signature.get(n, "constexpr") for n in names},
-        constexprs=dict(case.constexprs),
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **runtime.OPTIONS}
-    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    options = case.num_warps, case.num_stages, target
+    kernel = compile_kernel(case.kernel, case.signature, case.constexprs, aligned, *options)
     ptx = kernel.asm["ptx"]
-    usage = _resources(kernel.asm["cubin"])
+    usage = resources(kernel.asm["cubin"])
     return Code(
         name=case.name + " divisible" * bool(divisible),
         stack=usage["STACK"] + usage["LOCAL"],
@@ -76,14 +62,3 @@ def compile_case(case, target: int, divisible: tuple[str, ...] = ()) -> Code:
         wgmma="wgmma.mma_async" in ptx,
         mma="mma.sync" in ptx,
     )
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}

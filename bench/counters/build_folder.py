@@ -1,4 +1,4 @@
-"""Where tests keep what they compile: code that they load, so nobody else may have put it there."""
+"""Where tests and benchmarks keep what they compile and load: nobody else may have put it there."""
 
 import os
 import stat

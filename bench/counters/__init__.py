@@ -1,0 +1,1 @@
+"""``python -m bench counters``: what a profiler would count of every kernel, by simulation."""
