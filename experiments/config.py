@@ -110,7 +110,7 @@ class DecorConfig:
             ``feature_maps.py``, by ``dbp.DecorUpdate``.
     """
 
-    lr: float = 1e-5
+    lr: float = 1e-3
     kappa: float = 0.5
     sample: float | int = 0.1
     rule: str = "standard"

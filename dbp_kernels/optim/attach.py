@@ -25,7 +25,7 @@ from dbp_kernels.selection import Filter, Rules, Selection, aliases_of, multipli
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
-    lr: float = 1e-5,
+    lr: float = 1e-3,
     kappa: float = 0.5,
     sample: float | int = 0.1,
     rule: str = "standard",

@@ -42,7 +42,7 @@ class DecorUpdate(torch.optim.Optimizer):
     in the forward pass; ``step()`` updates R from them, with C and V as the paper defines them:
     ``R <- R - lr [(1 - kappa) C + kappa V] R``::
 
-        decor = dbp.DecorUpdate(model, lr=1e-5)
+        decor = dbp.DecorUpdate(model)
         for x, y in loader:
             optimizer.zero_grad()
             loss(model(x), y).backward()
@@ -86,7 +86,9 @@ class DecorUpdate(torch.optim.Optimizer):
             parameter groups ``{"modules": <any of these>, "lr": ..., ...}`` with values of their
             own for any of lr, kappa, sample, rule, update_every, demean, sampling and clip.
         lr: epsilon, the step size, >= 0. At 0 a layer is frozen and copies nothing. Of a tensor the
-            value counts that it has now.
+            value counts that it has now. The paper's is 1e-5, for 10^5 steps and more; in shorter
+            trainings that does next to nothing, and what they take is about the default (with an
+            update in every eighth step three to ten times that): ``docs/when-it-helps.md``.
         kappa: from 0 (decorrelate only) to 1 (normalise variances only).
         sample: images taken from a batch: a float in (0, 1] is a fraction, at least one image; an
             int is a number of images. An image is an entry of the input's first dimension.
@@ -139,7 +141,7 @@ class DecorUpdate(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float = 1e-5,
+        lr: float = 1e-3,
         kappa: float = 0.5,
         sample: float | int = 0.1,
         rule: str = "standard",
