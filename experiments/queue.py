@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,14 @@ def _to_make(folder: Path, options: Options) -> bool:
     return not ((folder / PLANNED).is_file() and _over(read_run(folder), options))
 
 
+def _phases(study: Study, folder: Path) -> Iterator[list[PlannedRun]]:
+    """The trials and, asked for once all of these are over, the final runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).write_text(study.text)
+    yield list(study.tuning_runs())
+    yield list(study.final_runs(winners(study, read(folder)[1], folder)))
+
+
 def make_next(study: Study, options: Options, most_lost: int = 2) -> Record | None:
     """Makes the first run of ``study`` that is to be made, in this process: a trial or, once all of these
     are over, a final run. None: there is none.
@@ -182,15 +190,8 @@ def make_next(study: Study, options: Options, most_lost: int = 2) -> Record | No
     failed, so that the others have their turn.
     """
     folder = options.root / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STUDY).write_text(study.text)
-
-    def first(planned_runs: Iterable[PlannedRun]) -> PlannedRun | None:
-        return next((p for p in planned_runs if _to_make(folder / p.id, options)), None)
-
-    planned = first(study.tuning_runs())
-    if planned is None:
-        planned = first(study.final_runs(winners(study, read(folder)[1], folder)))
+    runs = (planned for phase in _phases(study, folder) for planned in phase)
+    planned = next((p for p in runs if _to_make(folder / p.id, options)), None)
     if planned is None:
         return None
     run = folder / planned.id
@@ -211,14 +212,11 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
         KeyboardInterrupt, OutOfTime: the run under way is left to be resumed.
     """
     folder = options.root / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STUDY).write_text(study.text)
     tqdm = need("tqdm", "tqdm", "the progress bar").tqdm
-    tuning = list(study.tuning_runs())
-    total = len(tuning) + len(study.groups) * len(study.methods) * len(study.final_seeds)
+    total = study.count_runs()
     hidden = None if options.progress is None else not options.progress
     begin, seen, made = time.monotonic(), 0, 0
-    with tqdm(total=total, unit="run", disable=hidden, desc=study.name) as bar:
+    with tqdm(total=total, unit="run", disable=hidden, desc=study.name, leave=False) as bar:
 
         def through(planned_runs: list[PlannedRun]) -> bool:
             nonlocal seen, made
@@ -239,9 +237,7 @@ def work(study: Study, options: Options, launch: Launch = launch) -> bool:
                 bar.update()
             return free
 
-        if not through(tuning):
-            return False
-        return through(list(study.final_runs(winners(study, read(folder)[1], folder))))
+        return all(map(through, _phases(study, folder)))
 
 
 def work_all(
@@ -249,7 +245,7 @@ def work_all(
 ) -> Iterator[Study]:
     """Each study as soon as it is over. One that waits for runs in another queue's hands has its turn
     again after the others. Raises as `work`."""
-    left = list(studies)
+    left, told = list(studies), False
     while left:
         held = []
         for study in left:
@@ -260,6 +256,9 @@ def work_all(
         if held and len(held) == len(left):
             if options.deadline is not None and time.monotonic() >= options.deadline:
                 raise OutOfTime
+            if not told:
+                print(f"{held[0].name}: waits for runs in another queue's hands")
+            told = True
             time.sleep(WAIT)
         left = held
 

@@ -141,6 +141,11 @@ class Study:
                 f"{method.name}: a method with settings_of is a control, and no baseline",
             )
 
+    def count_runs(self) -> int:
+        """Trials and final runs."""
+        finals = len(self.groups) * len(self.methods) * len(self.final_seeds)
+        return sum(1 for _ in self.tuning_runs()) + finals
+
     def tuning_runs(self) -> Iterator[PlannedRun]:
         """Trial by trial with the methods taking turns, so that a drifting machine hits all alike."""
         # One axis for a key in all groups; the seed is fixed, the sequence is part of the protocol.

@@ -54,9 +54,7 @@ def cases(setting: Setting) -> list[Case]:
             _read_an_image()
         except (OSError, ValueError, ImportError):
             return [Case(IMAGES, _LIMIT)]
-    study, _ = _study(setting)
-    finals = len(study.groups) * len(study.methods) * len(study.final_seeds)
-    total = len(list(study.tuning_runs())) + finals
+    total = _study(setting)[0].count_runs()
     return [Case(f"run {number} of {total}", _LIMIT) for number in range(1, total + 1)]
 
 

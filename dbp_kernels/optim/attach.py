@@ -101,8 +101,8 @@ def attach(
             but with a budget. On an H100 a ResNet-18's step takes three quarters of the time with it.
         follow_lr: multiply R's lr by what the optimiser's lr is now, as a share of the highest that it has
             had for the weight: while a schedule lets it fall R falls to rest with it, and warm-up
-            slows down the weights alone. The paper's R learns at a constant rate; then A = W R, which
-            changes with R, is never at rest, and accuracy won is lost again at the end of a schedule.
+            slows down the weights alone. The paper's R learns at a constant rate (False); then A = W R,
+            which changes with R, is never at rest.
             An lr that is a tensor on a GPU is not followed, as to read it is to wait for the device.
         include, exclude: layers, as for `decorrelate_model`.
         groups: options of their own for some layers: ``[{"modules": <as include>, "lr": ...}]``.

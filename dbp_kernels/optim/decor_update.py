@@ -88,7 +88,7 @@ class DecorUpdate(torch.optim.Optimizer):
         lr: epsilon, the step size, >= 0. At 0 a layer is frozen and copies nothing. Of a tensor the
             value counts that it has now. The paper's is 1e-5, for 10^5 steps and more; in shorter
             trainings that does next to nothing, and what they take is about the default (with an
-            update in every eighth step three to ten times that): ``docs/when-it-helps.md``.
+            update in every eighth step some seven times that): ``docs/when-it-helps.md``.
         kappa: from 0 (decorrelate only) to 1 (normalise variances only).
         sample: images taken from a batch: a float in (0, 1] is a fraction, at least one image; an
             int is a number of images. An image is an entry of the input's first dimension.

@@ -125,6 +125,16 @@ def test_lr_as_a_tensor(lr):
     assert rate_of_step(model, optimizer, decor, second) == pytest.approx(EPS / 2, rel=1e-6)
 
 
+def test_lr_on_a_device_is_not_read():
+    model, optimizer, decor = pair()
+    first, second = batches(2)
+    step(model, optimizer, first)
+    site = decor._site("0")
+    site.saw_lr(torch.tensor(0.05, device="meta"))  # which has no value to read
+    assert (site.highest_lr, site.lr_share) == (0.1, 1.0)
+    assert rate_of_step(model, optimizer, decor, second) == pytest.approx(EPS, rel=1e-6)
+
+
 def test_optimisers_without_lr_leave_R_its_own():
     class Own(torch.optim.Optimizer):
         def __init__(self, params):
