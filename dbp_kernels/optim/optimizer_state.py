@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from dbp_kernels import user_warnings
 from dbp_kernels.loaded import StateError, is_int, why_no_R, why_no_tensor
 from dbp_kernels.optim.engine import Engine
 from dbp_kernels.optim.guard import CLIPPED, SKIPPED
+from dbp_kernels.optim.options import is_rate
 from dbp_kernels.optim.site import Site
 from dbp_kernels.optim.state_dict import generator_of, valid_phases, why_no_report
 from dbp_kernels.optim.swap import some
@@ -156,7 +156,7 @@ class Checkpoint:
         if not isinstance(progress, dict) or progress.keys() != _PROGRESS:
             raise _refused(f"progress={progress!r}: expected {sorted(_PROGRESS)}")
         rates = progress["highest_lr"]
-        if not isinstance(rates, dict) or not all(map(_is_lr, rates.values())):
+        if not isinstance(rates, dict) or not all(map(is_rate, rates.values())):
             raise _refused(f"highest_lr={rates!r}: expected a number of at least 0 for each layer")
         if not is_int(progress["steps"]):
             raise _refused(f"steps={progress['steps']!r}: expected an int of at least 0")
@@ -254,11 +254,6 @@ def _check_layer(site: Site, entry: Any) -> None:
     reason = why_no_report(entry)
     if reason is not None:
         raise _refused(f"an entry of {site.name!r} whose {reason}")
-
-
-def _is_lr(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
 
 
 def _that(reason: str) -> str:

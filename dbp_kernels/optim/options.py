@@ -148,7 +148,8 @@ def _is_count(value: Any) -> bool:
 _LARGEST = torch.finfo(torch.float32).max  # torch raises where float32 is to be scaled by more
 
 
-def _is_rate(value: Any) -> bool:
+def is_rate(value: Any) -> bool:
+    """Whether it is a learning rate that updates can take."""
     return _is_number(value, Real) and 0 <= value <= _LARGEST
 
 
@@ -158,8 +159,8 @@ def _is_one_of(values: Collection[str]) -> Callable[[Any], bool]:
 
 # For each option: what it is turned into, whether a value is valid, and what is.
 _OPTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
-    "lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),
-    "initial_lr": (float, _is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),  # of schedulers
+    "lr": (float, is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),
+    "initial_lr": (float, is_rate, f"a finite number from 0 to {_LARGEST:.3g}"),  # of schedulers
     "kappa": (float, lambda v: _is_number(v, Real) and 0 <= v <= 1, "a number from 0 to 1"),
     "sample": (
         lambda v: int(v) if isinstance(v, Integral) else float(v),

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,3 +52,6 @@ def test_a_run_learns_R_and_tells_its_memory(tmp_path):
     kept = nn.utils.parameters_to_vector(again.task.model.buffers())
     assert torch.equal(kept, nn.utils.parameters_to_vector(trainer.task.model.buffers()))
     assert again.optimizers.decor._steps == trainer.optimizers.decor._steps == 3
+    for each in (trainer, again):  # R's rate is a share of the highest so far, in the copy too
+        each.optimizers.step(0.25)
+        assert each.optimizers.decor.param_groups[0]["lr"] == pytest.approx(0.25e-2)
